@@ -1,0 +1,32 @@
+"""Settings of an attention worker."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class AttentionConfig(BaseModel):
+    """Sizes and switches of one attention worker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Requests that run at the same time; more wait."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1, le=65536)] = 512
+    """Token budget of a step: decodes first, the rest for prompt chunks."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens of a cache block: the unit of allocation and of prefix sharing."""
+    num_kv_blocks: Annotated[int, Field(ge=1)] | None = None
+    """Blocks of the cache; None: as many as kv_cache_bytes holds."""
+    kv_cache_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
+    """Memory of the cache, all layers together; used when num_kv_blocks is None."""
+    kv_cache_dtype: Literal["auto", "float32"] = "auto"
+    """auto: float32 on the CPU."""
+    enable_prefix_caching: bool = True
+    """Share the blocks of equal prompt prefixes (of equal cache_salt)."""
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Prompt and new tokens of a request at most; None: what the model allows."""
+    deterministic: bool = False
+    """Bit-identical rows whatever the batch, the chunking and the placement; slower."""
