@@ -1,0 +1,148 @@
+"""Control messages between the workers and the directory: JSON bodies of CONTROL frames.
+
+    worker    -> directory   Register (first), Holding (after a load), Ping
+    directory -> worker      Assign (expert workers only), Snapshot (at every change), Pong
+
+What arrives is checked in full (types, bounds, no unknown field) before anything reads it.
+An expert is named by (layer, expert id), never by a slot: a stale table can then miss an expert
+but never mean a wrong one.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from experts.channel.frame import Frame, Kind
+
+MAX_EXPERTS_PER_MESSAGE = 1 << 18  # Kimi-K2 has 23,040 (60 layers of 384)
+MAX_WORKERS = 4096
+
+Role = Literal["attention", "router", "experts", "ingress"]
+WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/#@-]{0,127}$")]
+Endpoint = Annotated[str, Field(max_length=256)]
+NodeName = Annotated[str, Field(max_length=256)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+LayerId = Annotated[int, Field(ge=0, lt=1 << 16)]
+ExpertId = Annotated[int, Field(ge=0, lt=1 << 16)]
+ExpertKey = tuple[LayerId, ExpertId]
+ExpertKeys = Annotated[tuple[ExpertKey, ...], Field(max_length=MAX_EXPERTS_PER_MESSAGE)]
+HoldersOfExpert = Annotated[tuple[WorkerId, ...], Field(max_length=MAX_WORKERS)]
+HoldersOfLayer = Annotated[tuple[HoldersOfExpert, ...], Field(max_length=1 << 16)]
+
+
+class MessageError(ValueError):
+    """A control frame that is not a valid message; str() is one line naming the first fault."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorkerInfo(_Message):
+    """One live worker, as everyone else sees it."""
+
+    worker_id: WorkerId
+    role: Role
+    endpoint: Endpoint  # where its data plane listens; "" = it only connects out
+    pid: Count
+    node: NodeName
+    num_slots: Count = 0  # expert workers: how many (layer, expert) pairs fit
+
+
+class Register(WorkerInfo):
+    """First message of a connection: this worker is a member for as long as the connection lives.
+
+    `seen_epoch` and `seen_version` are the newest that it was told: a restarted directory goes on
+    above them.
+    """
+
+    type: Literal["register"] = "register"
+    holds: ExpertKeys = ()
+    seen_epoch: Count = 0
+    seen_version: Count = 0
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What others may know of this worker."""
+        return WorkerInfo(**self.model_dump(include=set(WorkerInfo.model_fields)))
+
+
+class Assign(_Message):
+    """The full set of experts that the worker shall hold: load the missing, drop the others."""
+
+    type: Literal["assign"] = "assign"
+    epoch: Count
+    experts: ExpertKeys
+
+
+class Holding(_Message):
+    """The full set of experts that the worker can compute now; several may follow one Assign."""
+
+    type: Literal["holding"] = "holding"
+    epoch: Count  # of the Assign that it follows
+    experts: ExpertKeys
+
+
+class Snapshot(_Message):
+    """The whole cluster at one moment.
+
+    `version` grows at every change, `epoch` only when a holder changes.
+    `holders[str(layer)][expert]` are the ids of the workers that hold the expert, sorted; () while
+    nobody does.
+    """
+
+    type: Literal["snapshot"] = "snapshot"
+    version: Count
+    epoch: Count
+    ready: bool
+    stage: Annotated[str, Field(max_length=512)]  # for people: "loading experts 96/448 on 2 workers"
+    workers: Annotated[tuple[WorkerInfo, ...], Field(max_length=MAX_WORKERS)] = ()
+    holders: Annotated[dict[str, HoldersOfLayer], Field(max_length=1 << 16)] = {}
+
+    def workers_of(self, role: Role) -> tuple[WorkerInfo, ...]:
+        """Live workers of one role, sorted by id."""
+        return tuple(worker for worker in self.workers if worker.role == role)
+
+    def holders_of(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        """Holders of every expert of a layer, by expert id; () for a layer without experts."""
+        return self.holders.get(str(layer), ())
+
+
+class Ping(_Message):
+    """Sign of life from a worker, about once a second; answered by a Pong."""
+
+    type: Literal["ping"] = "ping"
+
+
+class Pong(_Message):
+    """Sign of life from the directory."""
+
+    type: Literal["pong"] = "pong"
+
+
+Message = Register | Assign | Holding | Snapshot | Ping | Pong
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+def encode(message: BaseModel, request_id: int = 0) -> Frame:
+    """CONTROL frame with the message as its JSON body."""
+    body = message.model_dump_json().encode()
+    return Frame(kind=Kind.CONTROL, request_id=request_id, body=body)
+
+
+def decode(frame: Frame) -> Message:
+    """The message of a CONTROL frame. Raises MessageError."""
+    if frame.kind != Kind.CONTROL:
+        raise MessageError(f"control message: frame is of kind {frame.kind.name}, expected CONTROL")
+    try:
+        return _ADAPTER.validate_json(frame.body, strict=True)
+    except ValidationError as error:
+        raise MessageError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """First complaint with its place; values are left out, they may be long or hostile."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part)[:40] for part in first["loc"]) or "body"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"control message: {place}: {first['msg'].splitlines()[0][:200]}{more}"
