@@ -27,7 +27,7 @@ class SamplingParams(Message):
     """How to choose the next token; the order of the steps is in sampler.py."""
 
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """New tokens at most, replayed ones counted. None: to the end of the context; 0: prompt only."""
+    """New tokens at most, replayed ones too. None: to the end of the context; 0: prompt only."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """Until this many new tokens the end-of-sequence and stop ids cannot be chosen."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -40,7 +40,7 @@ class SamplingParams(Message):
     frequency_penalty: float = 0.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     logit_bias: dict[TokenId, float] = Field(default_factory=dict)
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     """The ingress sets it whenever temperature > 0 (at random if the user gave none); None is 0."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """None: off; 0: of the chosen token; n: and of the n most likely ones."""
@@ -100,7 +100,7 @@ class TokenOutput(Message):
     """One entry a token of `token_ids`, if asked for."""
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
-    """The member of `stop_token_ids` that ended it (it is in `token_ids`); None for the model's own."""
+    """The id of `stop_token_ids` that ended it (in `token_ids` too); None for the model's own."""
     error: str | None = None
     """For finish_reason "error": one line to show to a client."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
