@@ -1,0 +1,1 @@
+"""CPU kernels of the expert worker, shared by the packages above."""
