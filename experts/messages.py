@@ -95,7 +95,7 @@ class Snapshot(_Message):
     version: Count
     epoch: Count
     ready: bool
-    stage: Annotated[str, Field(max_length=512)]  # for people: "loading experts 96/448 on 2 workers"
+    stage: Annotated[str, Field(max_length=512)]  # for people: "loading experts 96/448"
     workers: Annotated[tuple[WorkerInfo, ...], Field(max_length=MAX_WORKERS)] = ()
     holders: Annotated[dict[str, HoldersOfLayer], Field(max_length=1 << 16)] = {}
 

@@ -1,0 +1,164 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.placement import (
+    ExpertSpace,
+    PlacementError,
+    check_slots,
+    initial_table,
+    replan,
+    slots_needed,
+)
+
+EIGHT = ExpertSpace(moe_layers=(1, 2), num_experts=4)
+GROUPED = ExpertSpace(moe_layers=(1,), num_experts=8, num_groups=4)
+
+
+def all_keys(space: ExpertSpace) -> set[tuple[int, int]]:
+    return {(layer, e) for layer in space.moe_layers for e in range(space.num_experts)}
+
+
+def check_invariants(space: ExpertSpace, slots: dict[str, int], table: dict) -> None:
+    assert set(table) == set(slots)
+    for worker, keys in table.items():
+        assert len(keys) == len(set(keys)) <= slots[worker]
+        assert set(keys) <= all_keys(space)
+        parts = Counter(space.unit_of(key) for key in keys)
+        assert set(parts.values()) <= {space.unit_size}
+    usable = sum(n // space.unit_size for n in slots.values()) * space.unit_size
+    if usable >= space.num_total:
+        assert {key for keys in table.values() for key in keys} == all_keys(space)
+
+
+spaces = st.builds(
+    lambda layers, groups, size, limited: ExpertSpace(
+        tuple(range(1, 1 + layers)), groups * size, groups if limited else 1
+    ),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+)
+slot_maps = st.dictionaries(st.sampled_from([f"w{i}" for i in range(6)]), st.integers(0, 30))
+
+
+@st.composite
+def replans(draw: st.DrawFn) -> tuple[ExpertSpace, dict, dict, int, str | None]:
+    """A space, workers, what they hold (also nonsense and too much), redundancy, a joiner."""
+    space = draw(spaces)
+    slots = draw(slot_maps)
+    keys = st.tuples(st.integers(0, 4), st.integers(0, 12))
+    held = {worker: draw(st.sets(keys, max_size=20)) for worker in [*slots, "dead"]}
+    joiner = draw(st.sampled_from([None, *sorted(slots)]))
+    return space, slots, held, draw(st.integers(0, 10)), joiner
+
+
+@settings(max_examples=150, deadline=None)
+@given(replans())
+def test_any_plan_keeps_the_invariants(case: tuple) -> None:
+    space, slots, held, redundancy, joiner = case
+    table = replan(space, slots, held, redundancy, joiner)
+    check_invariants(space, slots, table)
+    # worker order, and the order of what they hold, do not matter
+    shuffled = {w: sorted(held[w], reverse=True) for w in reversed(list(held))}
+    slots_reversed = dict(reversed(list(slots.items())))
+    assert replan(space, slots_reversed, shuffled, redundancy, joiner) == table
+    # a plan that is in place is kept
+    assert replan(space, slots, table, 0) == table
+
+
+@settings(max_examples=100, deadline=None)
+@given(spaces, st.integers(1, 5), st.integers(0, 12))
+def test_slots_needed_suffice_and_the_table_is_even(
+    space: ExpertSpace, num_workers: int, redundancy: int
+) -> None:
+    number = slots_needed(space.num_total, num_workers, redundancy, space.unit_size)
+    slots = {f"w{i}": number for i in range(num_workers)}
+    table = initial_table(space, slots, redundancy)
+    check_invariants(space, slots, table)
+    held = sorted(len(keys) for keys in table.values())
+    assert held[-1] - held[0] <= space.unit_size
+    if num_workers > 1 and redundancy <= space.num_total:
+        wanted = space.num_total + redundancy // space.unit_size * space.unit_size
+        assert sum(held) == wanted
+
+
+def test_first_table_is_even_in_every_layer() -> None:
+    table = initial_table(EIGHT, {"b": 4, "a": 4})
+    assert table == {
+        "a": [(1, 0), (1, 2), (2, 0), (2, 2)],
+        "b": [(1, 1), (1, 3), (2, 1), (2, 3)],
+    }
+
+
+def test_unequal_workers_share_in_proportion_to_their_slots() -> None:
+    table = initial_table(ExpertSpace((1, 2, 3), 6), {"big": 12, "small": 6})
+    for layer in (1, 2, 3):
+        assert sum(key[0] == layer for key in table["big"]) == 4
+
+
+def test_redundancy_takes_spare_slots_over_all_layers() -> None:
+    table = initial_table(EIGHT, {"a": 6, "b": 6}, redundancy=2)
+    count = Counter(key for keys in table.values() for key in keys)
+    assert sorted(key[0] for key, n in count.items() if n == 2) == [1, 2]
+    assert sum(map(len, table.values())) == 10
+
+
+def test_groups_stay_whole() -> None:
+    table = initial_table(GROUPED, {"a": 5, "b": 5})
+    assert table == {"a": [(1, 0), (1, 1), (1, 4), (1, 5)], "b": [(1, 2), (1, 3), (1, 6), (1, 7)]}
+
+
+@pytest.mark.parametrize(
+    ("space", "slots", "words"),
+    [
+        (EIGHT, {"a": 4, "b": 3}, "needs 8 expert slots, have 7 on 2 workers: add workers"),
+        (GROUPED, {"a": 3, "b": 5}, "needs 8 expert slots, have 6 usable in whole groups of 2"),
+        (EIGHT, {}, "have 0 on 0 workers"),
+    ],
+)
+def test_too_few_slots_are_told_with_numbers(
+    space: ExpertSpace, slots: dict[str, int], words: str
+) -> None:
+    with pytest.raises(PlacementError, match=words):
+        check_slots(space, slots)
+    with pytest.raises(PlacementError, match=words):
+        initial_table(space, slots)
+
+
+def test_joiner_takes_the_orphans_first() -> None:
+    held = initial_table(EIGHT, {"a": 4, "b": 4})
+    table = replan(EIGHT, {"a": 4, "c": 4}, {"a": held["a"]}, joiner="c")
+    assert table == {"a": held["a"], "c": held["b"]}
+
+
+def test_joiner_without_orphans_relieves_every_layer_and_worker() -> None:
+    held = initial_table(EIGHT, {"a": 4, "b": 4})
+    table = replan(EIGHT, {"a": 4, "b": 4, "c": 4}, held, joiner="c")
+    assert [table["a"], table["b"]] == [held["a"], held["b"]]
+    assert {key[0] for key in table["c"]} == {1, 2}
+    for worker in "ab":
+        assert len(set(table["c"]) & set(held[worker])) == 2
+
+
+def test_orphans_go_to_free_slots_of_survivors() -> None:
+    held = initial_table(EIGHT, {"a": 8, "b": 8, "c": 8})
+    table = replan(EIGHT, {"a": 8, "b": 8}, {w: held[w] for w in "ab"})
+    check_invariants(EIGHT, {"a": 8, "b": 8}, table)
+    assert all(set(held[w]) <= set(table[w]) for w in "ab")
+    assert [len(table["a"]), len(table["b"])] == [4, 4]
+
+
+def test_orphans_replace_replicas_where_no_slot_is_free() -> None:
+    held = {"a": [(1, 0), (1, 1)], "b": [(1, 0), (1, 1)], "dead": [(1, 2), (1, 3)]}
+    table = replan(ExpertSpace((1,), 4), {"a": 2, "b": 2}, held)
+    check_invariants(ExpertSpace((1,), 4), {"a": 2, "b": 2}, table)
+    assert [len(table["a"]), len(table["b"])] == [2, 2]
+
+
+def test_lost_coverage_leaves_the_rest_in_place() -> None:
+    held = initial_table(EIGHT, {"a": 4, "b": 4})
+    assert replan(EIGHT, {"a": 4}, {"a": held["a"]}) == {"a": held["a"]}
