@@ -147,13 +147,11 @@ class _Board:
         progress = True
         while progress:
             progress = False
-            for unit in self._least_replicated_first():
-                if sum(self._used.values()) >= goal:
-                    return
-                worker = self._best_worker(unit)
-                if worker is not None:
-                    self._put(unit, worker)
-                    progress = True
+            waiting = self._least_replicated_first()
+            while sum(self._used.values()) < goal and (pick := self._next_replica(waiting)):
+                index, worker = pick
+                self._put(waiting.pop(index), worker)
+                progress = True
 
     def fill(self, worker: str) -> None:
         for unit in self._least_replicated_first():
@@ -185,6 +183,15 @@ class _Board:
         holders = self._holders[unit]
         open_workers = (w for w, room in self._capacity.items() if self._used[w] < room)
         return min((w for w in open_workers if w not in holders), key=fill_level, default=None)
+
+    def _next_replica(self, waiting: list[Unit]) -> tuple[int, str] | None:
+        """Index of the first waiting unit that the emptiest possible worker lacks; the worker."""
+        open_workers = [w for w, room in self._capacity.items() if self._used[w] < room]
+        for worker in sorted(open_workers, key=lambda w: (self._used[w] / self._capacity[w], w)):
+            for index, unit in enumerate(waiting):
+                if worker not in self._holders[unit]:
+                    return index, worker
+        return None
 
     def _evict_one(self, spares: Iterator[Unit], layer: int) -> str | None:
         """Free a slot by dropping a replica; returns its worker, the one with least of `layer`."""
