@@ -1,0 +1,12 @@
+"""Which expert replica gets which token: gate, dispatch, combine and the retries between them.
+
+    gate.py      logits -> expert ids and weights        dispatch.py  pairs -> frames by worker
+    combine.py   frames back -> rows                      table.py     a snapshot as index arrays
+    exchange.py  one thread's way through all of them     worker.py    the router of a process
+    batcher.py   merges waiting micro-batches             client.py    how attention calls a router
+    weights.py   checkpoint names of the gates            errors.py    what callers may catch
+
+pair: one (token row, logical expert) with its weight; a token has k of them.
+lane: one thread with its own connections to the expert workers.
+holder: an expert worker that has the weights of a logical expert in a slot.
+"""

@@ -1,0 +1,1 @@
+"""CPU kernels of the router: choosing experts and choosing their replicas."""
