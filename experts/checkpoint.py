@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,13 +19,10 @@ from torch import Tensor
 from experts.config import ModelConfig
 from experts.errors import CheckpointError
 from experts.files import HeaderEntry, read_header, read_json_object
-
-if TYPE_CHECKING:
-    from experts.linear import Weight
+from experts.linear import SCALE_BLOCK, Weight
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo"]
 
-BLOCK = 128  # rows and columns of a block that shares one scale
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
@@ -112,8 +108,6 @@ class Checkpoint:
 
     def weight(self, name: str) -> Weight:
         """A matrix [out, in] and, for fp8, its scales [ceil(out/128), ceil(in/128)] float32."""
-        from experts.linear import Weight
-
         self._check_weight(name)
         data = self.tensor(name)
         scaled = data.dtype is torch.float8_e4m3fn
@@ -155,7 +149,7 @@ class Checkpoint:
         if len(info.shape) != 2:
             raise CheckpointError(info.file, "a matrix, being fp8", f"shape {info.shape}", name)
         scales = self.info(name + SCALE_SUFFIX)
-        expected = tuple(math.ceil(size / BLOCK) for size in info.shape)
+        expected = tuple(math.ceil(size / SCALE_BLOCK) for size in info.shape)
         if scales.shape != expected or scales.dtype not in SCALE_DTYPES:
             raise CheckpointError(
                 scales.file,

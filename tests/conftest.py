@@ -1,0 +1,59 @@
+"""Fixtures of all tests: small checkpoints, written once a session, and transformers' models."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch or numba are imported, and inherited by child processes: on a shared machine two
+# OpenMP threads under load run many times slower than one.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint_dir("v3")`: the folder of a preset of cluster.tiny_checkpoint; read only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def folder(preset: str) -> Path:
+        from cluster.tiny_checkpoint import write_checkpoint
+
+        write_checkpoint(root / preset, preset)
+        return root / preset
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_model(checkpoint_dir: Callable[[str], Path]) -> Callable[[str], Any]:
+    """`hf_model("v3")`: transformers' model in float32, eager attention and experts."""
+
+    @cache
+    def model(preset: str) -> Any:
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers and accelerate warn at import and load
+            from transformers import AutoModelForCausalLM
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            loaded = AutoModelForCausalLM.from_pretrained(
+                checkpoint_dir(preset),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
+            )
+        # Of an fp8 file only the dequantised matrices come out float32, whatever dtype says.
+        return loaded.eval().float()
+
+    return model
