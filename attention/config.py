@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class AttentionConfig(BaseModel):
@@ -30,3 +30,12 @@ class AttentionConfig(BaseModel):
     """Prompt and new tokens of a request at most; None: what the model allows."""
     deterministic: bool = False
     """Bit-identical rows whatever the batch, the chunking and the placement; slower."""
+
+    @model_validator(mode="after")
+    def _budget_covers_all_decodes(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs "
+                f"{self.max_num_seqs}: raise it, each running request needs one token a step"
+            )
+        return self

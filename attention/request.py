@@ -1,0 +1,117 @@
+"""A request while it is inside the worker: its tokens, its blocks, how far it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from attention.kv_cache import block_hash, root_hash
+from attention.messages import FinishReason, Submit, TokenLogprob
+from attention.sampler import TokenCounts
+
+Finish = tuple[FinishReason, int | None]
+"""The reason, and for "stop" the id if it is one of the request's own."""
+
+
+class RequestState(Enum):
+    """waiting -> running -> finished; a preempted request goes back to waiting."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Mutable state of one request; only the engine thread touches it.
+
+    Invariant: the cache holds the latents of token_ids[:num_computed_tokens], in block_ids, in
+    order.
+    """
+
+    request_id: str
+    submit: Submit
+    token_ids: list[int]
+    """Prompt, then replayed and new tokens."""
+    num_prompt_tokens: int
+    max_total_tokens: int
+    """token_ids never grows beyond it: prompt + max_tokens, or the context."""
+    deadline_s: float | None = None
+    """On the engine's clock."""
+    state: RequestState = RequestState.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens whose blocks were shared when it was first admitted."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
+    counts: TokenCounts | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    prompt_logprobs_sent: bool = False
+    was_admitted: bool = False
+
+    @classmethod
+    def create(cls, submit: Submit, max_model_len: int, deadline_s: float | None = None) -> Request:
+        """The request in its first state; max_tokens None runs to the end of the context."""
+        params, num_prompt = submit.params, len(submit.prompt_ids)
+        limit = max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, num_prompt + params.max_tokens)
+        request = cls(
+            request_id=submit.request_id,
+            submit=submit,
+            token_ids=[*submit.prompt_ids, *submit.emitted_ids],
+            num_prompt_tokens=num_prompt,
+            max_total_tokens=limit,
+            deadline_s=deadline_s,
+        )
+        if TokenCounts.needed(params):
+            request.counts = TokenCounts(submit.prompt_ids, submit.emitted_ids)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * num_prompt
+        return request
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Replayed and new tokens: also the position of the next one in its random stream."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens not yet in the cache; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.prompt_logprobs is not None and not self.prompt_logprobs_sent
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
+
+    def full_block_hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
+        """Hashes of the first num_blocks blocks, all of them full; computed once each."""
+        hashes = self.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * block_size
+            parent = hashes[-1] if hashes else root_hash(self.submit.cache_salt)
+            hashes.append(block_hash(parent, self.token_ids[start : start + block_size]))
+        return hashes[:num_blocks]
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> Finish | None:
+        """Why it ends after its last token; None: it goes on."""
+        params = self.submit.params
+        if 0 < self.num_output_tokens >= params.min_tokens:
+            last = self.token_ids[-1]
+            if last in eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if last in params.stop_token_ids:
+                return "stop", last
+        if self.num_tokens >= self.max_total_tokens:
+            return "length", None
+        return None
