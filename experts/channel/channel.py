@@ -1,0 +1,112 @@
+"""The door to channels: connect to an endpoint, serve one, wait for several connections at once."""
+
+import math
+import os
+import select
+from collections.abc import Sequence
+
+from experts.channel.connection import (
+    ChannelClosed,
+    ChannelError,
+    ChannelRefused,
+    ChannelTimeout,
+    Connection,
+    Handler,
+)
+from experts.channel.counters import ChannelCounters
+from experts.channel.endpoint import parse_endpoint
+from experts.channel.frame import DEFAULT_LIMITS, FrameError, FrameLimits
+from experts.channel.inproc import InprocClient, connect_inproc
+from experts.channel.server import Server
+from experts.channel.stream import connect_stream
+
+__all__ = [
+    "ChannelClosed",
+    "ChannelCounters",
+    "ChannelError",
+    "ChannelRefused",
+    "ChannelTimeout",
+    "Connection",
+    "FrameError",
+    "FrameLimits",
+    "Handler",
+    "Server",
+    "connect",
+    "wait_readable",
+]
+
+
+def connect(
+    endpoint: str,
+    secret: bytes,
+    limits: FrameLimits = DEFAULT_LIMITS,
+    timeout_s: float = 5.0,
+    counters: ChannelCounters | None = None,
+) -> Connection:
+    """Connect and prove the secret; the back end follows from the endpoint's prefix.
+
+    Raises ChannelClosed (nobody there), ChannelTimeout, ChannelRefused (another secret or
+    protocol), ValueError (not an endpoint).
+    """
+    where = parse_endpoint(endpoint)
+    counters = counters or ChannelCounters()
+    if where.scheme == "inproc":
+        return connect_inproc(where.address, secret, limits, counters)
+    return connect_stream(where, secret, limits, timeout_s, counters)
+
+
+def wait_readable(
+    connections: Sequence[Connection], timeout_s: float | None = None
+) -> list[Connection]:
+    """Those that have (the start of) a frame or have ended; empty when the time is over.
+
+    One call may mix sockets and inproc clients. Connections must be clients or socket ends.
+    """
+    local = [connection for connection in connections if isinstance(connection, InprocClient)]
+    if local:
+        return _wait_mixed(connections, local, timeout_s)
+    return _wait_sockets(connections, timeout_s, None)
+
+
+def _wait_sockets(
+    connections: Sequence[Connection], timeout_s: float | None, waker_fd: int | None
+) -> list[Connection]:
+    poller = select.poll()
+    by_fd: dict[int, Connection] = {}
+    ended: list[Connection] = []
+    for connection in connections:
+        fd = connection.fileno()
+        if fd >= 0:
+            poller.register(fd, select.POLLIN)
+            by_fd[fd] = connection
+        elif connection.closed and not isinstance(connection, InprocClient):
+            ended.append(connection)
+    if waker_fd is not None:
+        poller.register(waker_fd, select.POLLIN)
+    if ended:
+        timeout_s = 0
+    timeout_ms = None if timeout_s is None else math.ceil(timeout_s * 1000)
+    ready = [by_fd[fd] for fd, _ in poller.poll(timeout_ms) if fd in by_fd]
+    return ended + ready
+
+
+def _wait_mixed(
+    connections: Sequence[Connection], local: list[InprocClient], timeout_s: float | None
+) -> list[Connection]:
+    """Queues have no descriptor: an eventfd wakes the poll when one gets a frame."""
+    waker_fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def wake() -> None:
+        os.eventfd_write(waker_fd, 1)
+
+    for connection in local:
+        connection.add_waker(wake)
+    try:
+        if any(connection.readable for connection in local):
+            timeout_s = 0
+        sockets = _wait_sockets(connections, timeout_s, waker_fd)
+    finally:
+        for connection in local:
+            connection.remove_waker(wake)
+        os.close(waker_fd)
+    return [c for c in local if c.readable] + sockets
