@@ -1,0 +1,10 @@
+"""The top of the stack: front ends, tokenizer, configuration and the composition with Ray.
+
+config.py        settings of a whole application
+errors.py        every error a client can see and its HTTP status, gRPC code and OpenAI type
+tokenizer.py     text to token ids and back; chat_template.py renders conversations
+frontend/        the OpenAI HTTP API and the gRPC API over one InferenceService
+protos/          shoal.v1 and the code generated from it
+app.py           binds the plain worker classes to Ray Serve; the only such file
+cli.py           the `shoal` command
+"""
