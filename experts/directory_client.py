@@ -1,0 +1,239 @@
+"""A worker's line to the directory: registers, stays registered, keeps the newest snapshot.
+
+One thread connects, registers with what the worker holds, pings and receives, for as long as the
+worker lives; when the line breaks it starts over, with growing pauses. A second thread runs
+`on_assign`, which may take minutes, so that loading never looks like death.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from experts.channel.channel import ChannelError, ChannelTimeout, Connection, connect
+from experts.channel.frame import Frame, Status
+from experts.messages import (
+    Assign,
+    Holding,
+    MessageError,
+    Ping,
+    Pong,
+    Register,
+    Snapshot,
+    decode,
+    encode,
+)
+from experts.placement import ExpertKey
+
+logger = logging.getLogger(__name__)
+
+MIN_PAUSE_S = 0.05
+MAX_PAUSE_S = 2.0
+CONNECT_TIMEOUT_S = 2.0
+SEND_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 5.0
+MISSED_PINGS = 3
+
+
+class DirectoryClient:
+    """Membership of one worker.
+
+    `endpoint_source` is asked before every attempt to connect; it may raise, or name a new place.
+    `on_snapshot(snapshot)` runs in the client's thread and must be quick.
+    `on_assign(assign)` runs in a thread of its own, one at a time; of several that came meanwhile
+    only the newest is run, and one that raises is run again after `retry_assign_s`. It should load
+    and then call `report_holding`; during a long load also about once a second.
+    """
+
+    def __init__(
+        self,
+        endpoint_source: Callable[[], str],
+        secret: bytes,
+        register: Register,
+        on_snapshot: Callable[[Snapshot], None] | None = None,
+        on_assign: Callable[[Assign], None] | None = None,
+        *,
+        ping_interval_s: float = 1.0,
+        retry_assign_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._endpoint_source = endpoint_source
+        self._secret = secret
+        self._register = register
+        self._on_snapshot = on_snapshot
+        self._on_assign = on_assign
+        self._ping_interval_s = ping_interval_s
+        self._retry_assign_s = retry_assign_s
+        self._clock = clock
+        self._holds = tuple(register.holds)
+        self._line_lock = threading.Lock()  # guards _line and _holds while one is told the other
+        self._line: Connection | None = None
+        self._snapshot: Snapshot | None = None
+        self._assign: Assign | None = None
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._last_error = ""
+        self._threads = [threading.Thread(target=self._run, name="directory-client", daemon=True)]
+        if on_assign is not None:
+            self._threads.append(
+                threading.Thread(target=self._run_assigns, name="directory-assign", daemon=True)
+            )
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Leave the cluster: the directory sees the connection end."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        with self._line_lock:
+            if self._line is not None:
+                self._line.close()
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(CLOSE_TIMEOUT_S)
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The newest, also while the directory is away; None before the first."""
+        return self._snapshot
+
+    def wait_ready(self, timeout_s: float | None = None) -> Snapshot:
+        """A snapshot that is ready. Raises TimeoutError that says how far things are."""
+        snapshot = self._wait(lambda snapshot: snapshot.ready, timeout_s)
+        if snapshot is not None:
+            return snapshot
+        newest = self._snapshot
+        stage = newest.stage if newest else f"no directory yet: {self._last_error or 'connecting'}"
+        raise TimeoutError(f"not ready after {timeout_s} s: {stage}")
+
+    def wait_newer(self, version: int, timeout_s: float | None = None) -> Snapshot | None:
+        """A snapshot newer than `version`, or None when none came in time."""
+        return self._wait(lambda snapshot: snapshot.version > version, timeout_s)
+
+    def report_holding(self, experts: Iterable[ExpertKey], epoch: int = 0) -> None:
+        """Tell what the worker can compute now; remembered for the next registration.
+
+        `epoch` is that of the Assign. Never raises for a broken line: registering again tells it.
+        """
+        with self._line_lock:
+            self._holds = tuple(sorted(experts))
+            if self._line is not None:
+                with contextlib.suppress(ChannelError):
+                    message = Holding(epoch=epoch, experts=self._holds)
+                    self._line.send(encode(message), SEND_TIMEOUT_S)
+
+    def _wait(self, test: Callable[[Snapshot], bool], timeout_s: float | None) -> Snapshot | None:
+        def found() -> bool:
+            return self._snapshot is not None and test(self._snapshot)
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() or self._closing.is_set(), timeout_s)
+            return self._snapshot if found() else None
+
+    # --- the client's thread ---
+
+    def _run(self) -> None:
+        pause_s = MIN_PAUSE_S
+        while not self._closing.is_set():
+            told = self._snapshot
+            try:
+                self._serve(self._join())
+            except Exception as error:  # endpoint_source is foreign code, and nothing may end this
+                self._note(f"{type(error).__name__}: {error}")
+            finally:
+                self._hang_up()
+            pause_s = MIN_PAUSE_S if self._snapshot is not told else min(2 * pause_s, MAX_PAUSE_S)
+            self._closing.wait(pause_s)
+
+    def _note(self, text: str) -> None:
+        """Log a failure, once while it repeats."""
+        if text != self._last_error and not self._closing.is_set():
+            logger.warning("line to the directory: %s", text)
+        self._last_error = text
+
+    def _join(self) -> Connection:
+        line = connect(self._endpoint_source(), self._secret, timeout_s=CONNECT_TIMEOUT_S)
+        newest = self._snapshot
+        with self._line_lock:
+            self._line = line
+            register = self._register.model_copy(
+                update={
+                    "holds": self._holds,
+                    "seen_epoch": newest.epoch if newest else 0,
+                    "seen_version": newest.version if newest else 0,
+                }
+            )
+            line.send(encode(register), SEND_TIMEOUT_S)
+        return line
+
+    def _hang_up(self) -> None:
+        with self._line_lock:
+            if self._line is not None:
+                self._line.close()
+            self._line = None
+
+    def _serve(self, line: Connection) -> None:
+        """Receive and ping until the line breaks, which raises."""
+        last_heard_s = self._clock()
+        next_ping_s = last_heard_s
+        while not self._closing.is_set():
+            now_s = self._clock()
+            if now_s >= next_ping_s:
+                line.send(encode(Ping()), SEND_TIMEOUT_S)
+                next_ping_s = now_s + self._ping_interval_s
+            try:
+                frame = line.receive(timeout_s=max(0.0, next_ping_s - now_s))
+            except ChannelTimeout:
+                if self._clock() - last_heard_s > MISSED_PINGS * self._ping_interval_s:
+                    raise ChannelTimeout("the directory is silent") from None
+                continue
+            last_heard_s = self._clock()
+            self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.status is not Status.OK:
+            raise MessageError(f"refused by the directory: {frame.text}")
+        message = decode(frame)
+        if isinstance(message, Snapshot):
+            self._take_snapshot(message)
+        elif isinstance(message, Assign):
+            with self._changed:
+                self._assign = message
+                self._changed.notify_all()
+        elif not isinstance(message, Pong):
+            raise MessageError(f"control message: {message.type} is for the directory only")
+
+    def _take_snapshot(self, snapshot: Snapshot) -> None:
+        with self._changed:
+            self._snapshot = snapshot
+            self._changed.notify_all()
+        self._last_error = ""
+        if self._on_snapshot is not None:
+            try:
+                self._on_snapshot(snapshot)
+            except Exception:  # the owner's bug must not cost the membership
+                logger.exception("on_snapshot failed at version %d", snapshot.version)
+
+    # --- the thread of on_assign ---
+
+    def _next_assign(self) -> Assign | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._assign or self._closing.is_set())
+            assign, self._assign = self._assign, None
+            return None if self._closing.is_set() else assign
+
+    def _run_assigns(self) -> None:
+        while (assign := self._next_assign()) is not None:
+            try:
+                if self._on_assign is not None:
+                    self._on_assign(assign)
+            except Exception:  # a load may fail for a moment: again, unless a newer one came
+                logger.exception("on_assign failed at epoch %d", assign.epoch)
+                self._closing.wait(self._retry_assign_s)
+                with self._changed:
+                    self._assign = self._assign or assign
