@@ -7,9 +7,12 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.reference import Golden
 
 # Before torch or numba are imported, and inherited by child processes: on a shared machine two
 # OpenMP threads under load run many times slower than one.
@@ -30,6 +33,19 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return root / preset
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def reference_golden(checkpoint_dir: Callable[[str], Path]) -> Callable[[str], list[Golden]]:
+    """`reference_golden("v3")`: what tests/reference.py says about its four prompts, in float32."""
+
+    @cache
+    def goldens(preset: str) -> list[Golden]:
+        from tests.reference import golden
+
+        return golden(checkpoint_dir(preset))
+
+    return goldens
 
 
 @pytest.fixture(scope="session")
