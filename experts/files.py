@@ -133,23 +133,18 @@ def _are_counts(value: Any) -> TypeGuard[list[int]]:
 
 def _check_coverage(path: Path, entries: dict[str, HeaderEntry], base: int, size: int) -> None:
     """The tensors follow one another without gap or overlap from `base` to the end of the file."""
-    position = base
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+    ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
+    for name, entry in ordered:
         if entry.end > size:
-            raise CheckpointError(
-                path,
-                f"at least {entry.end} bytes in the file",
-                f"{size}",
-                name,
-                hint=f"truncated: {DOWNLOAD_AGAIN}",
-            )
+            found, hint = f"a file of {size}", f"truncated: {DOWNLOAD_AGAIN}"
+            raise CheckpointError(path, f"data up to byte {entry.end}", found, name, hint)
+    position = base
+    for name, entry in ordered:
         if entry.begin != position:
             kind = "overlap" if entry.begin < position else "gap"
-            raise CheckpointError(
-                path, f"data from byte {position}", f"{kind}: data from byte {entry.begin}", name
-            )
+            found = f"{kind}: data from byte {entry.begin}"
+            raise CheckpointError(path, f"data from byte {position}", found, name)
         position = entry.end
     if position != size:
-        raise CheckpointError(
-            path, f"a file of {position} bytes", f"{size} bytes", hint=DOWNLOAD_AGAIN
-        )
+        found = f"{size} bytes"
+        raise CheckpointError(path, f"a file of {position} bytes", found, hint=DOWNLOAD_AGAIN)
