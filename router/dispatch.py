@@ -28,7 +28,7 @@ class Pairs:
     @property
     def count(self) -> int:
         """P."""
-        return self.rows.shape[0]
+        return len(self.rows)
 
     def take(self, index: Int64s) -> "Pairs":
         """The pairs at index [N], which must be ascending."""

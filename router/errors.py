@@ -69,12 +69,13 @@ class RouterUnavailable(RouterError):
 
 
 class RemoteRouterError(RouterError):
-    """A router answered that it could not; the text is its own."""
+    """A router answered that it could not; `status` is the name of the frame's, the text its own."""
 
-    def __init__(self, layer: int, text: str) -> None:
-        super().__init__(layer, text)
+    def __init__(self, layer: int, status: str, text: str) -> None:
+        super().__init__(layer, status, text)
         self.layer = layer
+        self.status = status
         self.text = text
 
     def __str__(self) -> str:
-        return f"layer {self.layer}: router: {self.text}"
+        return f"layer {self.layer}: router answered {self.status}: {self.text}"

@@ -133,7 +133,7 @@ def select_experts_torch(
 
 def _drop_groups(choice: Tensor, spec: GateSpec) -> Tensor:
     """choice [T, E] with -inf for the experts of the groups that a token lost."""
-    grouped = choice.unflatten(1, (spec.n_group, -1))  # [T, G, E/G]
+    grouped = choice.view(choice.shape[0], spec.n_group, -1)  # [T, G, E/G]
     best = 2 if spec.group_score == "top2_sum" else 1
     group_scores = grouped.topk(min(best, grouped.shape[2]), dim=2).values.sum(dim=2)  # [T, G]
     lost = torch.ones_like(group_scores, dtype=torch.bool)

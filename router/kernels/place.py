@@ -12,8 +12,8 @@ from numba import njit
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _lightest(holders: Any, allowed: Any, load: Any) -> int:
-    """The allowed worker of holders [R] with the least load, the lowest index among equals, or -1."""
+def _lightest(holders: Any, allowed: Any, load: Any) -> Any:
+    """The allowed worker of holders [R] with the least load, then the lowest index, or -1."""
     best = -1
     for w in holders:
         if w >= 0 and allowed[w] and (best < 0 or (load[w], w) < (load[best], best)):
@@ -22,7 +22,7 @@ def _lightest(holders: Any, allowed: Any, load: Any) -> int:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _first(holders: Any, usable: Any) -> int:
+def _first(holders: Any, usable: Any) -> Any:
     """The first usable worker of holders [R], or -1."""
     for w in holders:
         if w >= 0 and usable[w]:
@@ -48,10 +48,10 @@ def _widest(experts: Any, workers: Any, holders: Any, usable: Any, load: Any, ga
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _holds(holders: Any, worker: int) -> bool:
+    found = False
     for w in holders:
-        if w == worker:
-            return True
-    return False
+        found |= w == worker
+    return found
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -1,0 +1,200 @@
+"""A router: called in the same process (`begin`, `finish`), or served to attention workers.
+
+Served, each connection's thread only receives and queues; `lanes` threads take what waits, merged
+by layer, and answer. So several micro-batches of one connection are under way at a time, and a
+batch that waits for a lost expert holds up one lane only.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from experts.channel.channel import ChannelError, Connection, Server
+from experts.channel.frame import DEFAULT_LIMITS, Frame, FrameLimits, Kind, Status, reply_to
+from experts.checkpoint import Checkpoint
+from experts.client import ExpertClient
+from experts.health import HopTimer, Quarantine, WorkerHealth
+from experts.snapshots import SnapshotBoard
+from router.batcher import Batcher, MicroBatch
+from router.config import RouterConfig
+from router.errors import ExpertsUnavailable, RouterError
+from router.exchange import ExchangeCounters, Lane, Pending
+from router.gate import GateSpec, GateWeights
+from router.weights import load_gates
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 10.0  # an attention worker that does not read for so long is cut off
+_U32 = 0xFFFF_FFFF
+
+
+class RouterWorker:
+    """Routes the MoE layers of one model. `begin` and `finish` belong to one thread at a time."""
+
+    def __init__(
+        self,
+        gates: Mapping[int, GateWeights],
+        spec: GateSpec,
+        board: SnapshotBoard,
+        client_factory: Callable[[], ExpertClient],
+        config: RouterConfig | None = None,
+        limits: FrameLimits = DEFAULT_LIMITS,
+        name: str = "router",
+    ) -> None:
+        self.config = config or RouterConfig()
+        self._gates = gates
+        self._width = next(iter(gates.values())).weight.shape[1]
+        self._limits = limits
+        self._name = name
+        self._new_lane = lambda: Lane(gates, spec, client_factory(), board, self.config, limits)
+        self._own_lane = self._new_lane()
+        self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
+        self._lanes: list[Lane] = []
+        self._threads: list[threading.Thread] = []
+        self._draining = False
+        self._server: Server | None = None
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        board: SnapshotBoard,
+        secret: bytes,
+        config: RouterConfig | None = None,
+        limits: FrameLimits = DEFAULT_LIMITS,
+        name: str = "router",
+    ) -> Self:
+        """The router of a checkpoint: reads its gates. Raises CheckpointError."""
+        settings = config or RouterConfig()
+        health = WorkerHealth(
+            Quarantine(settings.quarantine_base_s, settings.quarantine_max_s),
+            HopTimer(settings.hop_timeout_s, settings.hop_timeout_factor),
+        )
+        new_client = partial(
+            ExpertClient, board, secret, health, limits, settings.connect_timeout_s
+        )
+        spec = GateSpec.of(checkpoint.config)
+        return cls(load_gates(checkpoint), spec, board, new_client, settings, limits, name)
+
+    # --- in the same process ---
+
+    def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
+        """Send x [T, d] float32 to the experts of a layer. See Lane.begin."""
+        return self._own_lane.begin(layer, x, deadline_s)
+
+    def finish(self, pending: Pending) -> Tensor:
+        """The routed experts' output, [T, d] float32. Raises RouterError."""
+        return self._own_lane.finish(pending)
+
+    def forward(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Tensor:
+        """begin and finish."""
+        return self.finish(self.begin(layer, x, deadline_s))
+
+    # --- served ---
+
+    def start(self, endpoint: str, secret: bytes) -> str:
+        """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError."""
+        self._server = Server(endpoint, self.handle, secret, self._limits, name=self._name)
+        self._server.start()
+        for i in range(self.config.lanes):
+            lane = self._new_lane()
+            thread = threading.Thread(
+                target=self._run_lane, args=(lane,), name=f"{self._name}-lane-{i}", daemon=True
+            )
+            self._lanes.append(lane)
+            self._threads.append(thread)
+            thread.start()
+        return self._server.endpoint
+
+    def close(self) -> None:
+        """Stop serving; senders see the connection end and go to another router."""
+        for item in self._batcher.close():
+            self._answer(item, reply_to(item.frame, status=Status.DRAINING, text="router closes"))
+        if self._server is not None:
+            self._server.close()
+        for thread in self._threads:
+            thread.join(ANSWER_TIMEOUT_S)
+        for lane in (self._own_lane, *self._lanes):
+            lane.client.close()
+
+    def drain(self) -> None:
+        """Refuse new micro-batches with DRAINING; those that wait are still served."""
+        self._draining = True
+
+    @property
+    def num_waiting(self) -> int:
+        """Micro-batches that no lane has taken yet."""
+        return len(self._batcher)
+
+    @property
+    def counters(self) -> list[ExchangeCounters]:
+        """Of every lane."""
+        return [lane.counters for lane in (self._own_lane, *self._lanes)]
+
+    def handle(self, frame: Frame, connection: Connection) -> Frame | None:
+        """Queue a ROUTE_BATCH; a lane answers it. Returns only refusals."""
+        if frame.kind != Kind.ROUTE_BATCH or frame.rows is None:
+            return reply_to(frame, status=Status.FAILED, text=f"not a batch: {frame.kind.name}")
+        if frame.layer not in self._gates or frame.rows.shape[1] != self._width:
+            text = f"layer {frame.layer}, width {frame.rows.shape[1]}: not of this model"
+            return reply_to(frame, status=Status.FAILED, text=text)
+        if self._draining:
+            return reply_to(frame, status=Status.DRAINING, text="router drains")
+        if not self._batcher.put(MicroBatch(frame, frame.rows, connection)):
+            return reply_to(frame, status=Status.OVERLOADED, text="too many micro-batches wait")
+        return None
+
+    def _run_lane(self, lane: Lane) -> None:
+        while items := self._batcher.take():
+            try:
+                self._serve(lane, items)
+            except Exception:  # a fault of one batch must not end the lane
+                logger.exception("%s: lane failed", self._name)
+
+    def _serve(self, lane: Lane, items: Sequence[MicroBatch]) -> None:
+        """Compute micro-batches of one layer together and answer each."""
+        begun_s = time.monotonic()
+        left_s = [self._left_s(item, begun_s) for item in items]
+        try:
+            x = torch.cat([item.rows for item in items]) if len(items) > 1 else items[0].rows
+            y = lane.finish(lane.begin(items[0].layer, x.float(), min(left_s)))
+        except Exception as error:
+            if len(items) > 1:  # one of them may be at fault: each by itself
+                for item in items:
+                    self._serve(lane, [item])
+                return
+            self._answer(items[0], _refusal(items[0], error))
+            return
+        compute_us = int((time.monotonic() - begun_s) * 1e6)
+        end = 0
+        for item in items:
+            end += item.num_rows
+            rows = y[end - item.num_rows : end].to(item.rows.dtype)
+            reply = reply_to(item.frame, rows)
+            reply.compute_us = min(compute_us, _U32)
+            reply.queue_us = min(max(0, int((begun_s - item.frame.received_s) * 1e6)), _U32)
+            self._answer(item, reply)
+
+    def _left_s(self, item: MicroBatch, now_s: float) -> float:
+        left_s = item.frame.remaining_s(now_s)
+        return self.config.deadline_s if left_s is None else max(0.0, left_s)
+
+    def _answer(self, item: MicroBatch, reply: Frame) -> None:
+        try:
+            item.connection.send(reply, ANSWER_TIMEOUT_S)
+        except ChannelError as error:  # the sender is gone: it asks another router
+            logger.debug("%s: answer not sent: %s", self._name, error)
+
+
+def _refusal(item: MicroBatch, error: Exception) -> Frame:
+    if isinstance(error, ExpertsUnavailable):
+        return reply_to(item.frame, status=Status.DEADLINE, text=str(error))
+    if not isinstance(error, RouterError):
+        logger.error("layer %d failed", item.layer, exc_info=error)
+    return reply_to(item.frame, status=Status.FAILED, text=f"{type(error).__name__}: {error}")
