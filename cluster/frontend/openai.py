@@ -8,7 +8,7 @@ The gRPC front fills the same classes, so a check exists once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
@@ -27,9 +27,7 @@ class StopAtFirstFault:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        schema = handler(source)
-        schema["fail_fast"] = True  # type: ignore[typeddict-unknown-key]
-        return schema
+        return cast(CoreSchema, {**handler(source), "fail_fast": True})
 
 
 Array = Annotated[list[ItemT], StopAtFirstFault()]
@@ -131,17 +129,12 @@ class Message(Nested):
     tool_call_id: str | None = None
 
 
-class ChatFields(Schema):
-    """What a conversation becomes a prompt with."""
+class ChatCompletionRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
 
     messages: Array[Message]
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
-
-
-class ChatCompletionRequest(SamplingFields, ChatFields):
-    """Body of POST /v1/chat/completions."""
-
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

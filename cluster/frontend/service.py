@@ -1,0 +1,241 @@
+"""What the server does for a client, whatever the protocol: check, admit, tokenise, generate."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.chat_template import RenderLimit
+from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, quote
+from cluster.frontend.admission import Admission
+from cluster.frontend.backend import EngineBackend, Readiness
+from cluster.frontend.checks import (
+    check_chat_logprobs,
+    check_completion_logprobs,
+    check_number,
+    check_sampling,
+    check_token_ids,
+)
+from cluster.frontend.conversation import check_messages, check_template_kwargs, template_messages
+from cluster.frontend.generation import Generation
+from cluster.frontend.ledger import RequestLedger
+from cluster.frontend.limits import Limits
+from cluster.frontend.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    SamplingFields,
+    Schema,
+    TokenizeRequest,
+    ignored_fields,
+)
+from cluster.frontend.request import ModelInfo, Prompt, build_request, context_error, prompt_inputs
+from cluster.tokenizer import Tokenizer
+
+_RETRY_LOADING_S = 5
+_THREAD_FROM_CHARS = 16_384
+"""Longer texts are tokenised in a thread: the event loop has other streams to feed."""
+
+
+class InferenceService:
+    """One model behind one engine. Methods raise the errors of cluster/errors.py only.
+
+    A plain class without Ray, HTTP or gRPC; all methods run on one event loop.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        backend: EngineBackend,
+        model: ModelInfo,
+        limits: Limits | None = None,
+        *,
+        strict_params: bool = False,
+        system_fingerprint: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.limits = limits or Limits()
+        self.system_fingerprint = system_fingerprint
+        self._backend = backend
+        self._strict_params = strict_params
+        self._clock = clock
+        self._ledger = RequestLedger(clock)
+        self._admission = Admission(self.limits.max_open_sequences, clock)
+
+    # ---- generating
+
+    async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
+        """Start answering a conversation. `timeout_s`: a limit from outside the body."""
+        deadline = self._admit(body, timeout_s)
+        check_messages(body.messages, self.limits)
+        check_chat_logprobs(body, self.limits)
+        num_chars = sum(len(str(m.content)) for m in body.messages)
+        encode = self._chat_encoder(body, body.messages)
+        return await self._run(body, 1, num_chars, lambda: [Prompt(encode())], deadline)
+
+    async def complete(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
+        """Start continuing one or more prompts."""
+        deadline = self._admit(body, timeout_s)
+        check_completion_logprobs(body, self.limits)
+        inputs = prompt_inputs(body, self.model, self.limits)
+        num_chars = sum(len(item) for item in inputs if isinstance(item, str))
+
+        def encode() -> list[Prompt]:
+            return [
+                Prompt(self._encode_text(item, body), item)
+                if isinstance(item, str)
+                else Prompt(item)
+                for item in inputs
+            ]
+
+        return await self._run(body, len(inputs), num_chars, encode, deadline)
+
+    # ---- tokens
+
+    async def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """Ids of a prompt or a conversation."""
+        self._check_ignored(body)
+        self.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
+        if body.messages is not None:
+            check_messages(body.messages, self.limits)
+            return await asyncio.to_thread(self._chat_encoder(body, body.messages))
+        return await asyncio.to_thread(self._encode_text, body.prompt or "", body)
+
+    def detokenize(self, body: DetokenizeRequest) -> str:
+        """Text of ids."""
+        self._check_ignored(body)
+        self.check_model(body.model)
+        check_token_ids("tokens", body.tokens, self.model.vocab_size)
+        return self.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+
+    # ---- state
+
+    def readiness(self) -> Readiness:
+        """Whether requests are served, and how far the start is if not."""
+        return Readiness(*self._backend.ready())
+
+    @property
+    def num_open_sequences(self) -> int:
+        """Sequences that wait or run for this front end."""
+        return self._admission.num_open
+
+    def check_model(self, name: str | None) -> None:
+        """No name means the one model. Raises NotFound with the names there are."""
+        names = self.model.names
+        if name is None or name in names:
+            return
+        near = difflib.get_close_matches(name[:200], names, n=1)
+        hint = f" Did you mean {quote(near[0])}?" if near else ""
+        raise NotFound(
+            f"The model {quote(name)} does not exist. This server has"
+            f" {', '.join(map(quote, names))}.{hint}",
+            param="model",
+            code="model_not_found",
+        )
+
+    # ---- inside
+
+    def _admit(self, body: SamplingFields, timeout_s: float | None) -> float | None:
+        """The checks that cost nothing. Returns the moment of the deadline, if there is one."""
+        started = self._clock()
+        ready = self.readiness()
+        if not ready.ready:
+            raise Unavailable(
+                f"The model is not ready: {ready.stage}.", retry_after_s=_RETRY_LOADING_S
+            )
+        self._check_ignored(body)
+        self.check_model(body.model)
+        check_sampling(body, self.model.vocab_size, self.model.context_tokens, self.limits)
+        if timeout_s is not None:
+            check_number("timeout", timeout_s, 0, self.limits.max_timeout_s)
+        given = [limit for limit in (body.timeout, timeout_s) if limit is not None]
+        return started + min(given) if given else None
+
+    async def _run(
+        self,
+        body: SamplingFields,
+        num_prompts: int,
+        num_chars: int,
+        encode: Callable[[], list[Prompt]],
+        deadline: float | None,
+    ) -> Generation:
+        count = num_prompts * (body.n or 1)
+        if count > self.limits.max_sequences:
+            raise InvalidRequest(
+                f"{num_prompts} prompts with n = {body.n or 1} are {count} sequences, at most"
+                f" {self.limits.max_sequences} are allowed.",
+                param="n",
+            )
+        self._admission.enter(count)
+        try:
+            if num_chars < _THREAD_FROM_CHARS:
+                prompts = encode()
+            else:
+                prompts = await asyncio.to_thread(encode)
+            request = build_request(
+                body, prompts, self.model, deadline=deadline, ignored=ignored_fields(body)
+            )
+            if deadline is not None and self._clock() >= deadline:
+                raise DeadlineExceeded("The request's time limit passed before it was started.")
+        except BaseException:
+            self._admission.leave(count)
+            raise
+        generation = Generation(
+            request, self.tokenizer, self._backend, self._ledger, self._admission, self._clock
+        )
+        generation.start()
+        return generation
+
+    def _chat_encoder(
+        self, body: ChatCompletionRequest | TokenizeRequest, messages: Sequence[Message]
+    ) -> Callable[[], list[int]]:
+        switches = check_template_kwargs(body.chat_template_kwargs)
+        turns = template_messages(messages)
+
+        def encode() -> list[int]:
+            try:
+                return self.tokenizer.apply_chat_template(
+                    turns,
+                    max_chars=self._max_chars,
+                    max_s=self.limits.max_render_s,
+                    add_generation_prompt=body.add_generation_prompt,
+                    switches=switches,
+                )
+            except RenderLimit:
+                raise self._too_long("messages") from None
+
+        return encode
+
+    def _encode_text(self, text: str, body: CompletionRequest | TokenizeRequest) -> list[int]:
+        if len(text) > self._max_chars:
+            raise self._too_long("prompt")
+        return self.tokenizer.encode(
+            text,
+            add_special_tokens=body.add_special_tokens,
+            allow_special_tokens=body.allow_special_tokens,
+        )
+
+    @property
+    def _max_chars(self) -> int:
+        """A longer text cannot fit the context: known before spending time on its tokens."""
+        return self.tokenizer.max_chars(self.model.context_tokens)
+
+    def _too_long(self, param: str) -> InvalidRequest:
+        found = f"more than {self.model.context_tokens} tokens"
+        return context_error(self.model, param, found)
+
+    def _check_ignored(self, body: Schema) -> None:
+        unknown = ignored_fields(body)
+        if unknown and self._strict_params:
+            raise InvalidRequest(
+                f"Unrecognized request argument: {quote(unknown[0])}.",
+                param=unknown[0],
+                code="unknown_parameter",
+            )
