@@ -1,16 +1,23 @@
 """What an expert is, where it lives and how it computes; the lowest of the four packages.
 
+The model
     config.py      the architecture of a model, from config.json
     checkpoint.py  open a safetensors folder: tensors by name as views of the mapped files
     files.py       JSON and safetensors headers of files that nobody vouches for
     errors.py      CheckpointError
+    weights.py     where a checkpoint keeps the routed experts
+Computing
     linear.py      a weight (float32, bfloat16, block-quantised fp8) and its product
-    weights.py     checkpoint names to the tensors of an expert
+    layer.py       gated MLPs over the slots of a worker      kernels/  compiled loops
+    worker.py      the slots, and what answers a frame        turns.py  who waits, joins the next
+Who holds what
+    placement.py   which worker holds which expert: pure      eplb.py   the same for a fixed grid
+    roster.py      the directory's state                      load.py   rows an expert had lately
+    directory.py   tells everyone       directory_client.py   a worker's line to it
+    snapshots.py   the newest answer    messages.py           what travels
+Calling
+    client.py      send to all workers, then gather           health.py faults and times of each
     channel/       frames and what carries them: in process, unix socket, TCP
-    messages.py    control messages       directory.py  membership and epochs
-    placement.py   which worker holds which expert: pure
-    worker.py      computes the experts it holds       client.py  how others call it
-    kernels/       compiled loops, each beside its torch twin
 
 Glossary: *logical expert* = (layer, expert number); *physical expert* = a slot of a worker that
 holds its weights; *redundant* = beyond the first; *epoch* = version of the table of who holds what.

@@ -114,8 +114,9 @@ class Checkpoint:
         return Weight(data, self._scales(name + SCALE_SUFFIX) if scaled else None)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that every tensor of `shapes` is here with that shape, a dtype we compute with and,
-        when it is fp8, scales of the right shape. Reads no data; raises for the first problem."""
+        """Check that every tensor of `shapes` is here with that shape, in a dtype we compute with
+        and, when it is fp8, with scales of the right shape. Raises for the first problem; reads
+        no data."""
         for name, shape in shapes.items():
             info = self.info(name)
             if info.shape != tuple(shape):
@@ -130,9 +131,10 @@ class Checkpoint:
 
     def check_scales(self) -> None:
         """Read every block scale of an fp8 checkpoint: finite and positive (16 kB per 67 MB)."""
-        for name in self.names():
-            if name.endswith(SCALE_SUFFIX):
-                self._scales(name)
+        for name, info in self._tensors.items():
+            if info.dtype is torch.float8_e4m3fn:
+                self._check_weight(name)
+                self._scales(name + SCALE_SUFFIX)
 
     def _check_weight(self, name: str) -> None:
         info = self.info(name)

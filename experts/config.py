@@ -237,6 +237,8 @@ def _normalise(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[st
     fields = (FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}) | fields
     if "topk_method" not in fields:
         fields["topk_method"] = "noaux_tc" if fields.get("scoring_func") == "sigmoid" else "greedy"
+    if fields["topk_method"] == "gready":  # the default of DeepSeek's own configuration class
+        fields["topk_method"] = "greedy"
     if fields.get("q_lora_rank") == 0:  # DeepSeek's own files write 0 for "none"
         del fields["q_lora_rank"]
     fields["eos_token_ids"] = _eos_ids(generation.get("eos_token_id"), raw.get("eos_token_id"))

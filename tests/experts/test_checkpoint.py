@@ -183,8 +183,10 @@ def test_ragged_blocks_need_a_scale_each(copy: Path) -> None:
         tensors[UP_SCALE] = torch.ones(1, 3)
 
     edit_tensors(file_with(copy, UP_SCALE), widen)
-    with pytest.raises(CheckpointError, match=r"shape \(1, 2\) of .*, found \(1, 3\)"):
-        Checkpoint.open(copy).require({UP: (128, 256)})
+    checkpoint = Checkpoint.open(copy)
+    for read in (lambda: checkpoint.require({UP: (128, 256)}), checkpoint.check_scales):
+        with pytest.raises(CheckpointError, match=r"shape \(1, 2\) of .*, found \(1, 3\)"):
+            read()
 
 
 # --- require

@@ -93,6 +93,7 @@ def test_plain_rope(plain: dict[str, Any] | None) -> None:
         ("q_lora_rank", {"q_lora_rank": 0}, "q_lora_rank", None),
         ("q_lora_rank", {}, "q_lora_rank", None),
         ("topk_method", {}, "topk_method", "noaux_tc"),
+        ("topk_method", {"topk_method": "gready"}, "topk_method", "greedy"),
         ("scoring_func", {}, "scoring_func", "sigmoid"),
         ("norm_topk_prob", {"norm_topk_prob": None}, "norm_topk_prob", True),
         ("routed_scaling_factor", {}, "routed_scaling_factor", 2.5),
