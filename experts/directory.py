@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from experts.channel.channel import ChannelError, Connection, FrameError, Server
+from experts.channel.channel import ChannelClosed, ChannelError, Connection, FrameError, Server
 from experts.channel.frame import Frame, Status, reply_to
 from experts.messages import (
     Holding,
@@ -79,6 +79,8 @@ class _Member:
         while (frame := self._next()) is not None:
             try:
                 self.connection.send(frame, SEND_TIMEOUT_S)
+            except ChannelClosed:
+                return  # on_close removes the member
             except (ChannelError, FrameError) as error:
                 logger.warning("cannot tell %s: %s", self.worker_id, error)
                 self.connection.close()

@@ -1,6 +1,8 @@
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experts.messages import Register, Role
 from experts.placement import ExpertSpace
@@ -196,3 +198,32 @@ def test_experts_that_the_model_lacks_are_not_published(stranger: tuple[int, int
     roster.hold("a", [(1, 0), (1, 2), stranger])
     roster.settle(0.0)
     assert held_by(roster) == ["a", "b", "a", "b"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["come", "go", "load"]))))
+def test_any_history_keeps_coverage_where_slots_allow_and_counters_grow(
+    history: list[tuple[str, str]],
+) -> None:
+    roster = make(expected=2)
+    wish: dict[str, tuple] = {}  # of those who live
+    for name, event in history:
+        before = roster.snapshot
+        if event == "come":
+            roster.join(worker(name), 0.0)
+            wish[name] = ()
+        elif name in wish and event == "go":
+            roster.leave(name)
+            del wish[name]
+        elif name in wish:
+            roster.hold(name, wish[name])
+        wish.update({w: a.experts for w, a in roster.settle(0.0).items()})
+
+        after = roster.snapshot
+        assert after.version == before.version + (after != before)
+        assert after.epoch == before.epoch + (after.holders != before.holders)
+        assert all(len(experts) <= 2 for experts in wish.values())
+        if any(wish.values()) and len(wish) >= 2:
+            assert {key for experts in wish.values() for key in experts} >= {
+                (1, expert) for expert in range(4)
+            }
