@@ -6,10 +6,13 @@ go on. Answers are matched by request id and attempt; one that nobody waits for 
 """
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+import torch
 
 from experts.channel.channel import (
     ChannelError,
@@ -81,28 +84,22 @@ class Hop:
     detail: str = ""
     missing: list[int] = field(default_factory=list)  # NOT_HERE: the experts the worker lacks
     abandoned: bool = False
+    num_rows: int = field(init=False)
+    reply_shape: tuple[int, int] = field(init=False)  # one row a token, or one a pair
+    num_bytes: int = field(init=False)  # of the rows, there and back
+
+    def __post_init__(self) -> None:
+        rows, pairs = self.frame.rows, self.frame.expert_ids
+        if rows is None or pairs is None:
+            raise ValueError("a hop carries rows and pairs")
+        self.num_rows, width = rows.shape
+        num_reply_rows = len(pairs) if self.frame.flags & ONE_ROW_PER_PAIR else self.num_rows
+        self.reply_shape = (num_reply_rows, width)
+        self.num_bytes = (self.num_rows + num_reply_rows) * width * rows.itemsize
 
     @property
     def settled(self) -> bool:
         return self.reply is not None or self.fault is not None
-
-    @property
-    def num_rows(self) -> int:
-        return 0 if self.frame.rows is None else self.frame.rows.shape[0]
-
-    @property
-    def num_reply_rows(self) -> int:
-        """Rows that the answer must have: one a pair or one a token."""
-        pairs = self.frame.expert_ids
-        per_pair = self.frame.flags & ONE_ROW_PER_PAIR and pairs is not None
-        return pairs.shape[0] if per_pair and pairs is not None else self.num_rows
-
-    @property
-    def num_bytes(self) -> int:
-        """Rows there and back."""
-        rows = self.frame.rows
-        width_bytes = 0 if rows is None else rows.shape[1] * rows.itemsize
-        return (self.num_rows + self.num_reply_rows) * width_bytes
 
     def fail(self, fault: Fault, detail: str = "") -> None:
         self.fault, self.detail = fault, detail
@@ -371,8 +368,10 @@ def check_reply(hop: Hop, frame: Frame) -> Fault | None:
     if frame.status != Status.OK:
         return _FAULT_OF.get(frame.status, Fault.MALFORMED)
     rows, sent = frame.rows, hop.frame.rows
-    if rows is None or sent is None or rows.dtype != sent.dtype:
+    if rows is None or sent is None or rows.dtype != sent.dtype or rows.shape != hop.reply_shape:
         return Fault.MALFORMED
-    if rows.shape != (hop.num_reply_rows, sent.shape[1]):
-        return Fault.MALFORMED
+    if rows.dtype is torch.float32:  # a sum of squares is finite only if they are: 4x faster
+        flat = rows.numpy().reshape(-1)
+        if math.isfinite(flat.dot(flat)):
+            return None
     return None if rows_finite(rows) else Fault.NOT_FINITE

@@ -55,6 +55,7 @@ class _Part:
     attempt: int = -1
     due_s: float = 0.0
     rows: Tensor | None = None
+    error: RemoteRouterError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +104,7 @@ class RouterClient:
         self._request_ids = itertools.count(1)
         self._lines: dict[str, _Line] = {}
         self._current: _Line | None = None
+        self._seen_generation = 0
         self._last_error = "no router in the snapshot"
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Ticket:
@@ -138,6 +140,8 @@ class RouterClient:
 
     def _await(self, part: _Part, ticket: Ticket) -> Tensor:
         while part.rows is None:
+            if part.error is not None:
+                raise part.error
             now_s = self._clock()
             if now_s >= ticket.deadline_s:
                 raise RouterUnavailable(ticket.layer, now_s - ticket.begun_s, self._last_error)
@@ -153,7 +157,7 @@ class RouterClient:
         release_s = self._quarantine.next_release_s()
         if release_s is not None:
             left_s = min(left_s, release_s - self._clock())
-        self._board.wait_newer(self._board.generation, max(0.001, left_s))
+        self._board.wait_newer(self._seen_generation, max(0.001, left_s))
 
     def _receive(self, line: _Line, timeout_s: float) -> None:
         """Take one answer of a router."""
@@ -177,7 +181,7 @@ class RouterClient:
         elif frame.status in (Status.DRAINING, Status.OVERLOADED):
             self._leave(line, frame.text)
         elif frame.status != Status.OK:
-            raise RemoteRouterError(part.layer, frame.status.name, frame.text)
+            part.error = RemoteRouterError(part.layer, frame.status.name, frame.text)
         elif frame.rows is None or frame.rows.shape != part.x.shape:
             self._fail(line, f"{line.worker_id} answered rows of another shape")
         else:
@@ -211,7 +215,7 @@ class RouterClient:
         return False
 
     def _connect_any(self, deadline_s: float) -> _Line | None:
-        _, snapshot = self._board.current
+        self._seen_generation, snapshot = self._board.current
         routers = sorted(snapshot.workers_of("router"), key=self._preference)
         for router in routers:
             now_s = self._clock()

@@ -19,13 +19,16 @@ def sum_by_worker(
 
     Returns [T, d] float32 of `shape`; a row that no answer names is zero.
     """
-    total = torch.zeros(shape, dtype=torch.float32)
+    total: Tensor | None = None
     for row_index, rows in answers:
-        if row_index is None:
-            total += rows
-        else:
+        if row_index is not None:
+            total = torch.zeros(shape) if total is None else total
             total.index_add_(0, row_index, rows.float())
-    return total
+        elif total is None:
+            total = rows.to(torch.float32, copy=True)
+        else:
+            total += rows
+    return torch.zeros(shape) if total is None else total
 
 
 def sum_by_expert(

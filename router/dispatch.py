@@ -4,7 +4,7 @@ A token row travels at most once to each worker, with all its experts there, so 
 a token visits the fewer bytes move. Which replica computes a pair never changes the function.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,26 +17,19 @@ Float32s = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(NamedTuple):
     """P pairs of a micro-batch, by row; those of one row by expert id."""
 
     rows: Int64s  # [P] ascending
     experts: Int64s  # [P] logical expert ids
     weights: Float32s  # [P]
 
-    @property
-    def count(self) -> int:
-        """P."""
-        return len(self.rows)
-
     def take(self, index: Int64s) -> "Pairs":
         """The pairs at index [N], which must be ascending."""
         return Pairs(self.rows[index], self.experts[index], self.weights[index])
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """What one worker gets: R distinct rows and N pairs of them."""
 
     worker: int
@@ -47,8 +40,7 @@ class Share:
     weights: Float32s  # [N]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Shares by ascending worker index, and the pairs that no usable worker holds."""
 
     shares: list[Share]

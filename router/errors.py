@@ -69,7 +69,7 @@ class RouterUnavailable(RouterError):
 
 
 class RemoteRouterError(RouterError):
-    """A router answered that it could not; `status` is the name of the frame's, the text its own."""
+    """A router answered that it could not: the name of the frame's status, and its text."""
 
     def __init__(self, layer: int, status: str, text: str) -> None:
         super().__init__(layer, status, text)

@@ -27,7 +27,7 @@ from router.combine import sum_by_expert, sum_by_worker
 from router.config import RouterConfig
 from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
 from router.errors import ExpertsFailed, ExpertsUnavailable
-from router.gate import GateSpec, GateWeights, route
+from router.gate import GateSpec, GateWeights, choose
 from router.table import RoutingTable
 
 _BROKEN = frozenset({Fault.FAILED, Fault.NOT_FINITE})  # by the rows or by the weights
@@ -129,14 +129,13 @@ class Lane:
             )
         begun_s = self._health.clock()
         until_s = begun_s + (self._config.deadline_s if deadline_s is None else deadline_s)
-        routed = [(chunk, *route(chunk, gate, self._spec)) for chunk in self._chunks(x)]
+        routed = [(chunk, *choose(chunk, gate, self._spec)) for chunk in self._chunks(x)]
         pending = Pending((x.shape[0], x.shape[1]), [])
         for chunk, ids, weights in routed:
-            rows = self._flat_rows[: ids.numel()]
-            pairs = Pairs(rows, ids.view(-1).numpy(), weights.view(-1).numpy())
+            pairs = Pairs(self._flat_rows[: ids.size], ids.reshape(-1), weights.reshape(-1))
             exchange = Exchange(layer, chunk, pairs, begun_s, until_s, _NONE)
             pending.exchanges.append(exchange)
-            self._count(chunk.shape[0], pairs.count)
+            self._count(chunk.shape[0], ids.size)
             self._post(exchange, self._plan(exchange, pairs), None)
         return pending
 

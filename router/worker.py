@@ -52,7 +52,9 @@ class RouterWorker:
         self._width = next(iter(gates.values())).weight.shape[1]
         self._limits = limits
         self._name = name
-        self._new_lane = lambda: Lane(gates, spec, client_factory(), board, self.config, limits)
+        self._spec = spec
+        self._board = board
+        self._client_factory = client_factory
         self._own_lane = self._new_lane()
         self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
         self._lanes: list[Lane] = []
@@ -81,6 +83,10 @@ class RouterWorker:
         )
         spec = GateSpec.of(checkpoint.config)
         return cls(load_gates(checkpoint), spec, board, new_client, settings, limits, name)
+
+    def _new_lane(self) -> Lane:
+        client = self._client_factory()
+        return Lane(self._gates, self._spec, client, self._board, self.config, self._limits)
 
     # --- in the same process ---
 
