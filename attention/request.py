@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -42,7 +43,8 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens whose blocks were shared when it was first admitted."""
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
+    """int32, so that the runner copies them into block tables without a loop."""
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     counts: TokenCounts | None = None

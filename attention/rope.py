@@ -48,7 +48,7 @@ def _mscale(factor: float, k: float) -> float:
 
 def softmax_scale(config: ModelConfig) -> float:
     """Factor of the attention scores: (n+r)^-0.5, and with YaRN times m(mscale_all_dim)^2."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scale = 1.0 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
     scaling = config.rope_scaling
     if scaling is None or not scaling.mscale_all_dim:
         return scale

@@ -14,6 +14,7 @@ the cache is refused at `add`, each step moves the oldest request forward and ev
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is request:
                 return False
-        request.block_ids += self.pool.allocate(missing)
+        request.block_ids.extend(self.pool.allocate(missing))
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -149,7 +150,7 @@ class Scheduler:
         if missing + len(self.running) > self.pool.num_free_without(shared):
             return False
         self.pool.hold(shared)
-        request.block_ids = shared + self.pool.allocate(missing)
+        request.block_ids = array("i", shared + self.pool.allocate(missing))
         request.num_computed_tokens = len(shared) * self.pool.block_size
         request.num_published_blocks = len(shared)
         if not request.was_admitted:
@@ -190,5 +191,5 @@ class Scheduler:
     def _withdraw(self, request: Request) -> None:
         self.running.remove(request)
         self.pool.release(request.block_ids)
-        request.block_ids = []
+        request.block_ids = array("i")
         request.num_published_blocks = 0

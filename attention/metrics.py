@@ -1,0 +1,21 @@
+"""What an attention worker counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Grow from the worker's start; written by the engine thread, read by any. See `Stats`."""
+
+    steps: int = 0
+    step_errors: int = 0
+    requests_received: int = 0
+    requests_finished: int = 0
+    requests_aborted: int = 0
+    requests_failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    busy_s: float = 0.0

@@ -1,0 +1,147 @@
+"""The decoder over a flat batch of tokens of many sequences.
+
+T tokens of one step lie in one [T, d] array, whatever their sequences: first those that attend in the
+absorbed form (decodes, short chunks on long prefixes; all of them in deterministic mode), then whole prompt
+chunks in the naive form. Positions, cache slots and block tables say who belongs where.
+
+    h = embedding[ids]
+    for each layer:  h += attention(norm(h));  h += experts(norm(h)) + shared(norm(h))  (or h += mlp(norm(h)))
+    logits = lm_head(norm(h)), only for the rows that are asked for
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention.kernels.mla_decode import mla_decode
+from attention.layers import LATENT_NORM_EPS, add_rms_norm, rms_norm, rotate_query_and_cache_latent
+from attention.mla import MlaSizes, absorb_query, naive_attention, project_values
+from attention.rope import rope_table, softmax_scale
+from attention.weights import LayerWeights, ModelWeights, QueryWeights
+from experts.config import ModelConfig
+from experts.layer import swiglu
+from experts.linear import linear
+from router.client import MoeClient
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Tokens start..stop-1 of the batch: the newest of a context that lies in these cache slots."""
+
+    start: int
+    stop: int
+    slots: Tensor
+    """[context] int64, the chunk's own included."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step's tokens. Tokens 0..num_absorbed-1 attend absorbed, the rest by `chunks`."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int64: block * block_size + offset
+    num_absorbed: int
+    seq_ids: Tensor  # [num_absorbed] int32, row of block_tables
+    context_lens: Tensor  # [num_absorbed] int32, the token included
+    block_tables: Tensor  # [S, max_blocks] int32
+    chunks: tuple[Chunk, ...]
+
+
+class DecoderModel:
+    """Weights, cache and the forward pass. One thread at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        moe: MoeClient,
+        cache: Tensor,
+        max_model_len: int,
+        deterministic: bool = False,
+    ):
+        """cache [layers, num_blocks, block_size, c + r] float32, owned by the model from here on."""
+        self.config = config
+        self.deterministic = deterministic
+        self.sizes = MlaSizes.of(config)
+        self._weights = weights
+        self._moe = moe
+        self._caches = list(cache.unbind(0))
+        self._rope = rope_table(config, max_model_len)
+        self._scale = softmax_scale(config)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states after the last layer, [T, d] float32, before the final norm.
+
+        Writes the latents of all tokens to the cache. Raises what the MoE client raises; the cache
+        then holds rubbish in the slots of this batch and nowhere else.
+        """
+        eps = self.config.rms_norm_eps
+        hidden = self._weights.embedding[batch.token_ids].float()
+        delta: Tensor | None = None
+        for index, layer in enumerate(self._weights.layers):
+            if delta is None:
+                x = rms_norm(hidden, layer.input_norm, eps)
+            else:
+                x = add_rms_norm(hidden, delta, layer.input_norm, eps)
+            delta = self._attend(index, layer, x, batch)
+            x = add_rms_norm(hidden, delta, layer.post_attention_norm, eps)
+            delta = self._feed_forward(index, layer, x)
+        return hidden if delta is None else hidden.add_(delta)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, d] float32 -> [R, V] float32."""
+        x = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
+        return linear(x, self._weights.lm_head, deterministic=self.deterministic)
+
+    def _feed_forward(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
+        """The dense FFN, or routed plus shared experts; the shared ones run while the others fly."""
+        if not layer.is_moe:
+            return swiglu(x, layer.mlp, deterministic=self.deterministic)
+        ticket = self._moe.begin(index, x)
+        shared = swiglu(x, layer.mlp, deterministic=self.deterministic)
+        return shared.add_(self._moe.finish(ticket))
+
+    def _attend(self, index: int, layer: LayerWeights, x: Tensor, batch: Batch) -> Tensor:
+        weights, cache = layer.attention, self._caches[index]
+        q = self._queries(weights.query, x)
+        kv_a = linear(x, weights.kv_a, deterministic=self.deterministic)
+        flat = cache.view(-1, cache.shape[2])
+        rotate_query_and_cache_latent(
+            q, kv_a, weights.kv_a_norm, self._rope, batch.positions, batch.slots, flat
+        )
+        parts = []
+        if batch.num_absorbed:
+            parts.append(self._absorbed(layer, q[: batch.num_absorbed], cache, batch))
+        for chunk in batch.chunks:
+            latents = flat[chunk.slots]
+            queries = q[chunk.start : chunk.stop]
+            parts.append(naive_attention(queries, latents, weights, self.sizes, self._scale))
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return linear(values, weights.output, deterministic=self.deterministic)
+
+    def _queries(self, weights: QueryWeights, x: Tensor) -> Tensor:
+        """[T, H, n + r], not rotated."""
+        if weights.down is not None and weights.norm is not None:
+            low = linear(x, weights.down, deterministic=self.deterministic)
+            x = rms_norm(low, weights.norm, LATENT_NORM_EPS)
+        q = linear(x, weights.up, deterministic=self.deterministic)
+        return q.view(x.shape[0], self.sizes.num_heads, -1)
+
+    def _absorbed(self, layer: LayerWeights, q: Tensor, cache: Tensor, batch: Batch) -> Tensor:
+        """q [num_absorbed, H, n + r], rotated -> [num_absorbed, H * v]."""
+        u = mla_decode(
+            absorb_query(q, layer.attention.w_uk),
+            q[:, :, self.sizes.nope :],
+            cache,
+            batch.block_tables,
+            batch.seq_ids,
+            batch.context_lens,
+            self._scale,
+        )
+        return project_values(u, layer.attention.w_uv)

@@ -1,0 +1,152 @@
+"""A schedule becomes tensors, a forward pass and sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attention.messages import TokenLogprob
+from attention.model import Batch, Chunk, DecoderModel
+from attention.request import Request
+from attention.sampler import Sampled, SampleRow, sample, token_logprob
+from attention.scheduler import Schedule, ScheduledRequest
+
+LOGPROB_ROWS = 64
+"""Prompt rows whose logits exist at the same time: 33 MB for a vocabulary of 129,280."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """What a step computed for one item of its schedule."""
+
+    sampled: Sampled | None
+    """None while the prompt is not finished, and for max_tokens 0."""
+    prompt_logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    """(place in the prompt, logprob) of the tokens that follow the item's, if asked for."""
+
+
+def slots_of(request: Request, start: int, stop: int, block_size: int) -> NDArray[np.int64]:
+    """Cache rows of positions start..stop-1: block * block_size + offset."""
+    positions = np.arange(start, stop)
+    blocks = np.frombuffer(request.block_ids, np.int32)[positions // block_size]
+    return blocks.astype(np.int64) * block_size + positions % block_size
+
+
+def build_batch(
+    absorbed: Sequence[ScheduledRequest], naive: Sequence[ScheduledRequest], block_size: int
+) -> Batch:
+    """The tensors of a step: the tokens of the absorbed items, then those of the naive ones."""
+    items = [*absorbed, *naive]
+    token_ids: list[int] = []
+    positions, slots, chunks = [], [], []
+    for index, item in enumerate(items):
+        request, first = item.request, item.request.num_computed_tokens
+        stop, place = first + item.num_tokens, len(token_ids)
+        token_ids += request.token_ids[first:stop]
+        positions.append(np.arange(first, stop, dtype=np.int32))
+        if index < len(absorbed):
+            slots.append(slots_of(request, first, stop, block_size))
+        else:
+            context = slots_of(request, 0, stop, block_size)
+            slots.append(context[first:])
+            chunks.append(Chunk(place, len(token_ids), torch.from_numpy(context)))
+    all_positions = np.concatenate(positions)
+    num_absorbed = sum(item.num_tokens for item in absorbed)
+    seq_ids = np.repeat(
+        np.arange(len(absorbed), dtype=np.int32), [item.num_tokens for item in absorbed]
+    )
+    return Batch(
+        token_ids=torch.tensor(token_ids),
+        positions=torch.from_numpy(all_positions),
+        slots=torch.from_numpy(np.concatenate(slots)),
+        num_absorbed=num_absorbed,
+        seq_ids=torch.from_numpy(seq_ids),
+        context_lens=torch.from_numpy(all_positions[:num_absorbed] + np.int32(1)),
+        block_tables=torch.from_numpy(block_tables([item.request for item in absorbed])),
+        chunks=tuple(chunks),
+    )
+
+
+def block_tables(requests: Sequence[Request]) -> NDArray[np.int32]:
+    """[S, most blocks of any] int32, zeros behind a request's own blocks."""
+    width = max((len(request.block_ids) for request in requests), default=1)
+    tables = np.zeros((len(requests), width), np.int32)
+    for row, request in zip(tables, requests, strict=True):
+        row[: len(request.block_ids)] = np.frombuffer(request.block_ids, np.int32)
+    return tables
+
+
+class ModelRunner:
+    """Runs schedules on a model."""
+
+    def __init__(self, model: DecoderModel, block_size: int, eos_token_ids: frozenset[int]):
+        self._model = model
+        self._block_size = block_size
+        self._eos = eos_token_ids
+
+    def run(self, schedule: Schedule) -> list[ItemResult]:
+        """Compute a step; results in the order of the schedule's items."""
+        absorbed = [item for item in schedule.items if not self._is_naive(item)]
+        naive = [item for item in schedule.items if self._is_naive(item)]
+        batch = build_batch(absorbed, naive, self._block_size)
+        hidden = self._model.forward(batch)
+        first_rows, place = {}, 0
+        for item in (*absorbed, *naive):
+            first_rows[item.request.request_id] = place
+            place += item.num_tokens
+        sampled = self._sample(schedule.items, first_rows, hidden)
+        return [
+            ItemResult(
+                sampled.get(item.request.request_id),
+                self._prompt_logprobs(item, first_rows[item.request.request_id], hidden),
+            )
+            for item in schedule.items
+        ]
+
+    def _is_naive(self, item: ScheduledRequest) -> bool:
+        if item.num_tokens == 1 or self._model.deterministic:
+            return False
+        context_len = item.request.num_computed_tokens + item.num_tokens
+        return self._model.sizes.prefers_naive(item.num_tokens, context_len)
+
+    def _sample(
+        self, items: Sequence[ScheduledRequest], first_rows: dict[str, int], hidden: Tensor
+    ) -> dict[str, Sampled]:
+        sampling = [i for i in items if i.samples and i.request.submit.params.max_tokens != 0]
+        if not sampling:
+            return {}
+        rows = [first_rows[item.request.request_id] + item.num_tokens - 1 for item in sampling]
+        last = hidden if len(rows) == hidden.shape[0] else hidden[rows]
+        logits = self._model.logits(last).numpy()
+        choices = sample(logits, [self._sample_row(item.request) for item in sampling])
+        return {i.request.request_id: c for i, c in zip(sampling, choices, strict=True)}
+
+    def _sample_row(self, request: Request) -> SampleRow:
+        params, end_ids = request.submit.params, ()
+        if request.num_output_tokens < params.min_tokens:
+            end_ids = params.stop_token_ids
+            if not params.ignore_eos:
+                end_ids = (*end_ids, *self._eos)
+        return SampleRow(params, request.num_output_tokens, request.counts, end_ids)
+
+    def _prompt_logprobs(
+        self, item: ScheduledRequest, first_row: int, hidden: Tensor
+    ) -> tuple[tuple[int, TokenLogprob], ...]:
+        """Logprobs of the prompt tokens that follow the item's tokens."""
+        request, num_top = item.request, item.request.submit.params.prompt_logprobs
+        if num_top is None or not request.wants_prompt_logprobs:
+            return ()
+        found = []
+        start = request.num_computed_tokens
+        stop = min(start + item.num_tokens, request.num_prompt_tokens - 1)
+        for begin in range(start, stop, LOGPROB_ROWS):
+            end = min(begin + LOGPROB_ROWS, stop)
+            rows = hidden[first_row + begin - start : first_row + end - start]
+            for place, logits in enumerate(self._model.logits(rows).numpy(), begin + 1):
+                found.append((place, token_logprob(logits, request.token_ids[place], num_top)))
+        return tuple(found)
