@@ -132,7 +132,7 @@ class ClientFlow(Credits):
         if kind in BATCH_KINDS:
             self.give()
 
-    def on_header(self, kind: int) -> None:
+    def on_header(self, kind: Kind) -> None:
         if kind in BATCH_KINDS:
             raise FrameError("direction", kind, "a kind that a server sends")
 
@@ -155,7 +155,7 @@ class ServerFlow(Credits):
         if kind in RESULT_KINDS:
             self.try_take()
 
-    def on_header(self, kind: int) -> None:
+    def on_header(self, kind: Kind) -> None:
         if kind in RESULT_KINDS:
             raise FrameError("direction", kind, "a kind that a client sends")
         if kind in BATCH_KINDS and not self.try_take():

@@ -2,14 +2,10 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-U16 = 2**16 - 1
-U32 = 2**32 - 1
-U64 = 2**64 - 1
 MAX_DEADLINE_US = 24 * 3600 * 1_000_000
 ONE_ROW_PER_PAIR = 1  # flag: the result has one row a pair, not one summed row a token
 MAX_ERROR_CHARS = 300
@@ -37,8 +33,8 @@ class Status(IntEnum):
     FAILED = 5
 
 
-BATCH_KINDS = frozenset({Kind.EXPERT_BATCH, Kind.ROUTE_BATCH})
-RESULT_KINDS = frozenset({Kind.EXPERT_RESULT, Kind.ROUTE_RESULT})
+BATCH_KINDS = (Kind.EXPERT_BATCH, Kind.ROUTE_BATCH)
+RESULT_KINDS = (Kind.EXPERT_RESULT, Kind.ROUTE_RESULT)
 RESULT_OF = {
     Kind.CONTROL: Kind.CONTROL,
     Kind.EXPERT_BATCH: Kind.EXPERT_RESULT,
@@ -78,18 +74,6 @@ class FrameLimits:
             min(self.max_width, other.max_width),
             min(self.max_pairs, other.max_pairs),
             min(self.max_body_bytes, other.max_body_bytes),
-        )
-
-    @cached_property
-    def header_bounds(self) -> tuple[int, ...]:
-        """The largest allowed value of each field of `codec.Header`, in its order."""
-        return (
-            *(max(Kind), max(Status), ONE_ROW_PER_PAIR),
-            *(U16, len(ROW_DTYPES), U32),  # layer, dtype, attempt
-            *(U64, U64, MAX_DEADLINE_US),  # request_id, epoch, deadline_us
-            *(self.max_rows, self.max_pairs, self.max_width),
-            *(self.max_body_bytes, min(self.max_payload_bytes, U32)),
-            *(U32, U32, U32),  # queue_us, compute_us, payload_crc
         )
 
 

@@ -19,13 +19,14 @@ from dataclasses import astuple, dataclass
 
 from experts.channel.codec import MAGIC, VERSION
 from experts.channel.connection import ChannelClosed, ChannelRefused, ChannelTimeout
-from experts.channel.frame import U32, FrameLimits
+from experts.channel.frame import FrameLimits
 
 HANDSHAKE_TIMEOUT_S = 2.0
 _CHALLENGE_BYTES = 32
 _PROOF_BYTES = 32
 _HELLO = struct.Struct("<4sB3x32s")
 _TERMS = struct.Struct("<6I")  # the five limits, credits
+_U32 = 2**32 - 1
 _REPLY_BYTES = _HELLO.size + _TERMS.size + _PROOF_BYTES
 
 
@@ -37,7 +38,7 @@ class Terms:
     credits: int
 
     def pack(self) -> bytes:
-        return _TERMS.pack(*(min(value, U32) for value in astuple(self.limits)), self.credits)
+        return _TERMS.pack(*(min(value, _U32) for value in astuple(self.limits)), self.credits)
 
 
 def _unpack_terms(data: bytes) -> Terms:

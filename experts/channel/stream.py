@@ -137,7 +137,7 @@ class StreamConnection:
         if self._header is None:
             self._fill(self._header_bytes, deadline_s)
             header = decode_header(self._header_bytes, self._limits)
-            self._flow.on_header(header.kind)
+            self._flow.on_header(header.frame.kind)
             self._header, self._got = header, 0
             self._payload = np.empty(header.payload_len, np.uint8)
         self._fill(self._payload, deadline_s)
