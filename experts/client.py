@@ -58,13 +58,13 @@ class Fault(Enum):
 
 
 _FAULT_OF = {
-    Status.NOT_HERE: Fault.NOT_HERE,
     Status.OVERLOADED: Fault.OVERLOADED,
     Status.DRAINING: Fault.DRAINING,
     Status.DEADLINE: Fault.DEADLINE,
     Status.FAILED: Fault.FAILED,
 }
-_PUNISHED = frozenset({Fault.MALFORMED, Fault.OVERLOADED, Fault.DRAINING})
+_PUNISHED = frozenset({Fault.MALFORMED, Fault.OVERLOADED, Fault.DRAINING, Fault.DEADLINE})
+"""Faults that the answer itself shows, and that sending again at once would only repeat."""
 
 
 @dataclass(slots=True, eq=False)
@@ -294,6 +294,7 @@ class ExpertClient:
     def _unsend(self, line: _Line, hop: Hop, fault: Fault, detail: str) -> None:
         self._retire(line, hop)
         self._fail(hop, fault, detail)
+        self._punish(line, fault)
 
     def _retire(self, line: _Line, hop: Hop) -> None:
         """The hop is no longer in flight."""
@@ -349,10 +350,11 @@ class ExpertClient:
             self.health.quarantine.absolve(line.worker_id)
             return
         self._fail(hop, fault, frame.text)
-        if fault is Fault.NOT_HERE and frame.expert_ids is not None:
-            hop.missing = frame.expert_ids.tolist()
         if fault is Fault.MALFORMED:
             self._drop(line, Fault.LOST, "protocol broken")
+        self._punish(line, fault)
+
+    def _punish(self, line: _Line, fault: Fault) -> None:
         if fault in _PUNISHED:
             self.health.quarantine.punish(line.worker_id, self._now())
 
@@ -362,9 +364,12 @@ class ExpertClient:
 
 
 def check_reply(hop: Hop, frame: Frame) -> Fault | None:
-    """What is wrong with an answer to this hop, None when its rows can be added."""
+    """What is wrong with an answer to this hop, None when its rows can be added. Sets missing."""
     if frame.kind != Kind.EXPERT_RESULT or frame.layer != hop.frame.layer:
         return Fault.MALFORMED
+    if frame.status == Status.NOT_HERE:
+        hop.missing = _missing(hop, frame)
+        return Fault.NOT_HERE if hop.missing else Fault.MALFORMED
     if frame.status != Status.OK:
         return _FAULT_OF.get(frame.status, Fault.MALFORMED)
     rows, sent = frame.rows, hop.frame.rows
@@ -375,3 +380,11 @@ def check_reply(hop: Hop, frame: Frame) -> Fault | None:
         if math.isfinite(flat.dot(flat)):
             return None
     return None if rows_finite(rows) else Fault.NOT_FINITE
+
+
+def _missing(hop: Hop, frame: Frame) -> list[int]:
+    """The experts of this hop that the worker says it lacks."""
+    asked, named = hop.frame.expert_ids, frame.expert_ids
+    if asked is None or named is None:
+        return []
+    return sorted(set(asked.tolist()) & set(named.tolist()))

@@ -260,9 +260,7 @@ class Lane:
     def _note_fault(self, exchange: Exchange, hop: Hop) -> None:
         if hop.fault in _BROKEN:
             exchange.suspects[hop.worker_id] = f"{hop.fault.value}: {hop.detail}"
-        for expert in hop.missing:
-            if 0 <= expert < self._spec.num_experts:
-                exchange.denied.add((hop.worker_id, expert))
+        exchange.denied.update((hop.worker_id, expert) for expert in hop.missing)
 
     def _hedge(self, exchange: Exchange, item: _Open) -> None:
         """Move a slow hop to other holders if they have all of it, else go on waiting for it."""
