@@ -49,8 +49,8 @@ def rotate_query_and_cache_latent(
     """Turn the rope part of every query in place, and write each token's latent into the cache.
 
     q [T, H, n + r] float32; kv_a [T, c + r] float32; kv_a_norm [c]; rope [num_positions, r] (see
-    `rope_table`); positions [T] int32; slots [T] int64, row of `cache` of each token, all different;
-    cache [num_slots, c + r] float32: the normed latent, then the turned key.
+    `rope_table`); positions [T] int32; slots [T] int64, row of `cache` of each token, all
+    different; cache [num_slots, c + r] float32: the normed latent, then the turned key.
     """
     rotate_and_store(
         q.numpy(),

@@ -142,6 +142,7 @@ class Stats(Message):
     prompt_tokens: int = 0
     """Tokens prefilled: without prefix-cache hits, with recomputation after a preemption."""
     cached_tokens: int = 0
+    """Tokens not prefilled, as their blocks were shared."""
     generated_tokens: int = 0
     busy_s: float = 0.0
     """Seconds spent in steps."""
@@ -161,4 +162,4 @@ def parse_message(body: bytes) -> Submit | Abort | StatsRequest | StepOutputs | 
 
 def encode_message(message: Message) -> bytes:
     """The JSON body of a CONTROL frame."""
-    return message.__pydantic_serializer__.to_json(message, exclude_defaults=False)
+    return message.model_dump_json(exclude_none=True).encode()

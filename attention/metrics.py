@@ -16,6 +16,5 @@ class EngineCounters:
     requests_aborted: int = 0
     requests_failed: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0
     generated_tokens: int = 0
     busy_s: float = 0.0

@@ -1,12 +1,12 @@
 """Multi-head latent attention in its two forms, over tensors only. Pure: no cache bookkeeping.
 
-The cache keeps z (c wide, normed) and k (r wide, rotated, shared by the heads) of a token; kv_b's rows of a head
-are W_UK (n) and W_UV (v).
-Naive: K_h = [W_UK z ; k], V_h = W_UV z; score = (q_nope . W_UK z + q_pe . k) * scale; out = sum p V_h.
-Absorbed: q' = W_UK^T q_nope; score = (q' . z + q_pe . k) * scale; u = sum p z; out = W_UV u.
-The same algebra: naive expands every cached token once (2H(n+v)c flops) and then pays 2H(n+r+v) for each pair of
-query and cached token, absorbed pays 2H(2c+r) a pair and expands nothing.
-Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
+The cache keeps z (c wide, normed) and k (r wide, rotated, shared by the heads) of a token; kv_b's
+rows of a head are W_UK (n) and W_UV (v). Naive: K_h = [W_UK z ; k], V_h = W_UV z; score = (q_nope .
+W_UK z + q_pe . k) * scale; out = sum p V_h. Absorbed: q' = W_UK^T q_nope; score = (q' . z + q_pe .
+k) * scale; u = sum p z; out = W_UV u. The same algebra: naive expands every cached token once
+(2H(n+v)c flops) and then pays 2H(n+r+v) for each pair of query and cached token, absorbed pays
+2H(2c+r) a pair and expands nothing. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and
+appendix C.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class MlaSizes:
     def prefers_naive(self, num_new: int, context_len: int) -> bool:
         """Whether expanding the cached tokens pays for a chunk of num_new queries.
 
-        Per head: num_new queries see (2 context - num_new + 1)/2 cached tokens each, on average. For
-        V3 alone on a long prefix it pays from 171 new tokens, for a fresh prompt much earlier.
+        Per head: num_new queries see (2 context - num_new + 1)/2 cached tokens each, on average.
+        For V3 alone on a long prefix it pays from 171 new tokens, for a fresh prompt much earlier.
         """
         pairs = num_new * (2 * context_len - num_new + 1) / 2
         absorbed = pairs * (2 * self.latent + self.rope)
@@ -61,12 +61,13 @@ def naive_attention(
 ) -> Tensor:
     """A chunk of one sequence against its whole context, causal, keys and values expanded.
 
-    q [Q, H, n + r] float32, rotated: the last Q positions of the context. latents [S, c + r] float32.
-    Returns [Q, H * v] float32.
+    q [Q, H, n + r] float32, rotated: the last Q positions of the context. latents [S, c + r]
+    float32. Returns [Q, H * v] float32.
     """
     context_len, heads = latents.shape[0], sizes.num_heads
     expanded = linear(latents[:, : sizes.latent].contiguous(), weights.kv_b)
-    k_nope, values = expanded.view(context_len, heads, -1).split([sizes.nope, sizes.value], dim=2)
+    per_head = expanded.view(context_len, heads, -1)
+    k_nope, values = per_head[:, :, : sizes.nope], per_head[:, :, sizes.nope :]
     k_pe = latents[:, None, sizes.latent :].expand(-1, heads, -1)
     keys = torch.cat([k_nope, k_pe], dim=2)
     out = _causal(q.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1), scale)
@@ -74,10 +75,12 @@ def naive_attention(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [H, Q, w], k [H, S, w], v [H, S, v]: query i sees keys up to S - Q + i. Returns [H, Q, v]."""
+    """q [H, Q, w], k [H, S, w], v [H, S, v] -> [H, Q, v]; query i sees keys up to S - Q + i."""
     num_new, context_len = q.shape[1], k.shape[1]
     if num_new == context_len:
-        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
+        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[
+            0
+        ]
     last_seen = torch.arange(context_len - num_new, context_len)
     seen = torch.arange(context_len)[None] <= last_seen[:, None]
     return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0]

@@ -1,12 +1,13 @@
 """The decoder over a flat batch of tokens of many sequences.
 
-T tokens of one step lie in one [T, d] array, whatever their sequences: first those that attend in the
-absorbed form (decodes, short chunks on long prefixes; all of them in deterministic mode), then whole prompt
-chunks in the naive form. Positions, cache slots and block tables say who belongs where.
+T tokens of one step lie in one [T, d] array, whatever their sequences: first those that attend in
+the absorbed form (decodes, short chunks on long prefixes; all of them in deterministic mode), then
+whole prompt chunks in the naive form. Positions, cache slots and block tables say who belongs
+where.
 
-    h = embedding[ids]
-    for each layer:  h += attention(norm(h));  h += experts(norm(h)) + shared(norm(h))  (or h += mlp(norm(h)))
-    logits = lm_head(norm(h)), only for the rows that are asked for
+    h = embedding[ids] for each layer:  h += attention(norm(h));  h += experts(norm(h)) +
+    shared(norm(h))  (or h += mlp(norm(h))) logits = lm_head(norm(h)), only for the rows that are
+    asked for
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class DecoderModel:
         max_model_len: int,
         deterministic: bool = False,
     ):
-        """cache [layers, num_blocks, block_size, c + r] float32, owned by the model from here on."""
+        """cache [layers, num_blocks, block_size, c + r] float32; the model owns it from now on."""
         self.config = config
         self.deterministic = deterministic
         self.sizes = MlaSizes.of(config)
@@ -100,7 +101,7 @@ class DecoderModel:
         return linear(x, self._weights.lm_head, deterministic=self.deterministic)
 
     def _feed_forward(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
-        """The dense FFN, or routed plus shared experts; the shared ones run while the others fly."""
+        """The dense FFN, or routed plus shared experts; the shared run while the others fly."""
         if not layer.is_moe:
             return swiglu(x, layer.mlp, deterministic=self.deterministic)
         ticket = self._moe.begin(index, x)

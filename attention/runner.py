@@ -127,7 +127,8 @@ class ModelRunner:
         return {i.request.request_id: c for i, c in zip(sampling, choices, strict=True)}
 
     def _sample_row(self, request: Request) -> SampleRow:
-        params, end_ids = request.submit.params, ()
+        params = request.submit.params
+        end_ids: tuple[int, ...] = ()
         if request.num_output_tokens < params.min_tokens:
             end_ids = params.stop_token_ids
             if not params.ignore_eos:

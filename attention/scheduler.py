@@ -59,6 +59,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -153,6 +154,7 @@ class Scheduler:
         request.block_ids = array("i", shared + self.pool.allocate(missing))
         request.num_computed_tokens = len(shared) * self.pool.block_size
         request.num_published_blocks = len(shared)
+        self.num_cached_tokens += request.num_computed_tokens
         if not request.was_admitted:
             request.was_admitted = True
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)

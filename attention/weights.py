@@ -110,7 +110,7 @@ def _mlp_place(config: ModelConfig, layer: int) -> tuple[int, str]:
 
 
 def load_weights(checkpoint: Checkpoint) -> ModelWeights:
-    """Views of all weights of this tier; raises CheckpointError for what is missing or misshapen."""
+    """Views of all weights of this tier. Raises CheckpointError."""
     config = checkpoint.config
     checkpoint.require(attention_tensor_shapes(config))
     return ModelWeights(
@@ -129,7 +129,8 @@ def _load_layer(checkpoint: Checkpoint, layer: int) -> LayerWeights:
     place = f"model.layers.{layer}"
     _, mlp_name = _mlp_place(checkpoint.config, layer)
     mlp = [
-        checkpoint.weight(f"{place}.{mlp_name}.{part}_proj.weight") for part in ("gate", "up", "down")
+        checkpoint.weight(f"{place}.{mlp_name}.{part}_proj.weight")
+        for part in ("gate", "up", "down")
     ]
     return LayerWeights(
         input_norm=_norm(checkpoint, f"{place}.input_layernorm"),

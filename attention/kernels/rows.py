@@ -1,8 +1,8 @@
 """RMS norm of rows, with the residual addition in front of it, and the rotary step of MLA.
 
-As torch operations each of these is 4-8 calls of 2-5 us; a decode step has some fifty of them. The rows
-are short and stay in the cache, so one thread is enough. A row's bits do not depend on the other rows.
-Plain-torch twins: attention/layers.py.
+As torch operations each of these is 4-8 calls of 2-5 us; a decode step has some fifty of them. The
+rows are short and stay in the cache, so one thread is enough. A row's bits do not depend on the
+other rows. Plain-torch twins: attention/layers.py.
 """
 
 from typing import Any
@@ -45,9 +45,9 @@ def rotate_and_store(
 ) -> None:
     """Turn the queries in place; norm each latent, turn its key and put both in the cache.
 
-    q [T, H, n + r] float32: the last r of a head are turned. kv_a [T, c + r] float32; norm [c] float32;
-    table [P, r] float32 (cos, then sin); positions [T] int32 < P; slots [T] int64;
-    cache [num_slots, c + r] float32, row slots[t] is written.
+    q [T, H, n + r] float32: the last r of a head are turned. kv_a [T, c + r] float32; norm [c]
+    float32; table [P, r] float32 (cos, then sin); positions [T] int32 < P; slots [T] int64; cache
+    [num_slots, c + r] float32, row slots[t] is written.
     """
     latent, half = norm.shape[0], table.shape[1] // 2
     nope = q.shape[2] - 2 * half

@@ -103,7 +103,11 @@ def test_the_youngest_is_preempted_waits_first_and_is_computed_again() -> None:
     assert core.num_preemptions == 1
     assert [r.request_id for r in core.waiting] == ["young", "next"]
     young = core.waiting[0]
-    assert (young.num_computed_tokens, young.remaining_tokens, young.block_ids) == (0, 5, array("i"))
+    assert (young.num_computed_tokens, young.remaining_tokens, young.block_ids) == (
+        0,
+        5,
+        array("i"),
+    )
     for _ in range(6):
         assert step(core) == {"old": 1}
     assert step(core) == {"young": 5, "next": 1}

@@ -1,0 +1,225 @@
+"""The step loop: schedule, run, update. One thread owns an engine; a clock is passed in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from attention.messages import FinishReason, Stats, Submit, TokenOutput
+from attention.metrics import EngineCounters
+from attention.request import Finish, Request
+from attention.runner import ItemResult
+from attention.sampler import NOT_FINITE
+from attention.scheduler import RequestRefused, Schedule, ScheduledRequest, Scheduler
+from router.errors import RouterError
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What the engine needs of a model."""
+
+    def run(self, schedule: Schedule) -> Sequence[ItemResult]:
+        """Compute a step: one result an item, in order. May raise; the step then never was."""
+
+
+class Engine:
+    """Requests go in by `add`, their tokens come out of `step`; each ends with a finish_reason."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._runner = runner
+        self._scheduler = scheduler
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._early: list[TokenOutput] = []  # of requests that ended outside a step
+        self._num_deadlines = 0
+        self.counters = EngineCounters()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._early) or self._scheduler.has_work
+
+    def add(self, submit: Submit) -> None:
+        """Take a request in; one that cannot run ends with an error in the next step's outputs."""
+        self.counters.requests_received += 1
+        deadline_s = None if submit.deadline_s is None else self._clock() + submit.deadline_s
+        request = Request.create(submit, self._scheduler.max_model_len, deadline_s)
+        try:
+            self._check(submit)
+            if (finish := self._replayed_to_its_end(request)) is not None:
+                self._early.append(self._ended(request, *finish))
+                return
+            self._scheduler.add(request)
+        except RequestRefused as error:
+            self.counters.requests_failed += 1
+            self._early.append(_output(request, finish_reason="error", error=str(error)))
+            return
+        self._requests[submit.request_id] = request
+        self._num_deadlines += deadline_s is not None
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last output says "abort". An unknown id is ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._leave(request)
+            self.counters.requests_aborted += 1
+            self._early.append(_output(request, finish_reason="abort"))
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one batch; every output of the step, also of requests that ended before it."""
+        start_s = self._clock()
+        self._expire(start_s)
+        outputs, self._early = self._early, []
+        schedule = self._scheduler.schedule()
+        if schedule.items:
+            outputs += self._run(schedule)
+            self.counters.steps += 1
+        self.counters.busy_s += self._clock() - start_s
+        return outputs
+
+    def _run(self, schedule: Schedule) -> list[TokenOutput]:
+        try:
+            results = self._runner.run(schedule)
+        except Exception as error:  # of the experts or of ours: it must not end the other requests
+            return self._fail_step(schedule, error)
+        return [
+            output
+            for item, result in zip(schedule.items, results, strict=True)
+            if (output := self._update(item, result)) is not None
+        ]
+
+    def _update(self, item: ScheduledRequest, result: ItemResult) -> TokenOutput | None:
+        """Book an item's result; its output, if there is anything to tell."""
+        request, samples = item.request, item.samples
+        if item.num_tokens > 1 or request.num_computed_tokens < request.num_prompt_tokens:
+            self.counters.prompt_tokens += item.num_tokens
+        self._scheduler.advance(item)
+        for place, logprob in result.prompt_logprobs:
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs[place] = logprob
+        if not samples:
+            return None
+        if result.sampled is None:  # max_tokens 0: the prompt was all
+            return self._ended(request, "length", None, result)
+        if result.sampled.token_id == NOT_FINITE:
+            return self._failed(request, "the model's logits are not finite")
+        request.append(result.sampled.token_id)
+        self.counters.generated_tokens += 1
+        finish = request.finish_reason(self._eos_token_ids)
+        if finish is None:
+            return _output(request, result)
+        return self._ended(request, *finish, result)
+
+    def _ended(
+        self,
+        request: Request,
+        reason: FinishReason,
+        stop_id: int | None,
+        result: ItemResult | None = None,
+    ) -> TokenOutput:
+        self._leave(request)
+        self.counters.requests_finished += 1
+        return _output(request, result, finish_reason=reason, stop_reason=stop_id)
+
+    def _failed(self, request: Request, text: str) -> TokenOutput:
+        self._leave(request)
+        self.counters.requests_failed += 1
+        return _output(request, finish_reason="error", error=text)
+
+    def _fail_step(self, schedule: Schedule, error: Exception) -> list[TokenOutput]:
+        """End the requests of a step that failed; the others never notice."""
+        self.counters.step_errors += 1
+        logger.exception("a step of %d requests failed", len(schedule.items))
+        text = str(error) if isinstance(error, RouterError) else "the model failed"
+        return [self._failed(item.request, text) for item in schedule.items]
+
+    def _expire(self, now_s: float) -> None:
+        if not self._num_deadlines:
+            return
+        for request in list(self._requests.values()):
+            if request.deadline_s is not None and request.deadline_s <= now_s:
+                self._early.append(self._failed(request, "the request's deadline has passed"))
+
+    def _leave(self, request: Request) -> None:
+        self._scheduler.finish(request)
+        if self._requests.pop(request.request_id, None) is not None:
+            self._num_deadlines -= request.deadline_s is not None
+
+    def _check(self, submit: Submit) -> None:
+        """Raises RequestRefused for what the sampler or the embedding would stumble over."""
+        if submit.request_id in self._requests:
+            raise RequestRefused(f"request id {submit.request_id} is in use")
+        params = submit.params
+        if params.allowed_token_ids is not None and not params.allowed_token_ids:
+            raise RequestRefused("allowed_token_ids is empty")
+        for name, ids in (
+            ("prompt_ids", submit.prompt_ids),
+            ("emitted_ids", submit.emitted_ids),
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if ids and max(ids) >= self._vocab_size:
+                raise RequestRefused(
+                    f"{name}: {max(ids)} is not below the vocabulary size {self._vocab_size}"
+                )
+
+    def _replayed_to_its_end(self, request: Request) -> Finish | None:
+        """Why a replayed request is over already: its last worker died before it could say so."""
+        if not request.num_output_tokens:
+            return None
+        return request.finish_reason(self._eos_token_ids)
+
+    def stats(self) -> Stats:
+        """Load and counters at this moment. Only reads single values: any thread may call."""
+        scheduler, pool, counters = self._scheduler, self._scheduler.pool, self.counters
+        waiting = list(scheduler.waiting)
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=len(waiting),
+            num_waiting_tokens=sum(request.num_tokens for request in waiting),
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_free=pool.num_free,
+            kv_blocks_cached=pool.num_cached,
+            block_size=pool.block_size,
+            max_model_len=scheduler.max_model_len,
+            num_preemptions=scheduler.num_preemptions,
+            cached_tokens=scheduler.num_cached_tokens,
+            **{name: getattr(counters, name) for name in counters.__slots__},
+        )
+
+
+def _output(
+    request: Request,
+    result: ItemResult | None = None,
+    finish_reason: FinishReason | None = None,
+    stop_reason: int | None = None,
+    error: str | None = None,
+) -> TokenOutput:
+    """A message with what `result` brought, the first time with the logprobs of the prompt."""
+    sampled = result.sampled if result is not None else None
+    prompt_logprobs = None
+    if result is not None and request.wants_prompt_logprobs:
+        prompt_logprobs, request.prompt_logprobs_sent = request.prompt_logprobs, True
+    return TokenOutput(
+        request_id=request.request_id,
+        token_ids=[] if sampled is None else [sampled.token_id],
+        logprobs=None if sampled is None or sampled.logprob is None else [sampled.logprob],
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+        error=error,
+        prompt_logprobs=prompt_logprobs,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+    )

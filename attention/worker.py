@@ -1,0 +1,253 @@
+"""An attention worker: an engine in a thread of its own behind a channel."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from attention.config import AttentionConfig
+from attention.engine import Engine
+from attention.kv_cache import BlockPool
+from attention.messages import (
+    Abort,
+    Message,
+    StatsRequest,
+    StepOutputs,
+    Submit,
+    TokenOutput,
+    encode_message,
+    parse_message,
+)
+from attention.model import DecoderModel
+from attention.runner import ModelRunner
+from attention.scheduler import Scheduler
+from attention.weights import load_weights
+from experts.channel.channel import ChannelError, Connection, FrameError, Server
+from experts.channel.frame import Frame, Kind, Status, reply_to
+from experts.checkpoint import Checkpoint
+from experts.config import ModelConfig
+from router.client import MoeClient
+
+logger = logging.getLogger(__name__)
+
+SEND_TIMEOUT_S = 5.0
+"""An ingress that does not read for so long is cut off, as the others wait for it meanwhile."""
+CACHE_DTYPE = torch.float32
+
+
+def count_blocks(config: AttentionConfig, model: ModelConfig) -> int:
+    """Blocks of the cache; raises ValueError if its memory holds not even one."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    block_bytes = config.block_size * model.kv_cache_bytes_per_token(CACHE_DTYPE)
+    if config.kv_cache_bytes < block_bytes:
+        raise ValueError(
+            f"kv_cache_bytes {config.kv_cache_bytes} holds no block, raise it to {block_bytes}"
+        )
+    return config.kv_cache_bytes // block_bytes
+
+
+def context_length(config: AttentionConfig, model: ModelConfig, num_blocks: int) -> int:
+    """Longest prompt and answer: what was asked for, else what model and cache allow."""
+    room = min(model.max_position_embeddings, num_blocks * config.block_size)
+    if config.max_model_len is None:
+        return room
+    if config.max_model_len > room:
+        raise ValueError(
+            f"max_model_len {config.max_model_len} exceeds {room}: the model allows "
+            f"{model.max_position_embeddings} tokens and the cache holds "
+            f"{num_blocks * config.block_size}"
+        )
+    return config.max_model_len
+
+
+def build_engine(checkpoint: Checkpoint, moe: MoeClient, config: AttentionConfig) -> Engine:
+    """Weights, cache, model, scheduler and engine of one worker."""
+    model = checkpoint.config
+    num_blocks = count_blocks(config, model)
+    max_model_len = context_length(config, model, num_blocks)
+    # zeros are pages that the system hands out at first touch: memory grows with use
+    cache = torch.zeros(
+        model.num_hidden_layers,
+        num_blocks,
+        config.block_size,
+        model.latent_width,
+        dtype=CACHE_DTYPE,
+    )
+    decoder = DecoderModel(
+        model, load_weights(checkpoint), moe, cache, max_model_len, config.deterministic
+    )
+    eos_token_ids = frozenset(model.eos_token_ids)
+    pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
+    return Engine(
+        ModelRunner(decoder, config.block_size, eos_token_ids),
+        Scheduler(config, pool, max_model_len),
+        eos_token_ids,
+        model.vocab_size,
+    )
+
+
+class AttentionWorker:
+    """Serves one engine. Handlers run in the connections' threads and only leave work in an inbox;
+    the engine thread does it between steps and sleeps when there is none."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        moe: MoeClient,
+        config: AttentionConfig,
+        name: str = "attention",
+    ):
+        """moe is used by the engine thread only. Raises CheckpointError, ValueError."""
+        self.engine = build_engine(checkpoint, moe, config)
+        self._name = name
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._owners: dict[str, Connection] = {}  # request id -> who gets its outputs
+        self._draining = False
+        self._closing = False
+        self._idle = True
+        self._thread: threading.Thread | None = None
+        self._server: Server | None = None
+
+    # --- life ---
+
+    def start(self, endpoint: str, secret: bytes) -> str:
+        """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError."""
+        self._server = Server(
+            endpoint, self.handle, secret, name=self._name, on_close=self._connection_lost
+        )
+        self._server.start()
+        self._thread = threading.Thread(target=self._loop, name=f"{self._name}-engine", daemon=True)
+        self._thread.start()
+        return self._server.endpoint
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Refuse new requests and wait for the open ones; whether all of them ended in time."""
+        self._draining = True
+        with self._wake:
+            return self._wake.wait_for(lambda: self._idle and not self._inbox, timeout_s)
+
+    def close(self) -> None:
+        """Stop after the step under way. Clients see the connection end."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        if self._server is not None:
+            self._server.close()
+
+    # --- connections' threads ---
+
+    def handle(self, frame: Frame, connection: Connection) -> Frame | None:
+        """Take a Submit or Abort in, answer a StatsRequest. A bad body raises ValidationError."""
+        if frame.kind != Kind.CONTROL:
+            return reply_to(frame, status=Status.FAILED, text=f"not for here: {frame.kind.name}")
+        message = parse_message(frame.body)
+        if isinstance(message, StatsRequest):
+            stats = self.engine.stats().model_copy(update={"draining": self._draining})
+            return _frame(stats, frame.request_id)
+        if isinstance(message, Submit):
+            self._leave_work(lambda: self._submit(message, connection))
+        elif isinstance(message, Abort):
+            self._leave_work(lambda: self._abort(message.request_id, connection))
+        else:
+            return reply_to(frame, status=Status.FAILED, text=f"not for here: {message.type}")
+        return None
+
+    def _connection_lost(self, connection: Connection) -> None:
+        self._leave_work(lambda: self._abort_all(connection))
+
+    def _leave_work(self, work: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(work)
+            self._wake.notify_all()
+
+    # --- engine thread ---
+
+    def _loop(self) -> None:
+        try:
+            while self._receive():
+                self._deliver(self.engine.step())
+        except Exception:  # a fault of ours: clients must see the end, not silence
+            logger.exception("%s: engine thread failed", self._name)
+            if self._server is not None:
+                self._server.close()
+
+    def _receive(self) -> bool:
+        """Do what came in; sleep while there is nothing to do. False when closing."""
+        with self._wake:
+            self._idle = not self.engine.has_work
+            while not (self._inbox or self._closing or self.engine.has_work):
+                self._wake.notify_all()  # drain() may wait for this
+                self._wake.wait()
+            work = list(self._inbox)
+            self._inbox.clear()
+            self._idle = False
+        for item in work:
+            item()
+        return not self._closing
+
+    def _submit(self, submit: Submit, connection: Connection) -> None:
+        if self._draining or submit.request_id in self._owners:
+            text = "the worker is draining" if self._draining else "the request id is in use"
+            refused = TokenOutput(request_id=submit.request_id, finish_reason="error", error=text)
+            self._send(connection, [refused])
+            return
+        self._owners[submit.request_id] = connection
+        self.engine.add(submit)
+
+    def _abort(self, request_id: str, connection: Connection) -> None:
+        if self._owners.get(request_id) is connection:
+            self.engine.abort(request_id)
+
+    def _abort_all(self, connection: Connection) -> None:
+        for request_id, owner in list(self._owners.items()):
+            if owner is connection:
+                self.engine.abort(request_id)
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        """One frame a connection."""
+        by_owner: dict[Connection, list[TokenOutput]] = {}
+        for output in outputs:
+            by_owner.setdefault(self._owners[output.request_id], []).append(output)
+            if output.finish_reason is not None:
+                del self._owners[output.request_id]
+        for connection, theirs in by_owner.items():
+            self._send(connection, theirs)
+
+    def _send(self, connection: Connection, outputs: list[TokenOutput]) -> None:
+        if connection.closed:
+            return
+        try:
+            connection.send(_frame(StepOutputs(outputs=outputs)), SEND_TIMEOUT_S)
+        except ChannelError as error:
+            logger.warning("%s: outputs to %s not sent: %s", self._name, connection.peer, error)
+            connection.close()
+        except FrameError as error:
+            self._send_one_by_one(connection, outputs, error)
+
+    def _send_one_by_one(
+        self, connection: Connection, outputs: list[TokenOutput], error: FrameError
+    ) -> None:
+        """Too much for a frame (logprobs of a long prompt): the one that is too large must fail."""
+        if len(outputs) > 1:
+            for output in outputs:
+                self._send(connection, [output])
+            return
+        request_id = outputs[0].request_id
+        logger.warning("%s: output of %s refused: %s", self._name, request_id, error)
+        self.engine.abort(request_id)
+        failed = TokenOutput(
+            request_id=request_id, finish_reason="error", error="the answer is too large to send"
+        )
+        self._send(connection, [failed])
+
+
+def _frame(message: Message, request_id: int = 0) -> Frame:
+    return Frame(Kind.CONTROL, request_id=request_id, body=encode_message(message))
