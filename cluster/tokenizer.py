@@ -27,6 +27,7 @@ from cluster.tokenizer_files import (
     template_source,
     token_text,
 )
+from experts.config import ModelConfig
 from experts.errors import CheckpointError
 
 _TEMPLATE_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -42,8 +43,11 @@ _PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
 class Tokenizer:
     """The tokenizer.json of a checkpoint with its chat template. Safe from several threads."""
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        """Raises CheckpointError if a file is missing, damaged or does not fit the model."""
+    def __init__(self, folder: Path, vocab_size: int | None = None) -> None:
+        """`vocab_size`: of the model, from config.json if not given.
+
+        Raises CheckpointError if a file is missing, damaged or does not fit the model.
+        """
         self._file = folder / "tokenizer.json"
         layout = read_json(self._file)
         settings = read_json(folder / "tokenizer_config.json", optional=True)
@@ -52,10 +56,10 @@ class Tokenizer:
         """Ids that do not show in text."""
         self._control = {t["content"]: t for t in added if is_control(t)}
         self._library = load_library(self._file, layout, self._control)
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size or ModelConfig.load(folder).vocab_size
         self._check_fits(layout)
         self._control_ids = frozenset(t["id"] for t in self._control.values()) - self._unknown_ids()
-        self._bytes: list[bytes | None] = [None] * vocab_size
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
         self._prefix, self._suffix = self._special_ends(settings)
         self.template = self._load_template(folder, settings)
 

@@ -1,0 +1,99 @@
+"""The outermost layer of the HTTP app: request ids, header bounds and the last resort for errors.
+
+Pure ASGI. (Starlette's BaseHTTPMiddleware would hide a client's disconnect from the app.)
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import (
+    HeadersTooLarge,
+    InternalError,
+    ShoalError,
+    error_body,
+    error_headers,
+    kind_of,
+)
+from cluster.frontend.limits import Limits
+from cluster.frontend.streaming import ClientGone, to_json
+
+logger = logging.getLogger(__name__)
+_CLIENT_GONE = 499
+"""Nobody reads it; proxies and logs know it as "client closed request"."""
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9_.:-]")
+
+
+def json_response(
+    data: Any, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """`data` as compact UTF-8."""
+    return Response(to_json(data), status_code, headers, "application/json")
+
+
+def error_response(error: ShoalError) -> Response:
+    """The OpenAI error object with its status and headers."""
+    return json_response(error_body(error), kind_of(error).http_status, error_headers(error))
+
+
+class HttpGuard:
+    """Wraps an ASGI app."""
+
+    def __init__(self, app: ASGIApp, limits: Callable[[], Limits], echo_request_id: bool) -> None:
+        """`echo_request_id`: put X-Request-Id into answers; off behind a proxy that does it."""
+        self._app = app
+        self._limits = limits
+        self._echo_request_id = echo_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope, self._limits().max_request_id_chars)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if self._echo_request_id:
+                    message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            self._check_headers(scope)
+            await self._app(scope, receive, send_with_id)
+        except ShoalError as error:
+            await error_response(error)(scope, receive, send_with_id)
+        except ClientGone:
+            await Response(status_code=_CLIENT_GONE)(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if not started:
+                unforeseen = InternalError("The server failed; its log has the details.")
+                await error_response(unforeseen)(scope, receive, send_with_id)
+
+    def _check_headers(self, scope: Scope) -> None:
+        limits = self._limits()
+        headers = scope["headers"]
+        num_bytes = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > limits.max_headers or num_bytes > limits.max_header_bytes:
+            raise HeadersTooLarge(
+                f"At most {limits.max_headers} headers and {limits.max_header_bytes} bytes of them"
+                " are read."
+            )
+
+
+def _request_id(scope: Scope, max_chars: int) -> str:
+    """The client's X-Request-Id without odd characters, or a fresh one."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    cleaned = _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:max_chars]
+    return cleaned or uuid.uuid4().hex
