@@ -1,0 +1,162 @@
+"""The composition root: binds the members to Ray Serve deployments. Nothing else does.
+
+`build_app` is the import path of a Serve config file too:
+
+    import_path: cluster.app:build_app
+    args: {model: /models/deepseek-v3, experts: {num_workers: 8}}
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from experts.kernels.backend import configure_threads
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import ConfigError, ShoalConfig, parse_config
+from cluster.frontend.grpc_server import GrpcMethods
+from cluster.frontend.http_server import build_app as build_http_app
+from cluster.members import (
+    AttentionMember,
+    ExpertMember,
+    IngressMember,
+    PlacementMember,
+    RouterMember,
+    Site,
+)
+
+SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
+ENDPOINT_TIMEOUT_S = 5.0
+GRACEFUL_SHUTDOWN_S = 30.0
+
+
+def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
+    """The application of a configuration. Raises ConfigError."""
+    config = args if isinstance(args, ShoalConfig) else parse_config(args)
+    if config.channel == "unix" and config.runtime_dir is None:
+        raise ConfigError("runtime_dir = None: channel unix needs a folder for its sockets")
+    secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32))
+    placement = _deploy("Placement", PlacementReplica).bind(config, secret)
+    experts = _deploy("Experts", ExpertReplica, config.experts.num_workers, config.experts.num_gpus)
+    attention = _deploy(
+        "Attention", AttentionReplica, config.attention.num_workers, config.attention.num_gpus
+    )
+    tiers = [experts.bind(config, secret, placement), attention.bind(config, secret, placement)]
+    if config.router.mode == "deployment":
+        routers = _deploy("Router", RouterReplica, config.router.num_workers)
+        tiers.append(routers.bind(config, secret, placement))
+    ingress = _deploy("Ingress", serve.ingress()(IngressReplica))
+    return ingress.bind(config, secret, placement, tiers)
+
+
+def _deploy(
+    name: str, replica: type, num_replicas: int = 1, num_gpus: float = 0
+) -> serve.Deployment:
+    """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them."""
+    return serve.deployment(
+        replica,
+        name=name,
+        num_replicas=num_replicas,
+        ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus},
+        max_ongoing_requests=10_000,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+    )
+
+
+def _worker_id(role: str) -> str:
+    return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
+
+
+def _endpoint_for(config: ShoalConfig) -> Callable[[str], str]:
+    """Where a worker of this node listens."""
+    if config.channel == "tcp":
+        address = ray.util.get_node_ip_address()
+        return lambda worker_id: f"tcp:{address}:0"
+    folder = Path(config.runtime_dir or "")
+    return lambda worker_id: f"unix:{folder / worker_id}.sock"
+
+
+def _site(config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> Site:
+    def directory() -> str:
+        return str(placement.endpoint.remote().result(timeout_s=ENDPOINT_TIMEOUT_S))
+
+    node = ray.get_runtime_context().get_node_id()
+    return Site(config, secret, directory, _endpoint_for(config), node)
+
+
+class PlacementReplica:
+    """Deployment `Placement`."""
+
+    def __init__(self, config: ShoalConfig, secret: bytes) -> None:
+        endpoint = _endpoint_for(config)(_worker_id("placement"))
+        self._member = PlacementMember(config, secret, endpoint)
+
+    def endpoint(self) -> str:
+        """Where the directory listens; the one call that goes through Serve."""
+        return self._member.endpoint
+
+    def __del__(self) -> None:
+        self._member.close()
+
+
+class ExpertReplica:
+    """Deployment `Experts`."""
+
+    def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        configure_threads(config.threads("experts"))
+        self._member = ExpertMember(_site(config, secret, placement), _worker_id("experts"))
+
+    def __del__(self) -> None:
+        self._member.close()
+
+
+class RouterReplica:
+    """Deployment `Router`."""
+
+    def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        configure_threads(1)
+        self._member = RouterMember(_site(config, secret, placement), _worker_id("router"))
+
+    def __del__(self) -> None:
+        self._member.close()
+
+
+class AttentionReplica:
+    """Deployment `Attention`."""
+
+    def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        configure_threads(config.threads("attention"))
+        self._member = AttentionMember(_site(config, secret, placement), _worker_id("attention"))
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        self._member.check_health()
+
+    def __del__(self) -> None:
+        self._member.close()
+
+
+class IngressReplica(GrpcMethods):
+    """Deployment `Ingress`: HTTP and gRPC."""
+
+    def __init__(
+        self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle, tiers: list[Any]
+    ) -> None:
+        # The tiers are bound so that Serve starts them; requests reach them over channels.
+        self._member = IngressMember(_site(config, secret, placement), _worker_id("ingress"))
+        self.service = self._member.service
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_http_app(self.service)
+
+    def __del__(self) -> None:
+        self._member.close()

@@ -1,0 +1,268 @@
+"""The `shoal` command. Exit codes: 0 done, 1 failed, 2 the user's input, 3 cluster, 130 stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.config import ConfigError, ShoalConfig, merge, parse_config, read_config_file
+from cluster.console import stderr, stdout
+from cluster.http_client import ApiClient, ApiError
+from experts.errors import CheckpointError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    name="shoal",
+    help="Serve DeepSeek-style Mixture-of-Experts models, the experts as a tier of their own.",
+    no_args_is_help=True,
+    context_settings={"auto_envvar_prefix": "SHOAL", "help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(help="Make and check checkpoints.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Checkpoint folder; without one a small random model is made and served."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML with any setting; flags win over it.")
+]
+ExpertsOption = Annotated[int | None, typer.Option(help="Expert workers.")]
+AttentionOption = Annotated[int | None, typer.Option(help="Attention workers.")]
+RouterModeOption = Annotated[
+    str | None, typer.Option(help="deployment, or inline: gate inside the attention workers.")
+]
+DeterministicOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Identical tokens whatever the placement, batch or failure; slower.",
+    ),
+]
+InlineOption = Annotated[
+    bool, typer.Option("--inline", help="Everything in this process, without Ray.")
+]
+UrlOption = Annotated[str, typer.Option(help="Where the server listens.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Our own errors become one line and an exit code, never a traceback."""
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except ApiError as error:
+        stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(3) from None
+
+
+def settings(
+    model: Path | None,
+    config: Path | None = None,
+    experts: int | None = None,
+    attention: int | None = None,
+    router_mode: str | None = None,
+    **more: Any,
+) -> ShoalConfig:
+    """File and flags as one checked configuration; the default model is made if none is named."""
+    from cluster.model_store import default_model
+
+    data = read_config_file(config) if config else {}
+    flags: dict[str, Any] = {
+        "model": str(model) if model else None,
+        "experts": {"num_workers": experts},
+        "attention": {"num_workers": attention},
+        "router": {"mode": router_mode},
+        **more,
+    }
+    data = merge(data, _given(flags))
+    if "model" not in data:
+        data["model"] = str(default_model())
+    return parse_config(data)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Without the flags nobody gave."""
+    pruned = {k: _given(v) if isinstance(v, dict) else v for k, v in flags.items()}
+    return {k: v for k, v in pruned.items() if v is not None and v != {}}
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    config: ConfigOption = None,
+    experts: ExpertsOption = None,
+    attention: AttentionOption = None,
+    router_mode: RouterModeOption = None,
+    deterministic: DeterministicOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
+    http_port: Annotated[int | None, typer.Option("--http-port", "--port")] = None,
+    grpc_port: Annotated[int | None, typer.Option()] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard on port 8265.")] = True,
+    inline: InlineOption = False,
+) -> None:
+    """Serve a checkpoint over HTTP and gRPC until Ctrl-C."""
+    from cluster.session import running
+
+    with user_errors():
+        chosen = settings(
+            model,
+            config,
+            experts,
+            attention,
+            router_mode,
+            deterministic=deterministic,
+            served_model_name=served_model_name,
+            listen={"host": host, "http_port": http_port, "grpc_port": grpc_port},
+        )
+        with running(chosen, inline=inline, dashboard=dashboard) as server:
+            _print_ready(chosen, server.url, server.dashboard_url, inline)
+            server.signals.first.wait()
+            stderr.print("Stopping: requests in flight finish first; Ctrl-C again stops at once.")
+
+
+def _print_ready(config: ShoalConfig, url: str, dashboard_url: str | None, inline: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    stdout.print(f"ready: {config.model_name}", style="bold green", markup=False)
+    stdout.print(
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'",
+        soft_wrap=True,
+        markup=False,
+    )
+    if not inline:
+        stdout.print(f"gRPC: {config.listen.host}:{config.listen.grpc_port} (shoal.v1.Inference)")
+    if dashboard_url:
+        stdout.print(f"dashboard: {dashboard_url} (token: ~/.ray/auth_token)")
+
+
+@app.command()
+def run(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL] [PROMPT]", show_default=False)
+    ] = None,
+    config: ConfigOption = None,
+    experts: ExpertsOption = None,
+    router_mode: RouterModeOption = None,
+    deterministic: DeterministicOption = None,
+    inline: InlineOption = False,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+) -> None:
+    """Answer one prompt, or chat when there is none."""
+    from cluster.model_store import split_model_and_prompt
+    from cluster.session import running
+
+    with user_errors():
+        model, prompt = split_model_and_prompt(words or [])
+        chosen = settings(
+            model,
+            config,
+            experts,
+            None,
+            router_mode,
+            deterministic=deterministic,
+            listen={"http_port": 0, "grpc_port": 0},
+        )
+        params: dict[str, Any] = {"max_tokens": max_tokens}
+        if temperature is not None:
+            params["temperature"] = temperature
+        with running(chosen, inline=inline, dashboard=False) as server:
+            client = ApiClient(server.url)
+            if prompt is not None:
+                _answer(client, [{"role": "user", "content": prompt}], params)
+            else:
+                _chat(client, params)
+
+
+def _answer(client: ApiClient, messages: list[dict[str, str]], params: dict[str, Any]) -> str:
+    text = ""
+    for piece in client.chat(messages, **params):
+        stdout.print(piece, end="", markup=False, soft_wrap=True)
+        text += piece
+    stdout.print()
+    return text
+
+
+def _chat(client: ApiClient, params: dict[str, Any]) -> None:
+    """Read a line, answer it, remember both; an empty line or Ctrl-D ends."""
+    stderr.print("An empty line or Ctrl-D ends the chat.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not line:
+            break
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": _answer(client, messages, params)})
+
+
+@model_app.command("make-tiny")
+def make_tiny(
+    folder: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    preset: Annotated[str, typer.Option(help="Architecture and size.")] = "v3",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bits.")] = 20261122,
+) -> None:
+    """Write a seeded random checkpoint in the published format."""
+    from cluster.tiny_checkpoint import PRESETS, write_checkpoint
+
+    with user_errors():
+        if preset not in PRESETS:
+            raise ConfigError(f"preset = {preset!r}: known ones are {', '.join(PRESETS)}")
+        started = time.perf_counter()
+        size = write_checkpoint(folder, preset, seed=seed)
+        stdout.print(
+            f"{folder}: {preset}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s",
+            markup=False,
+        )
+
+
+@model_app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")]) -> None:
+    """Check every file of a checkpoint: shapes, sizes, scales, tokenizer."""
+    from cluster.model_store import verify_model
+
+    with user_errors():
+        report = verify_model(folder)
+        stdout.print(f"{folder}: {report}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def status(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
+    """Show what runs: stage, workers, cache use."""
+    from cluster.status import render_status
+
+    with user_errors():
+        _, body = ApiClient(url, timeout_s=5).get("/status")
+        if as_json:
+            stdout.print_json(data=body)
+        else:
+            stdout.print(render_status(body))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check this machine: versions, memory, ports, GPU, kernels."""
+    from cluster.doctor import examine, render
+
+    findings = examine()
+    if as_json:
+        stdout.print_json(data=[finding.__dict__ for finding in findings])
+    else:
+        stdout.print(render(findings))
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,144 @@
+"""Configuration of a whole Shoal application: one frozen, typed tree; unknown keys are refused.
+
+`shoal serve` builds it from flags and, with --config, from YAML; `cluster.app:build_app` takes the
+same tree as the `args` of a Serve config file. Neither torch nor Ray is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from attention.config import AttentionConfig
+from router.config import RouterConfig
+
+Count = Annotated[int, Field(ge=1, le=4096)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; str() is one line: field, value, what to do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AttentionTier(_Section):
+    """The `Attention` deployment."""
+
+    num_workers: Count = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of one worker; 0 runs it on the CPU. A fraction shares a GPU with another actor."""
+    num_threads: Count | None = None
+    """Compute threads of one worker; None: the machine's cores divided among the workers."""
+    engine: AttentionConfig = AttentionConfig()
+
+
+class RouterTier(_Section):
+    """The `Router` deployment, or the same class inside each attention worker."""
+
+    mode: Literal["deployment", "inline"] = "deployment"
+    num_workers: Count = 1
+    """Replicas of the deployment; a second one takes over when the first dies."""
+    worker: RouterConfig = RouterConfig()
+
+
+class ExpertTier(_Section):
+    """The `Experts` deployment."""
+
+    num_workers: Count = 2
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_threads: Count | None = None
+    redundancy: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    """Spare slots over all workers and layers: they hold second replicas of experts."""
+    slots_per_worker: Count | None = None
+    """(layer, expert) pairs a worker can hold; None: what num_workers and redundancy need."""
+
+
+class Listen(_Section):
+    """Where clients reach the application."""
+
+    host: str = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 9000
+
+
+class ShoalConfig(_Section):
+    """Everything that `shoal serve` can be told."""
+
+    model: Path
+    """Folder of the checkpoint: config.json, safetensors, tokenizer.json."""
+    served_model_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Name in the API; None: the folder's name."""
+    deterministic: bool = False
+    """Bit-identical answers whatever the placement, batch or failure; slower."""
+    strict_params: bool = False
+    """Answer 400 to unknown request fields instead of ignoring them with a header."""
+    attention: AttentionTier = AttentionTier()
+    router: RouterTier = RouterTier()
+    experts: ExpertTier = ExpertTier()
+    listen: Listen = Listen()
+    channel: Literal["unix", "tcp"] = "unix"
+    """Data plane: unix sockets on one machine, tcp across machines."""
+    runtime_dir: Path | None = None
+    """Folder of the unix sockets; None: a fresh private one under the system's temporary folder."""
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model.resolve().name
+
+    @property
+    def engine(self) -> AttentionConfig:
+        """Settings of the attention engine, with the application-wide switches folded in."""
+        return self.attention.engine.model_copy(update={"deterministic": self.deterministic})
+
+    @property
+    def router_worker(self) -> RouterConfig:
+        """Settings of a router, with the application-wide switches folded in."""
+        return self.router.worker.model_copy(update={"deterministic": self.deterministic})
+
+    def threads(self, tier: Literal["attention", "experts"]) -> int:
+        """Compute threads of one worker: two that fight for a core run 20x slower than one."""
+        asked = getattr(self, tier).num_threads
+        if asked:
+            return int(asked)
+        workers = self.attention.num_workers + self.experts.num_workers
+        return max(1, (os.cpu_count() or 1) // workers)
+
+
+def parse_config(data: dict[str, Any]) -> ShoalConfig:
+    """Validate a tree of settings. Raises ConfigError naming the field, the value and the fault."""
+    try:
+        return ShoalConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "config"
+        raise ConfigError(f"{field} = {first['input']!r}: {first['msg']}") from None
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file. Raises ConfigError."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `override` on top; neither is changed."""
+    merged = dict(base)
+    for key, value in override.items():
+        below = merged.get(key)
+        merged[key] = (
+            merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+        )
+    return merged

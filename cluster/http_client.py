@@ -1,0 +1,90 @@
+"""A small client of Shoal's own HTTP API for the command line; standard library only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class ApiError(Exception):
+    """The server could not be reached or refused; str() is one line."""
+
+
+class ApiClient:
+    """One server, one connection a call."""
+
+    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme != "http" or not parts.hostname:
+            raise ApiError(f"{url}: expected http://HOST:PORT")
+        self.url = f"http://{parts.netloc}"
+        self._address = (parts.hostname, parts.port or 80)
+        self._timeout_s = timeout_s
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON body (None if it is none)."""
+        connection, response = self._request("GET", path, None)
+        with connection:
+            return response.status, _json(response.read())
+
+    def chat(self, messages: list[dict[str, str]], **params: Any) -> Iterator[str]:
+        """Pieces of the answer's text as they come. Raises ApiError."""
+        body = {"messages": messages, "stream": True, **params}
+        connection, response = self._request("POST", "/v1/chat/completions", body)
+        with connection:
+            if response.status != 200:
+                raise ApiError(_message(_json(response.read()), response.status))
+            for line in response:
+                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                    yield from _text_of(_json(line[6:]))
+
+    def _request(
+        self, method: str, path: str, body: Any
+    ) -> tuple[_Closing, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(*self._address, timeout=self._timeout_s)
+        try:
+            headers = {"Content-Type": "application/json"} if body is not None else {}
+            connection.request(
+                method, path, json.dumps(body) if body is not None else None, headers
+            )
+            return _Closing(connection), connection.getresponse()
+        except OSError as error:
+            connection.close()
+            reason = error.strerror or str(error) or type(error).__name__
+            raise ApiError(
+                f"no Shoal at {self.url}: {reason}; start it with `shoal serve`"
+            ) from None
+
+
+class _Closing:
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        self._connection.close()
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def _message(body: Any, status: int) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error["message"]) if isinstance(error, dict) else f"HTTP status {status}"
+
+
+def _text_of(chunk: Any) -> Iterator[str]:
+    if "error" in chunk:
+        raise ApiError(_message(chunk, 200))
+    for choice in chunk["choices"]:
+        if choice["delta"].get("content"):
+            yield choice["delta"]["content"]

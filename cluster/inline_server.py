@@ -1,0 +1,56 @@
+"""`shoal serve --inline`: an inline cluster behind HTTP on this machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import uvicorn
+
+from cluster.config import ShoalConfig
+from cluster.frontend.http_server import build_app
+from cluster.inline import InlineCluster
+
+
+class InlineServer:
+    """An inline cluster behind HTTP on this machine (gRPC needs Serve's proxy)."""
+
+    dashboard_url: str | None = None
+
+    def __init__(self, config: ShoalConfig) -> None:
+        self._config = config
+        self._cluster: InlineCluster | None = None
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Returns once HTTP answers; weights may still load (see /readyz)."""
+        self._cluster = InlineCluster(self._config)
+        listen = self._config.listen
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                build_app(self._cluster.ingress.service),
+                host=listen.host,
+                port=listen.http_port,
+                log_level="warning",
+                access_log=False,
+            )
+        )
+        self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.01)
+
+    def drain(self) -> None:
+        """Stop listening; uvicorn lets open requests finish."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join()
+
+    def stop(self) -> None:
+        """Take everything down at once."""
+        if self._server is not None:
+            self._server.force_exit = True
+            self._server.should_exit = True
+        if self._cluster is not None:
+            self._cluster.close()

@@ -1,0 +1,125 @@
+"""Start a local Ray with the application on it, and take both down again without leftovers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cluster import serve_proxy
+from cluster.config import ConfigError, ShoalConfig
+
+APP_NAME = "shoal"
+SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
+GRPC_SERVICERS = (
+    "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+
+
+def check_ports(config: ShoalConfig) -> None:
+    """Raise ConfigError if a port that clients will use is taken."""
+    for name in ("http_port", "grpc_port"):
+        port = getattr(config.listen, name)
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((config.listen.host, port))
+        except OSError as error:
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"listen.{name} = {port}: {error.strerror} on {config.listen.host}; "
+                f"stop what listens there or choose another with --{flag}"
+            ) from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalCluster:
+    """Ray, Serve and one application at a time on this machine, to start and to stop."""
+
+    def __init__(self, config: ShoalConfig, dashboard: bool = True) -> None:
+        self._config = config
+        self._dashboard = dashboard
+        self._sockets = Path(tempfile.mkdtemp(prefix="shoal-"))
+        self.dashboard_url: str | None = None
+
+    def start(self) -> None:
+        """Returns once every deployment's replicas run; weights may still load (see /readyz)."""
+        self.start_ray()
+        self.deploy(self._config)
+
+    def start_ray(self) -> None:
+        """A Ray of our own, with Serve's proxies: a cluster that happens to run is left alone."""
+        os.environ.update(serve_proxy.environment(self._config.listen.host))
+        os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+        from ray import serve
+        from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+
+        context: Any = ray.init(
+            address="local",
+            namespace=APP_NAME,
+            include_dashboard=self._dashboard,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        if self._dashboard and context.dashboard_url:
+            self.dashboard_url = f"http://{context.dashboard_url}"
+        listen = self._config.listen
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=listen.host, port=listen.http_port),
+            grpc_options=gRPCOptions(
+                port=listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)
+            ),
+            logging_config=_quiet(),
+        )
+
+    def deploy(self, config: ShoalConfig) -> None:
+        """Put the application of `config` on the running Ray; its `listen` is not looked at."""
+        from ray import serve
+
+        from cluster.app import build_app
+
+        if config.runtime_dir is None:
+            config = config.model_copy(update={"runtime_dir": self._sockets})
+        serve.run(build_app(config), name=APP_NAME, logging_config=_quiet())
+
+    def undeploy(self) -> None:
+        """Take the application down, Ray stays: requests in flight may finish first."""
+        from ray import serve
+
+        serve.delete(APP_NAME)
+
+    def drain(self) -> None:
+        """Take the application and Serve down: requests in flight may finish first."""
+        from ray import serve
+
+        serve.shutdown()
+
+    def stop(self) -> None:
+        """End Ray and all its processes, at once if `drain` was not called."""
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+def _quiet() -> Any:
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)

@@ -1,0 +1,214 @@
+"""The members of a cluster: a plain worker, its channel server and its line to the directory.
+
+`app.py` puts each into a Serve deployment, `inline.py` puts all into one process; nothing here
+knows which of the two it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from attention.worker import AttentionWorker, context_length, count_blocks
+from cluster.backend import AttentionPool
+from cluster.config import ShoalConfig
+from cluster.frontend.request import ModelInfo
+from cluster.frontend.service import InferenceService
+from cluster.tokenizer import Tokenizer
+from experts.checkpoint import Checkpoint
+from experts.config import ModelConfig
+from experts.directory import Directory
+from experts.directory_client import DirectoryClient
+from experts.messages import Assign, Register, Role
+from experts.placement import ExpertSpace, slots_needed
+from experts.roster import RosterRules
+from experts.snapshots import SnapshotBoard
+from experts.worker import ExpertWorker
+from router.client import MoeClient, RouterClient
+from router.worker import RouterWorker
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a member runs: how it finds the directory and how others find it."""
+
+    config: ShoalConfig
+    secret: bytes
+    directory: Callable[[], str]
+    """Endpoint of the directory; asked again whenever the line to it breaks."""
+    new_endpoint: Callable[[str], str]
+    """Endpoint to listen at, for a worker id."""
+    node: str = ""
+
+    def register(self, role: Role, worker_id: str, endpoint: str, num_slots: int = 0) -> Register:
+        """What a member tells the directory."""
+        return Register(
+            role=role,
+            worker_id=worker_id,
+            endpoint=endpoint,
+            pid=os.getpid(),
+            node=self.node,
+            num_slots=num_slots,
+        )
+
+    def open_checkpoint(self) -> Checkpoint:
+        """The model's files, mapped but not read."""
+        return Checkpoint.open(self.config.model)
+
+
+def expert_space(model: ModelConfig) -> ExpertSpace:
+    """What has to be placed: whole groups where the model is group-limited."""
+    groups = model.n_group if model.is_group_limited else 1
+    return ExpertSpace(model.moe_layers, model.n_routed_experts, groups)
+
+
+def slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
+    """As configured, else what full coverage and the redundancy need."""
+    tier, space = config.experts, expert_space(model)
+    if tier.slots_per_worker is not None:
+        return tier.slots_per_worker
+    return slots_needed(space.num_total, tier.num_workers, tier.redundancy, space.unit_size)
+
+
+def model_info(config: ShoalConfig) -> ModelInfo:
+    """What requests are checked against: the model's files and the engine's cache."""
+    model = ModelConfig.load(config.model)
+    context = context_length(config.engine, model, count_blocks(config.engine, model))
+    file = config.model / "generation_config.json"
+    defaults = json.loads(file.read_bytes()) if file.exists() else {}
+    return ModelInfo(
+        config.model_name,
+        model.vocab_size,
+        context,
+        temperature=float(defaults.get("temperature", 1.0)),
+        top_p=float(defaults.get("top_p", 1.0)),
+    )
+
+
+class PlacementMember:
+    """The directory: membership and the expert table."""
+
+    def __init__(self, config: ShoalConfig, secret: bytes, endpoint: str) -> None:
+        rules = RosterRules(
+            space=expert_space(ModelConfig.load(config.model)),
+            expected_experts=config.experts.num_workers,
+            redundancy=config.experts.redundancy,
+            needs_router=config.router.mode == "deployment",
+        )
+        self.directory = Directory(rules)
+        self.directory.start(endpoint, secret)
+
+    @property
+    def endpoint(self) -> str:
+        return self.directory.endpoint
+
+    def close(self) -> None:
+        self.directory.close()
+
+
+class ExpertMember:
+    """An expert worker that holds what the directory assigns."""
+
+    def __init__(self, site: Site, worker_id: str) -> None:
+        checkpoint = site.open_checkpoint()
+        slots = slots_per_worker(site.config, checkpoint.config)
+        self.worker = ExpertWorker(checkpoint, worker_id, slots)
+        endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
+        self._line = DirectoryClient(
+            site.directory,
+            site.secret,
+            site.register("experts", worker_id, endpoint, slots),
+            on_assign=self._assign,
+        )
+        self._line.start()
+
+    def _assign(self, assign: Assign) -> None:
+        report = partial(self._line.report_holding, epoch=assign.epoch)
+        self.worker.hold(assign.experts, assign.epoch, report)
+
+    def close(self) -> None:
+        """Leave first, so that nobody sends any more, then finish what is in the queue."""
+        self._line.close()
+        self.worker.drain()
+        self.worker.close()
+
+
+class RouterMember:
+    """A deployed router."""
+
+    def __init__(self, site: Site, worker_id: str) -> None:
+        board = SnapshotBoard()
+        self.worker = RouterWorker.open(
+            site.open_checkpoint(), board, site.secret, site.config.router_worker, name=worker_id
+        )
+        endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
+        register = site.register("router", worker_id, endpoint)
+        self._line = DirectoryClient(site.directory, site.secret, register, board.publish)
+        self._line.start()
+
+    def close(self) -> None:
+        self._line.close()
+        self.worker.drain()
+        self.worker.close()
+
+
+class AttentionMember:
+    """An attention worker with its way to the experts: a deployed router or one of its own."""
+
+    def __init__(self, site: Site, worker_id: str) -> None:
+        board = SnapshotBoard()
+        checkpoint = site.open_checkpoint()
+        self._router: RouterWorker | None = None
+        self.worker = AttentionWorker(
+            checkpoint, self._moe(site, worker_id, checkpoint, board), site.config.engine
+        )
+        endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
+        register = site.register("attention", worker_id, endpoint)
+        self._line = DirectoryClient(site.directory, site.secret, register, board.publish)
+        self._line.start()
+
+    def _moe(
+        self, site: Site, worker_id: str, checkpoint: Checkpoint, board: SnapshotBoard
+    ) -> MoeClient:
+        settings = site.config.router_worker
+        if site.config.router.mode == "deployment":
+            return RouterClient(
+                board, site.secret, worker_id, site.node, deadline_s=settings.deadline_s
+            )
+        self._router = RouterWorker.open(checkpoint, board, site.secret, settings, name=worker_id)
+        return self._router
+
+    def close(self) -> None:
+        self._line.close()
+        self.worker.close()
+        if self._router is not None:
+            self._router.close()
+
+
+class IngressMember:
+    """The front end: text in, text out, over the attention workers of the snapshot."""
+
+    def __init__(self, site: Site, worker_id: str) -> None:
+        config = site.config
+        self.pool = AttentionPool(site.secret)
+        self.service = InferenceService(
+            Tokenizer(config.model),
+            self.pool,
+            model_info(config),
+            strict_params=config.strict_params,
+        )
+        register = site.register("ingress", worker_id, "")
+        self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
+        self._line.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return when requests are served. Raises TimeoutError that says how far things are."""
+        self._line.wait_ready(timeout_s)
+        self.pool.wait_connected(timeout_s)
+
+    def close(self) -> None:
+        self._line.close()
+        self.pool.close()

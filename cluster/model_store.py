@@ -1,0 +1,75 @@
+"""Which checkpoint to serve, and the check of all its files before anything starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cluster.config import ConfigError
+from cluster.console import stderr
+from experts.config import ModelConfig
+from experts.errors import CheckpointError
+
+DEFAULT_PRESET = "v3"
+
+
+def cache_dir() -> Path:
+    """Where Shoal keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal"
+
+
+def default_model() -> Path:
+    """The seeded random model that is served when none is named; made at the first use."""
+    from cluster.tiny_checkpoint import write_checkpoint
+
+    folder = cache_dir() / f"random-{DEFAULT_PRESET}"
+    if not (folder / "config.json").exists():
+        write_checkpoint(folder, DEFAULT_PRESET)
+    stderr.print(
+        f"No model named: serving random weights ({folder}); the answers are noise. "
+        "Name a checkpoint folder to get sense.",
+        soft_wrap=True,
+        markup=False,
+    )
+    return folder
+
+
+def split_model_and_prompt(words: list[str]) -> tuple[Path | None, str | None]:
+    """`[MODEL] [PROMPT]`: a first word that is a folder is the model, the rest is the prompt."""
+    if words and Path(words[0]).is_dir():
+        return Path(words[0]), " ".join(words[1:]) or None
+    if len(words) > 1 and ("/" in words[0] or words[0].startswith(".")):
+        raise ConfigError(f"model = {words[0]!r}: no such folder")
+    return None, " ".join(words) or None
+
+
+def check_model(folder: Path) -> ModelConfig:
+    """Check what a start depends on: every file, name, shape, scale and the tokenizer.
+
+    Raises CheckpointError; nothing has been started then.
+    """
+    from attention.weights import attention_tensor_shapes
+    from cluster.tokenizer import Tokenizer
+    from experts.checkpoint import Checkpoint
+    from experts.weights import expert_tensor_shapes
+    from router.weights import gate_tensor_shapes
+
+    if not folder.is_dir():
+        raise CheckpointError(folder, "a checkpoint folder", "nothing", hint="check the path")
+    checkpoint = Checkpoint.open(folder)
+    for shapes in (attention_tensor_shapes, gate_tensor_shapes, expert_tensor_shapes):
+        checkpoint.require(shapes(checkpoint.config))
+    Tokenizer(folder)
+    return checkpoint.config
+
+
+def verify_model(folder: Path) -> str:
+    """One line about a checkpoint that passed every check."""
+    from experts.checkpoint import Checkpoint
+
+    config = check_model(folder)
+    size_gb = Checkpoint.open(folder).total_bytes / 1e9
+    return (
+        f"ok, {config.model_type}, {size_gb:.3f} GB, {config.num_hidden_layers} layers, "
+        f"{len(config.moe_layers)} of them with {config.n_routed_experts} experts"
+    )

@@ -1,0 +1,134 @@
+"""A server for the length of a `with` block: checked, started with progress, taken down cleanly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import typer
+
+from cluster.config import ConfigError, ShoalConfig
+from cluster.console import Stage, Stages, StopSignals, stderr, stop_signals
+from cluster.http_client import ApiClient, ApiError
+from cluster.launcher import LocalCluster, check_ports, free_port
+from cluster.model_store import check_model
+
+READY_TIMEOUT_S = 1800.0
+DRAIN_TIMEOUT_S = 60.0
+
+
+class Launch(Protocol):
+    """What `running` needs of a way to serve."""
+
+    dashboard_url: str | None
+
+    def start(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that answers."""
+
+    url: str
+    dashboard_url: str | None
+    signals: StopSignals
+
+
+@contextmanager
+def running(
+    config: ShoalConfig, inline: bool = False, dashboard: bool = True
+) -> Iterator[RunningServer]:
+    """Check, start, wait until ready, yield, drain, stop. Port 0 means any free one.
+
+    Raises CheckpointError and ConfigError before anything starts, typer.Exit(130) when stopped by
+    a signal on the way up.
+    """
+    check_model(config.model)
+    config = _with_ports(config)
+    check_ports(config)
+    with stop_signals() as signals:
+        launch = _launch(config, inline, dashboard)
+        try:
+            _start(launch, config, signals)
+            yield RunningServer(_url(config), launch.dashboard_url, signals)
+            _until_second_signal(launch.drain, signals)
+        finally:
+            launch.stop()
+
+
+def _launch(config: ShoalConfig, inline: bool, dashboard: bool) -> Launch:
+    if inline:
+        from cluster.inline_server import InlineServer
+
+        return InlineServer(config)
+    return LocalCluster(config, dashboard=dashboard)
+
+
+def _with_ports(config: ShoalConfig) -> ShoalConfig:
+    ports = {
+        name: getattr(config.listen, name) or free_port(config.listen.host)
+        for name in ("http_port", "grpc_port")
+    }
+    return config.model_copy(update={"listen": config.listen.model_copy(update=ports)})
+
+
+def _url(config: ShoalConfig) -> str:
+    return f"http://{config.listen.host}:{config.listen.http_port}"
+
+
+def _start(launch: Launch, config: ShoalConfig, signals: StopSignals) -> None:
+    """Start in a thread so that Ctrl-C is heard at once; show stages meanwhile."""
+    failure: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            launch.start()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=start, name="start", daemon=True)
+    thread.start()
+    client = ApiClient(_url(config), timeout_s=5)
+
+    def poll() -> Stage | None:
+        if signals.first.is_set():
+            raise typer.Exit(130)
+        if failure:
+            raise failure[0]
+        if thread.is_alive():
+            return Stage("starting the cluster")
+        return _readiness(client)
+
+    with Stages() as stages:
+        if not stages.wait(poll, READY_TIMEOUT_S):
+            raise ConfigError(f"not ready after {READY_TIMEOUT_S:.0f} s: see `shoal doctor`")
+
+
+def _readiness(client: ApiClient) -> Stage | None:
+    try:
+        status, body = client.get("/readyz")
+    except ApiError:
+        return Stage("waiting for the HTTP proxy")
+    if status == 200:
+        return None
+    if not isinstance(body, dict) or "stage" not in body:
+        return Stage("waiting for the ingress")
+    return Stage(str(body["stage"]), int(body.get("done") or 0), int(body.get("total") or 0))
+
+
+def _until_second_signal(drain: object, signals: StopSignals) -> None:
+    """Run the drain, but stop waiting for it at the second Ctrl-C."""
+    thread = threading.Thread(target=drain, name="drain", daemon=True)  # type: ignore[arg-type]
+    thread.start()
+    deadline = DRAIN_TIMEOUT_S
+    while thread.is_alive() and not signals.second.wait(0.1) and deadline > 0:
+        deadline -= 0.1
+    if thread.is_alive():
+        stderr.print("Stopping now.")

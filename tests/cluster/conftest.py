@@ -1,0 +1,115 @@
+"""One Ray for all tests; applications are put on it one after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+READY_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A deployed application."""
+
+    url: str
+    grpc_address: str
+    model: str
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.load(response)
+
+    def free_blocks(self) -> list[int]:
+        """Free KV blocks of each attention worker."""
+        return [stats["kv_blocks_free"] for stats in self.get("/status")["engines"]]
+
+    def wait_idle(self, timeout_s: float = 5.0) -> float:
+        """Seconds until no block of any worker is in use; fails the test after `timeout_s`."""
+        started = time.monotonic()
+        while time.monotonic() - started < timeout_s:
+            engines = self.get("/status")["engines"]
+            if all(e["kv_blocks_free"] == e["kv_blocks_total"] for e in engines):
+                return time.monotonic() - started
+        pytest.fail(f"blocks still in use after {timeout_s} s: {engines}")
+
+
+def wait_ready(url: str, timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Poll /readyz: what a load balancer does."""
+    deadline = time.monotonic() + timeout_s
+    last: Any = None
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url + "/readyz", timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            last = error.read()
+        except OSError as error:
+            last = error
+    pytest.fail(f"{url} not ready after {timeout_s} s: {last!r}")
+
+
+class RayHarness:
+    """Deploys configurations; asking twice for the same one costs nothing."""
+
+    def __init__(self, checkpoint_dir: Callable[[str], Path]) -> None:
+        from cluster.config import parse_config
+        from cluster.launcher import LocalCluster, free_port
+
+        self._checkpoint_dir = checkpoint_dir
+        self._parse = parse_config
+        self._listen = {"http_port": free_port(), "grpc_port": free_port()}
+        base = self._config("v3", {})
+        self.local = LocalCluster(base, dashboard=False)
+        self._current: Any = None
+        self.local.start_ray()
+
+    def _config(self, preset: str, settings: dict[str, Any]) -> Any:
+        folder = str(self._checkpoint_dir(preset))
+        return self._parse({"model": folder, "listen": self._listen, **settings})
+
+    def serve(self, preset: str = "v3", **settings: Any) -> Server:
+        """The application of these settings, ready."""
+        config = self._config(preset, settings)
+        url = f"http://127.0.0.1:{self._listen['http_port']}"
+        if config != self._current:
+            if self._current is not None:
+                self.local.undeploy()
+            self._current = None
+            self.local.deploy(config)
+            wait_ready(url)
+            self._current = config
+        return Server(url, f"127.0.0.1:{self._listen['grpc_port']}", config.model_name)
+
+    def stop(self) -> None:
+        self.local.drain()
+        self.local.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_harness(checkpoint_dir: Callable[[str], Path]) -> Iterator[RayHarness]:
+    """The one Ray of the session."""
+    harness = RayHarness(checkpoint_dir)
+    yield harness
+    harness.stop()
+
+
+@pytest.fixture
+def server(ray_harness: RayHarness) -> Server:
+    """The default application: two expert workers, a deployed router, deterministic."""
+    return ray_harness.serve(deterministic=True)

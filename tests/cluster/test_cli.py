@@ -1,0 +1,113 @@
+"""The `shoal` command as a user runs it: real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.launcher import free_port
+
+SHOAL = [sys.executable, "-m", "cluster"]
+
+
+def shoal(*args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SHOAL, *args], capture_output=True, text=True, timeout=timeout_s)
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    started = time.monotonic()
+    result = shoal("--help")
+    assert result.returncode == 0 and "serve" in result.stdout and "doctor" in result.stdout
+    assert time.monotonic() - started < 5
+
+
+def test_make_tiny_then_verify_then_run_inline(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    assert shoal("model", "make-tiny", str(folder), "--preset", "v2lite").returncode == 0
+    verified = shoal("model", "verify", str(folder))
+    assert verified.returncode == 0 and "ok, deepseek_v2" in verified.stdout
+    arguments = ("run", "--inline", "--temperature", "0", "--max-tokens", "8", str(folder), "Hi")
+    first, second = shoal(*arguments), shoal(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout != "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("model", "make-tiny", "x", "--preset", "v9"), "preset"),
+        (("serve", "/no/such/folder"), "/no/such/folder"),
+        (("serve", "--http-port", "70000"), "http_port"),
+        (("serve", "--router-mode", "sideways"), "router.mode"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(args: tuple[str, ...], text: str) -> None:
+    result = shoal(*args)
+    assert result.returncode == 2
+    assert text in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_truncated_checkpoint_never_starts(
+    tmp_path: Path, checkpoint_dir: Callable[[str], Path]
+) -> None:
+    for file in checkpoint_dir("v3").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / "model-00002-of-000003.safetensors"
+    os.truncate(shard, shard.stat().st_size - 100)
+    started = time.monotonic()
+    result = shoal("serve", str(tmp_path))
+    assert result.returncode == 2 and shard.name in result.stderr
+    assert time.monotonic() - started < 5
+    assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_named(checkpoint_dir: Callable[[str], Path]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = shoal("serve", str(checkpoint_dir("v3")), "--http-port", str(port))
+    assert result.returncode == 2 and str(port) in result.stderr
+
+
+def ray_processes_of(pid: int) -> list[psutil.Process]:
+    """Descendants, taken while the parent lives."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_prints_a_curl_that_works_and_stops_without_leftovers(
+    stop: signal.Signals, checkpoint_dir: Callable[[str], Path]
+) -> None:
+    ports = ("--http-port", str(free_port()), "--grpc-port", str(free_port()))
+    process = subprocess.Popen(
+        [*SHOAL, "serve", str(checkpoint_dir("v3")), "--no-dashboard", *ports],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            curl = next(line for line in process.stdout if line.startswith("curl "))
+            answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, timeout=60)
+            assert '"finish_reason"' in answer.stdout, answer.stderr
+            children = ray_processes_of(process.pid)
+            assert len(children) > 5
+            process.send_signal(stop)
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+            assert psutil.wait_procs(children, timeout=10)[1] == []
+        finally:
+            process.kill()
