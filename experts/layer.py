@@ -8,12 +8,15 @@ experts are the same function). A *slot* is a place in a worker where one expert
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from experts.linear import Weight, linear, linear_torch
+from experts.kernels.runtime import Kernels, kernels
+from experts.linear import SUPPORTED_DTYPES, Operand, Weight, linear_torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,21 @@ class ExpertWeights:
         return self.gate.shape[1]
 
     @property
+    def operands(self) -> tuple[Operand, Operand, Operand] | None:
+        """gate, up and down for kernels; None when these cannot take one of them."""
+        gate, up, down = self.gate.operand, self.up.operand, self.down.operand
+        return None if gate is None or up is None or down is None else (gate, up, down)
+
+    @cached_property
+    def table(self) -> SlotTable | None:
+        """This expert alone, as a table of one slot."""
+        if (operands := self.operands) is None:
+            return None
+        table = SlotTable(1, self)
+        table.fill(0, operands)
+        return table
+
+    @property
     def kind(self) -> tuple[tuple[int, int], torch.dtype]:
         """What must be the same for all experts of a layer: (f, d) and dtype."""
         return self.gate.shape, self.gate.data.dtype
@@ -44,8 +62,25 @@ class ExpertWeights:
         return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
 
+class SlotTable:
+    """Addresses of the weights in each slot, as compiled kernels read them (drivers.py)."""
+
+    def __init__(self, num_slots: int, like: ExpertWeights) -> None:
+        self.kind = SUPPORTED_DTYPES.index(like.gate.data.dtype)
+        self.width, self.hidden_size = like.gate.shape
+        self.num_slots = num_slots
+        self._rows = np.zeros((num_slots, 6), np.int64)  # gate, up, down, their scales; 0: empty
+        self.address: int = self._rows.ctypes.data
+
+    def fill(self, slot: int, operands: tuple[Operand, Operand, Operand]) -> None:
+        self._rows[slot] = [o.data for o in operands] + [o.scales for o in operands]
+
+    def clear(self, slot: int) -> None:
+        self._rows[slot] = 0
+
+
 class SlotWeights:
-    """The experts that a worker holds for one layer (or for all), by slot.
+    """The experts that a worker holds, by slot.
 
     Weights stay where the checkpoint mapped them: nothing is stacked or copied. All experts have
     the same shapes and dtype. Filling a slot while another thread computes over other slots is
@@ -54,24 +89,37 @@ class SlotWeights:
 
     def __init__(self, num_slots: int) -> None:
         self._slots: list[ExpertWeights | None] = [None] * num_slots
+        self._table: SlotTable | None = None
+        self._not_compiled: set[int] = set()  # slots that the kernels cannot take
 
     @property
     def num_slots(self) -> int:
         return len(self._slots)
 
+    @property
+    def table(self) -> SlotTable | None:
+        """What kernels read; None as long as no slot was filled or one is not for kernels."""
+        return None if self._not_compiled else self._table
+
     def fill(self, slot: int, expert: ExpertWeights) -> None:
         """Put an expert in a slot. Raises ValueError when its shapes differ from the others'."""
         held = next((e for e in self._slots if e is not None), None)
-        if held is not None and held.gate.shape != expert.gate.shape:
-            raise ValueError(f"slot {slot}: shape {expert.gate.shape}, others {held.gate.shape}")
-        if held is not None and held.gate.data.dtype != expert.gate.data.dtype:
-            raise ValueError(
-                f"slot {slot}: {expert.gate.data.dtype}, others {held.gate.data.dtype}"
-            )
+        if held is not None and held.kind != expert.kind:
+            raise ValueError(f"slot {slot}: {expert.kind}, the others hold {held.kind}")
+        if self._table is None or held is None:
+            self._table = SlotTable(self.num_slots, expert)
+        operands = expert.operands
+        if operands is None:
+            self._not_compiled.add(slot)
+        else:
+            self._table.fill(slot, operands)
         self._slots[slot] = expert
 
     def clear(self, slot: int) -> None:
         """Empty a slot and drop the reference to its weights."""
+        if self._table is not None:
+            self._table.clear(slot)
+        self._not_compiled.discard(slot)
         self._slots[slot] = None
 
     def expert(self, slot: int) -> ExpertWeights:
@@ -83,10 +131,16 @@ class SlotWeights:
 
 
 def swiglu(x: Tensor, expert: ExpertWeights, *, deterministic: bool = False) -> Tensor:
-    """The dense FFN and the shared experts: x [T, d] float32 -> [T, d] float32."""
-    gate = linear(x, expert.gate, deterministic=deterministic)
-    up = linear(x, expert.up, deterministic=deterministic)
-    return linear(silu(gate).mul_(up), expert.down, deterministic=deterministic)
+    """The dense FFN and the shared experts: x [T, d] float32 -> [T, d] float32.
+
+    deterministic: as in `linear`. Raises ValueError for another dtype or width.
+    """
+    if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != expert.hidden_size:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit width {expert.hidden_size}")
+    chosen, table = kernels(), expert.table
+    if chosen.compiled and table is not None:
+        return _run_dense(chosen, x, table)
+    return swiglu_torch(x, expert, deterministic=deterministic)
 
 
 def grouped_swiglu(
@@ -106,12 +160,69 @@ def grouped_swiglu(
     in float32 in the order in which the pairs are given (give a row's pairs by ascending expert id
     and the sum does not depend on the placement); zero for a row without pairs. With `per_pair`
     the weighted rows [P, d] are returned unsummed. Touches only the slots named in slot_ids.
+    deterministic: as in `linear`.
     Raises ValueError for shapes or dtypes that do not fit, ids out of range and empty slots.
     """
     _check_pairs(x, row_ids, slot_ids, pair_weights)
+    chosen, table = kernels(), slots.table
+    if chosen.compiled and table is not None:
+        return _run_experts(chosen, x, table, row_ids, slot_ids, pair_weights, per_pair=per_pair)
     return grouped_swiglu_torch(
         x, slots, row_ids, slot_ids, pair_weights, per_pair=per_pair, deterministic=deterministic
     )
+
+
+def swiglu_torch(x: Tensor, expert: ExpertWeights, *, deterministic: bool = False) -> Tensor:
+    """Plain-torch twin of the kernel: oracle and fall-back. Same arguments as `swiglu`."""
+    gate = linear_torch(x, expert.gate, deterministic=deterministic)
+    up = linear_torch(x, expert.up, deterministic=deterministic)
+    return linear_torch(silu(gate).mul_(up), expert.down, deterministic=deterministic)
+
+
+def _run_dense(chosen: Kernels, x: Tensor, table: SlotTable) -> Tensor:
+    x, (num_rows, hidden) = _dense_rows(x), x.shape
+    out = x.new_empty(num_rows, hidden)
+    chosen.experts(
+        chosen.runtime_address, table.kind, table.address, 1, hidden, table.width, x.data_ptr(),
+        4 * x.stride(0), num_rows, 0, 0, 0, num_rows, out.data_ptr(), 0,
+    )  # fmt: skip
+    return out
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x itself when its rows are contiguous (they may lie apart), else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _run_experts(
+    chosen: Kernels,
+    x: Tensor,
+    table: SlotTable,
+    row_ids: Tensor,
+    slot_ids: Tensor,
+    pair_weights: Tensor,
+    *,
+    per_pair: bool,
+) -> Tensor:
+    num_pairs, (num_rows, hidden) = row_ids.shape[0], x.shape
+    if hidden != table.hidden_size:
+        raise ValueError(f"x is {hidden} wide, the experts {table.hidden_size}")
+    x, row_ids, slot_ids = _dense_rows(x), row_ids.contiguous(), slot_ids.contiguous()
+    pair_weights = pair_weights.contiguous()
+    pair_rows = x.new_empty(num_pairs, hidden)
+    out = pair_rows if per_pair else x.new_empty(num_rows, hidden)
+    bad = chosen.experts(
+        chosen.runtime_address, table.kind, table.address, table.num_slots, hidden,
+        table.width, x.data_ptr(), 4 * x.stride(0), num_rows, row_ids.data_ptr(),
+        slot_ids.data_ptr(), pair_weights.data_ptr(), num_pairs, pair_rows.data_ptr(),
+        0 if per_pair else out.data_ptr(),
+    )  # fmt: skip
+    if bad >= 0:
+        raise ValueError(
+            f"pair {bad}: row {int(row_ids[bad])} of {num_rows}, slot {int(slot_ids[bad])} of "
+            f"{table.num_slots}: no such row, or no expert in that slot"
+        )
+    return out
 
 
 def _check_pairs(x: Tensor, row_ids: Tensor, slot_ids: Tensor, pair_weights: Tensor) -> None:
@@ -123,8 +234,6 @@ def _check_pairs(x: Tensor, row_ids: Tensor, slot_ids: Tensor, pair_weights: Ten
         raise ValueError(f"pair_weights must be float32, got {pair_weights.dtype}")
     if not row_ids.shape == slot_ids.shape == pair_weights.shape or row_ids.ndim != 1:
         raise ValueError("row_ids, slot_ids and pair_weights must be [P]")
-    if row_ids.numel() and not 0 <= int(row_ids.min()) <= int(row_ids.max()) < x.shape[0]:
-        raise ValueError(f"row_ids must lie in 0..{x.shape[0] - 1}")
 
 
 def grouped_swiglu_torch(
@@ -138,13 +247,12 @@ def grouped_swiglu_torch(
     deterministic: bool = False,
 ) -> Tensor:
     """Plain-torch twin of the kernel: oracle and fall-back. Same arguments as `grouped_swiglu`."""
+    if row_ids.numel() and not 0 <= int(row_ids.min()) <= int(row_ids.max()) < x.shape[0]:
+        raise ValueError(f"row_ids must lie in 0..{x.shape[0] - 1}")
     pair_rows = torch.empty(row_ids.shape[0], x.shape[1])
-    for slot in slot_ids.unique().tolist():
+    for slot in sorted(set(slot_ids.tolist())):
         pairs = (slot_ids == slot).nonzero().squeeze(1)
-        expert, rows = slots.expert(slot), x[row_ids[pairs]]
-        gate = linear_torch(rows, expert.gate, deterministic=deterministic)
-        up = linear_torch(rows, expert.up, deterministic=deterministic)
-        down = linear_torch(silu(gate).mul_(up), expert.down, deterministic=deterministic)
+        down = swiglu_torch(x[row_ids[pairs]], slots.expert(slot), deterministic=deterministic)
         pair_rows[pairs] = down * pair_weights[pairs, None]
     return pair_rows if per_pair else sum_pairs(pair_rows, row_ids, x.shape[0])
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+from experts.kernels.runtime import kernels
 
 SCALE_BLOCK: Final = 128
 """An fp8 checkpoint has one scale for each 128 x 128 block; blocks at the edges are partial."""
@@ -15,6 +18,20 @@ _CHUNK_BYTES: Final = 4 << 20
 """Rows dequantised at a time, as float32 bytes: small enough to stay in the last-level cache."""
 
 SUPPORTED_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+"""In the order of experts.kernels.simd.Kind."""
+
+MAX_KERNEL_SCALE: Final = 2.0**8
+"""The kernels fold 2^120 into a scale of fp8; those of released models are near 2^-12."""
+
+
+class Operand(NamedTuple):
+    """A weight as addresses and numbers, good as long as the Weight it came from lives."""
+
+    kind: int  # index in SUPPORTED_DTYPES
+    data: int
+    scales: int  # 0 without
+    num_outputs: int
+    length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +77,16 @@ class Weight:
         scale_bytes = 0 if self.scale_inv is None else self.scale_inv.nbytes
         return self.data.nbytes + scale_bytes
 
+    @cached_property
+    def operand(self) -> Operand | None:
+        """How compiled kernels see it; None when they cannot take it (a scale of 2^8 or more)."""
+        scales = self.scale_inv
+        if scales is not None and scales.numel() and float(scales.max()) >= MAX_KERNEL_SCALE:
+            return None
+        address = 0 if scales is None else scales.data_ptr()
+        kind = SUPPORTED_DTYPES.index(self.data.dtype)
+        return Operand(kind, self.data.data_ptr(), address, *self.shape)
+
     def dequantize(self) -> Tensor:
         """[out, in] float32; shares memory with `data` when that is float32 already."""
         return self.dequantize_rows(0, self.shape[0])
@@ -78,18 +105,28 @@ def linear(x: Tensor, w: Weight, *, deterministic: bool = False) -> Tensor:
     """y = x w^T in float32.
 
     x [T, in] float32 -> [T, out] float32. deterministic: a row of y depends only on its row of x,
-    bit for bit, whatever else is in the batch. Raises ValueError for another dtype or width.
+    bit for bit, whatever else is in the batch (the compiled kernel always has this property).
+    Raises ValueError for another dtype or width.
     """
     if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit a weight of shape {w.shape}")
-    return linear_torch(x, w, deterministic=deterministic)
+    chosen, operand = kernels(), w.operand
+    if not chosen.compiled or operand is None:
+        return linear_torch(x, w, deterministic=deterministic)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(x.shape[0], operand.num_outputs)
+    chosen.linear(
+        chosen.runtime_address, operand.kind, operand.data, operand.scales, operand.num_outputs,
+        operand.length, x.data_ptr(), 4 * x.stride(0), x.shape[0], y.data_ptr(),
+    )  # fmt: skip
+    return y
 
 
 def linear_torch(x: Tensor, w: Weight, *, deterministic: bool = False) -> Tensor:
     """Plain-torch twin of the kernel: oracle and fall-back. Same arguments as `linear`."""
     out = torch.empty(x.shape[0], w.shape[0])
     # BLAS picks its summation order by the shape, so one row at a time is what fixes it.
-    row_batches = x.split(1) if deterministic else (x,)
+    row_batches = [x[i : i + 1] for i in range(x.shape[0])] if deterministic else [x]
     for start in range(0, w.shape[0], step := max(1, _CHUNK_BYTES // (4 * max(1, w.shape[1])))):
         stop = min(start + step, w.shape[0])
         rows_t = w.dequantize_rows(start, stop).t()
