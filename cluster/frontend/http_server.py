@@ -15,7 +15,7 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError, quote
 from cluster.frontend.choice import Delta
 from cluster.frontend.generation import Generation
-from cluster.frontend.http_guard import HttpGuard, json_response, error_response
+from cluster.frontend.http_guard import HttpGuard, error_response, json_response
 from cluster.frontend.json_body import read_json
 from cluster.frontend.openai import (
     ChatCompletionRequest,
