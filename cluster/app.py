@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from experts.kernels.backend import configure_threads
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ConfigError, ShoalConfig, parse_config
 from cluster.frontend.grpc_server import GrpcMethods
-from cluster.frontend.http_server import build_app as build_http_app
 from cluster.members import (
     AttentionMember,
     ExpertMember,
@@ -30,6 +28,7 @@ from cluster.members import (
     RouterMember,
     Site,
 )
+from experts.kernels.runtime import configure_threads
 
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 ENDPOINT_TIMEOUT_S = 5.0
@@ -137,10 +136,6 @@ class AttentionReplica:
         configure_threads(config.threads("attention"))
         self._member = AttentionMember(_site(config, secret, placement), _worker_id("attention"))
 
-    def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
-        self._member.check_health()
-
     def __del__(self) -> None:
         self._member.close()
 
@@ -156,7 +151,8 @@ class IngressReplica(GrpcMethods):
         self.service = self._member.service
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_http_app(self.service)
+        # Serve's proxy echoes X-Request-Id itself.
+        return self._member.http_app(echo_request_id=False)
 
     def __del__(self) -> None:
         self._member.close()

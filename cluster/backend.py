@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from attention.client import AttentionClient
-
 from attention.messages import Stats, Submit, TokenOutput
 from cluster.frontend.backend import Readiness
 from experts.channel.channel import ChannelError

@@ -83,10 +83,10 @@ def _ports() -> list[Finding]:
 
 
 def _kernels() -> Finding:
-    from experts.kernels.backend import kernel_backend
+    from experts.kernels.runtime import kernels
 
-    backend = kernel_backend()
-    return Finding("CPU kernels", "ok" if backend.name == "numba" else "warning", backend.reason)
+    found = kernels()
+    return Finding("CPU kernels", "ok" if found.compiled else "warning", found.reason)
 
 
 def _gpus() -> Finding:

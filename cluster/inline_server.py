@@ -8,7 +8,6 @@ import time
 import uvicorn
 
 from cluster.config import ShoalConfig
-from cluster.frontend.http_server import build_app
 from cluster.inline import InlineCluster
 
 
@@ -29,7 +28,7 @@ class InlineServer:
         listen = self._config.listen
         self._server = uvicorn.Server(
             uvicorn.Config(
-                build_app(self._cluster.ingress.service),
+                self._cluster.ingress.http_app(),
                 host=listen.host,
                 port=listen.http_port,
                 log_level="warning",

@@ -6,15 +6,23 @@ knows which of the two it is.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import Response
 
 from attention.worker import AttentionWorker, context_length, count_blocks
 from cluster.backend import AttentionPool
 from cluster.config import ShoalConfig
+from cluster.frontend.http_guard import json_response
+from cluster.frontend.http_server import build_app
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
 from cluster.tokenizer import Tokenizer
@@ -203,6 +211,38 @@ class IngressMember:
         register = site.register("ingress", worker_id, "")
         self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
         self._line.start()
+
+    def http_app(self, *, echo_request_id: bool = True) -> FastAPI:
+        """The HTTP API, with the state of the cluster at /status."""
+        app = build_app(self.service, echo_request_id=echo_request_id)
+
+        @app.get("/status")
+        async def status() -> Response:
+            """Who serves, who holds how much, how busy the engines are."""
+            return json_response(await asyncio.to_thread(self._status))
+
+        return app
+
+    def _status(self) -> dict[str, Any]:
+        snapshot, state = self.pool.snapshot(), self.pool.ready()
+        held = Counter(
+            name
+            for layer in (snapshot.holders.values() if snapshot else ())
+            for e in layer
+            for name in e
+        )
+        workers = [
+            {**worker.model_dump(), "num_experts": held[worker.worker_id]}
+            for worker in (snapshot.workers if snapshot else ())
+        ]
+        return {
+            "model": self.service.model.name,
+            "ready": state.ready,
+            "stage": state.stage,
+            "epoch": snapshot.epoch if snapshot else 0,
+            "workers": workers,
+            "engines": [stats.model_dump() for stats in self.pool.stats()],
+        }
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return when requests are served. Raises TimeoutError that says how far things are."""
