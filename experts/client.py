@@ -375,10 +375,8 @@ def check_reply(hop: Hop, frame: Frame) -> Fault | None:
     rows, sent = frame.rows, hop.frame.rows
     if rows is None or sent is None or rows.dtype != sent.dtype or rows.shape != hop.reply_shape:
         return Fault.MALFORMED
-    if rows.dtype is torch.float32:  # a sum of squares is finite only if they are: 4x faster
-        flat = rows.numpy().reshape(-1)
-        if math.isfinite(flat.dot(flat)):
-            return None
+    if rows.dtype is torch.float32 and math.isfinite(rows.sum().item()):
+        return None  # a finite sum has finite terms only; 4 us where looking at the bits takes 10
     return None if rows_finite(rows) else Fault.NOT_FINITE
 
 

@@ -100,8 +100,9 @@ class WorkerHealth:
         hop_timer: HopTimer | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.quarantine = quarantine or Quarantine()
-        self.hop_timer = hop_timer or HopTimer()
+        # not `or`: an empty quarantine is false
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self.hop_timer = HopTimer() if hop_timer is None else hop_timer
         self.clock = clock
         self._lock = threading.Lock()
         self._outstanding_rows: dict[str, int] = {}

@@ -21,7 +21,7 @@ class Job(Generic[Work]):
     num_rows: int
     work: Work
     done: bool = False
-    error: BaseException | None = None
+    error: Exception | None = None
 
 
 class Turns(Generic[Work]):
@@ -45,18 +45,23 @@ class Turns(Generic[Work]):
         with self._changed:
             self._waiting.append(job)
         while batch := self._await_turn(job):
-            error: BaseException | None = None
+            error: Exception | None = RuntimeError("interrupted while computing")
             try:
                 self._compute([member.work for member in batch])
+                error = None
             except Exception as caught:
                 error = caught
-            with self._changed:
-                for member in batch:
-                    member.done, member.error = True, error
-                self._busy = False
-                self._changed.notify_all()
+            finally:  # an interrupt, too, must leave the turn to others
+                self._end_turn(batch, error)
         if job.error is not None:
             raise job.error
+
+    def _end_turn(self, batch: list[Job[Work]], error: Exception | None) -> None:
+        with self._changed:
+            for member in batch:
+                member.done, member.error = True, error
+            self._busy = False
+            self._changed.notify_all()
 
     def exclusive(self, action: Callable[[], None]) -> None:
         """Run an action while nothing is being computed."""

@@ -200,7 +200,7 @@ class Lane:
             load[i] = self._health.outstanding_rows(worker_id)
             if worker_id == besides or worker_id in exchange.suspects:
                 usable[i] = False
-            elif quarantine:
+            elif len(quarantine):
                 usable[i] = quarantine.admits(worker_id, now_s)
         return plan_pairs(pairs, table.without(exchange.layer, exchange.denied), usable, load)
 

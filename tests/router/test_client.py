@@ -1,0 +1,223 @@
+"""Attention's side of a deployed router: fail-over without a lost or doubled row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.channel.channel import Connection, Server
+from experts.channel.frame import Frame, FrameLimits, Status, reply_to
+from experts.messages import Snapshot, WorkerInfo
+from experts.snapshots import SnapshotBoard
+from router.client import RouterClient
+from router.errors import RemoteRouterError, RouterUnavailable
+
+SECRET = b"a secret of the tests"
+LAYER = 2
+Handler = Callable[[Frame, Connection], Frame | None]
+
+
+def double(frame: Frame, _: Connection) -> Frame:
+    assert frame.rows is not None
+    return reply_to(frame, frame.rows * 2)
+
+
+class Routers:
+    """Servers that claim to be routers, and the board that names them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.board = SnapshotBoard()
+        self._folder = folder
+        self._servers: dict[str, Server] = {}
+        self._nodes: dict[str, str] = {}
+        self._clients: list[RouterClient] = []
+
+    def serve(self, name: str, handler: Handler, node: str = "here") -> None:
+        server = Server(f"unix:{self._folder}/{name}", handler, SECRET)
+        server.start()
+        self._servers[name] = server
+        self._nodes[name] = node
+        self.publish()
+
+    def publish(self, *extra: WorkerInfo) -> None:
+        workers = [
+            WorkerInfo(worker_id=n, role="router", endpoint=s.endpoint, pid=1, node=self._nodes[n])
+            for n, s in self._servers.items()
+        ]
+        version = self.board.generation + 1
+        self.board.publish(
+            Snapshot(version=version, epoch=1, ready=True, stage="", workers=(*workers, *extra))
+        )
+
+    def kill(self, name: str) -> None:
+        """The board still names it."""
+        self._servers[name].close()
+
+    def client(self, **settings: object) -> RouterClient:
+        defaults = {"deadline_s": 20.0, "own_node": "here"}
+        client = RouterClient(self.board, SECRET, "me", **{**defaults, **settings})  # type: ignore
+        self._clients.append(client)
+        return client
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        for server in self._servers.values():
+            server.close()
+
+
+@pytest.fixture
+def routers(socket_folder: Path) -> Iterator[Routers]:
+    made = Routers(socket_folder)
+    yield made
+    made.close()
+
+
+X = torch.arange(12, dtype=torch.float32).view(3, 4)
+
+
+def test_begin_and_finish(routers: Routers) -> None:
+    routers.serve("r0", double)
+    assert torch.equal(routers.client().forward(LAYER, X), X * 2)
+
+
+def test_tickets_may_be_finished_in_any_order(routers: Routers) -> None:
+    routers.serve("r0", double)
+    client = routers.client()
+    first, second = client.begin(LAYER, X), client.begin(LAYER, X + 1)
+    assert torch.equal(client.finish(second), (X + 1) * 2)
+    assert torch.equal(client.finish(first), X * 2)
+
+
+def test_no_rows_need_no_router(routers: Routers) -> None:
+    assert routers.client().forward(LAYER, X[:0]).shape == (0, 4)
+
+
+def test_more_rows_than_a_frame_holds_are_split(routers: Routers) -> None:
+    sizes = []
+
+    def note(frame: Frame, connection: Connection) -> Frame:
+        assert frame.rows is not None
+        sizes.append(len(frame.rows))
+        return double(frame, connection)
+
+    routers.serve("r0", note)
+    client = routers.client(limits=FrameLimits(max_rows=2))
+    assert torch.equal(client.forward(LAYER, X), X * 2)
+    assert sizes == [2, 1]
+
+
+def test_a_router_on_the_own_node_is_preferred(routers: Routers) -> None:
+    routers.serve("r0", lambda frame, _: reply_to(frame, status=Status.FAILED, text="far"), "far")
+    routers.serve("r1", double, "here")
+    for own_id in ("a", "b", "c", "d"):
+        client = RouterClient(routers.board, SECRET, own_id, "here")
+        assert torch.equal(client.forward(LAYER, X), X * 2)
+        client.close()
+
+
+def test_attention_workers_spread_over_equal_routers(routers: Routers) -> None:
+    used = set()
+
+    def named(name: str) -> Handler:
+        def handle(frame: Frame, connection: Connection) -> Frame:
+            used.add(name)
+            return double(frame, connection)
+
+        return handle
+
+    for name in ("r0", "r1"):
+        routers.serve(name, named(name))
+    for i in range(16):
+        client = RouterClient(routers.board, SECRET, f"attention-{i}", "here")
+        client.forward(LAYER, X)
+        client.close()
+    assert used == {"r0", "r1"}
+
+
+def test_a_router_that_dies_with_batches_under_way(routers: Routers) -> None:
+    def die(frame: Frame, connection: Connection) -> None:
+        connection.close()
+
+    routers.serve("good", double, "far")
+    routers.serve("bad", die)
+    client = routers.client()
+    tickets = [client.begin(LAYER, X + i) for i in range(3)]
+    for i, ticket in enumerate(tickets):
+        assert torch.equal(client.finish(ticket), (X + i) * 2)
+    assert client.failovers == 1
+
+
+@pytest.mark.parametrize("status", [Status.DRAINING, Status.OVERLOADED])
+def test_a_router_that_refuses_is_left(routers: Routers, status: Status) -> None:
+    routers.serve("good", double, "far")
+    routers.serve("bad", lambda frame, _: reply_to(frame, status=status, text="not now"))
+    assert torch.equal(routers.client().forward(LAYER, X), X * 2)
+
+
+def test_a_router_that_hangs_is_left(routers: Routers) -> None:
+    routers.serve("good", double, "far")
+    routers.serve("bad", lambda frame, _: None)
+    assert torch.equal(routers.client(router_timeout_s=0.05).forward(LAYER, X), X * 2)
+
+
+def test_rows_of_another_shape_are_not_used(routers: Routers) -> None:
+    routers.serve("good", double, "far")
+    routers.serve("bad", lambda frame, _: reply_to(frame, torch.zeros(1, 4)))
+    assert torch.equal(routers.client().forward(LAYER, X), X * 2)
+
+
+def test_what_a_router_could_not_do_is_said_for_that_ticket_only(routers: Routers) -> None:
+    def fail_zeros(frame: Frame, connection: Connection) -> Frame:
+        assert frame.rows is not None
+        if frame.rows.any():
+            return double(frame, connection)
+        return reply_to(frame, status=Status.DEADLINE, text="layer 2, experts 5: nobody")
+
+    routers.serve("r0", fail_zeros)
+    client = routers.client()
+    bad, good = client.begin(LAYER, torch.zeros(1, 4)), client.begin(LAYER, X)
+    assert torch.equal(client.finish(good), X * 2)
+    with pytest.raises(RemoteRouterError, match="DEADLINE: layer 2, experts 5: nobody"):
+        client.finish(bad)
+
+
+def test_an_answer_nobody_waits_for_is_dropped(routers: Routers) -> None:
+    def twice(frame: Frame, connection: Connection) -> Frame:
+        stray = reply_to(frame, torch.zeros_like(X))
+        stray.request_id += 1000
+        connection.send(stray)
+        return double(frame, connection)
+
+    routers.serve("r0", twice)
+    client = routers.client()
+    assert torch.equal(client.forward(LAYER, X), X * 2)
+    assert client.late_answers == 1
+
+
+def test_without_a_router_it_waits_for_one(routers: Routers) -> None:
+    client = routers.client()
+    ticket = client.begin(LAYER, X)
+    thread = threading.Thread(target=routers.serve, args=("r0", double))
+    thread.start()
+    assert torch.equal(client.finish(ticket), X * 2)
+    thread.join()
+
+
+def test_the_deadline_ends_the_wait(routers: Routers) -> None:
+    client = routers.client(deadline_s=0.05)
+    with pytest.raises(RouterUnavailable, match="no router in the snapshot") as caught:
+        client.forward(LAYER, X)
+    assert caught.value.layer == LAYER
+    assert caught.value.waited_s >= 0.05
+
+
+def test_a_router_that_cannot_be_reached_is_named(routers: Routers, socket_folder: Path) -> None:
+    endpoint = f"unix:{socket_folder}/nobody"
+    routers.publish(WorkerInfo(worker_id="r9", role="router", endpoint=endpoint, pid=1, node=""))
+    with pytest.raises(RouterUnavailable, match="cannot connect to unix:.*nobody"):
+        routers.client(deadline_s=0.05).forward(LAYER, X)
