@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc
 import uvicorn
+from grpc_health.v1 import health_pb2_grpc
 
+from cluster.frontend.grpc_server import GrpcMethods
 from cluster.frontend.http_server import build_app
 from cluster.frontend.limits import Limits
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
+from cluster.protos import inference_pb2_grpc
 from cluster.tiny_tokenizer import tokenizer_config, tokenizer_json
 from cluster.tokenizer import Tokenizer
 from tests.fakes import TIMEOUT_S, FakeEngine
@@ -67,4 +73,65 @@ def http_server(service: InferenceService) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
+        thread.join(TIMEOUT_S)
+
+
+class _Methods(GrpcMethods):
+    """The mixin as a deployment would inherit it."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self.service = service
+
+
+class _Adapter:
+    """Calls the mixin's methods as Ray Serve's proxy does: by name, with `grpc_context`."""
+
+    STREAMS = ("Generate", "Chat", "Watch")
+
+    def __init__(self, methods: GrpcMethods) -> None:
+        self._methods = methods
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._methods, name)
+
+        async def unary(request: Any, context: Any) -> Any:
+            return await method(request, grpc_context=context)
+
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with aclosing(method(request, grpc_context=context)) as messages:
+                async for message in messages:
+                    yield message
+
+        return stream if name in self.STREAMS else unary
+
+
+@contextmanager
+def grpc_server(service: InferenceService) -> Iterator[str]:
+    """The service behind grpc.aio on a free port, in a thread; gives the address."""
+    address: list[str] = []
+    started = threading.Event()
+    stopping: list[Any] = []
+
+    async def serve() -> None:
+        server = grpc.aio.server()
+        adapter = _Adapter(_Methods(service))
+        inference_pb2_grpc.add_InferenceServicer_to_server(adapter, server)
+        health_pb2_grpc.add_HealthServicer_to_server(adapter, server)
+        address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        stop = asyncio.Event()
+        stopping.extend((asyncio.get_running_loop(), stop))
+        await server.start()
+        started.set()
+        await stop.wait()
+        await server.stop(grace=None)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    if not started.wait(TIMEOUT_S):
+        raise RuntimeError("the gRPC server did not start")
+    try:
+        yield address[0]
+    finally:
+        loop, stop = stopping
+        loop.call_soon_threadsafe(stop.set)
         thread.join(TIMEOUT_S)

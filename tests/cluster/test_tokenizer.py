@@ -227,9 +227,7 @@ def test_render_is_bounded_in_size_and_time(make: Callable[..., Tokenizer]) -> N
         "''.__class__.__mro__",
     ],
 )
-def test_template_cannot_leave_the_sandbox(
-    make: Callable[..., Tokenizer], expression: str
-) -> None:
+def test_template_cannot_leave_the_sandbox(make: Callable[..., Tokenizer], expression: str) -> None:
     template = "{% if messages[0]['content'] == 'go' %}{{ " + expression + " }}{% endif %}"
     tokenizer = make(chat_template=template)
     with pytest.raises(InvalidRequest):
