@@ -8,9 +8,8 @@ The same checks serve sending, receiving and process-local channels: every heade
 bound, every (kind, status) names the sections it carries, and payload_len is their exact sum. All
 of that is checked before a byte of payload is allocated.
 
-Written for few Python steps: between two processes caches are cold and each step costs 2-4 times
-what a loop measures. Rows travel as they are; pairs (1 KB) are gathered into one block, which is
-checked with one reduction and sent as one buffer.
+Written for few steps: in a round trip between two processes the caches are cold and each library
+call costs two or three times what it costs in a loop.
 """
 
 import struct
@@ -45,13 +44,16 @@ HEADER_BYTES = _HEADER.size
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES, start=1)}  # 0: no rows
 _ITEM_BYTES = (0, *(dtype.itemsize for dtype in ROW_DTYPES))
-_ROW_ARRAYS = ("", "f4", "i2", "u1")  # numpy has no bfloat16 and no float8
+_ROW_ARRAYS = [np.dtype(name) for name in ("V", "f4", "i2", "u1")]  # numpy has no bfloat16
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+_INT32, _UINT32, _FLOAT32 = np.dtype("i4"), np.dtype("u4"), np.dtype("f4")
 _KINDS = {int(kind): kind for kind in Kind}
 _STATUSES = {int(status): status for status in Status}
 
 _ROW_IDS, _EXPERT_IDS, _WEIGHTS, _ROWS, _BODY = 1, 2, 4, 8, 16
 _PAIRS = _ROW_IDS | _EXPERT_IDS | _WEIGHTS
 _FIRST_NEGATIVE = 1 << 31  # as uint32
+_largest = np.maximum.reduce
 _FIRST_NOT_FINITE = 0x7F800000  # bits of float32 infinity; NaN and negative numbers are above
 
 
@@ -131,19 +133,28 @@ def _check_flags(flags: int, deadline_us: int) -> None:
         raise FrameError("deadline_us", deadline_us, f"at most {MAX_DEADLINE_US}")
 
 
-def _check_pairs(block: Array, sections: int, num_rows: int) -> None:
-    """block: uint32 [sections, P], P > 0. A negative id and a NaN both look like huge numbers."""
-    largest = np.maximum.reduce(block, axis=1).tolist()
+def _check_ids(name: str, ids: Array, bound: int) -> None:
+    """ids: int32 [P], P > 0. As uint32 a negative id is a huge one, so one reduction is enough."""
+    largest = _largest(ids.view(_UINT32))
+    if largest >= bound:
+        raise FrameError(name, np.int32(largest), f"in 0..{bound - 1}")
+
+
+def _check_weights(weights: Array) -> None:
+    """weights: float32 [P], P > 0. Only if a bit pattern is suspicious look at all of them."""
+    if _largest(weights.view(_UINT32)) >= _FIRST_NOT_FINITE and not np.isfinite(weights).all():
+        raise FrameError("weights", "NaN or infinite", "finite")
+
+
+def _check_pairs(arrays: list[Array], sections: int, num_rows: int) -> None:
+    """arrays: as `_pair_arrays` gives them, P > 0."""
     if sections & _ROW_IDS:
-        row_id, expert_id, weight_bits = largest
-        if row_id >= num_rows:
-            raise FrameError("row_ids", f"up to {row_id} (uint32)", f"in 0..{num_rows - 1}")
-        if weight_bits >= _FIRST_NOT_FINITE and not np.isfinite(block[2].view("f4")).all():
-            raise FrameError("weights", "NaN or infinite", "finite")
+        row_ids, expert_ids, weights = arrays
+        _check_ids("row_ids", row_ids, num_rows)
+        _check_weights(weights)
     else:
-        (expert_id,) = largest
-    if expert_id >= _FIRST_NEGATIVE:
-        raise FrameError("expert_ids", "negative", ">= 0")
+        (expert_ids,) = arrays
+    _check_ids("expert_ids", expert_ids, _FIRST_NEGATIVE)
 
 
 # --- sending ---
@@ -162,11 +173,11 @@ def encode(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int]:
         num_rows, width = rows.shape
         dtype = _DTYPE_CODES[rows.dtype]
     if sections & _PAIRS:
-        block = _pair_block(frame, sections)
-        num_pairs = block.shape[1]
+        arrays = _pair_arrays(frame, sections)
+        num_pairs = len(arrays[0])
         if num_pairs:
-            _check_pairs(block, sections, num_rows)
-            buffers.append(block)
+            _check_pairs(arrays, sections, num_rows)
+            buffers += arrays
     _check_absent(frame, sections)
     body_bytes = len(frame.body)
     payload_len = _check_sizes(sections, num_rows, num_pairs, width, dtype, body_bytes, limits)
@@ -198,45 +209,50 @@ def validate(frame: Frame, limits: FrameLimits) -> None:
 def _checked_rows(frame: Frame) -> Tensor:
     rows = frame.rows
     if rows is None or rows.dim() != 2 or rows.dtype not in _DTYPE_CODES:
-        found = "missing" if rows is None else f"{rows.dtype} {tuple(rows.shape)}"
-        raise FrameError("rows", found, "[R, width] float32, bfloat16 or float8_e4m3fn")
-    if not rows.is_cpu or rows.requires_grad:
-        raise FrameError("rows", rows.device, "on the CPU, without gradient")
+        raise _refused("rows", rows, "[R, width] float32, bfloat16 or float8_e4m3fn on the CPU")
     return rows
+
+
+def _refused(name: str, tensor: Tensor | None, limit: str) -> FrameError:
+    if tensor is None:
+        return FrameError(name, "missing", limit)
+    gradient = " that requires grad" if tensor.requires_grad else ""
+    found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{gradient}"
+    return FrameError(name, found, limit)
 
 
 def _memory(rows: Tensor) -> Array:
     """The rows' memory as an array of items of the same size; copied only if not contiguous."""
     if not rows.is_contiguous():
         rows = rows.contiguous()
-    if rows.dtype is torch.bfloat16:
-        rows = rows.view(torch.int16)
-    elif rows.dtype is torch.float8_e4m3fn:
-        rows = rows.view(torch.uint8)
-    array: Array = rows.numpy()
+    try:
+        integers = _INTEGERS.get(rows.dtype)
+        array: Array = (rows if integers is None else rows.view(integers)).numpy()
+    except (RuntimeError, TypeError) as error:
+        raise _refused("rows", rows, "on the CPU, without gradient") from error
     return array
 
 
-def _pair_block(frame: Frame, sections: int) -> Array:
-    """uint32 [3, P] (row_ids, expert_ids, bits of the weights) or [1, P] (expert_ids)."""
-    ids = _pair_array("expert_ids", frame.expert_ids, torch.int32)
+def _pair_arrays(frame: Frame, sections: int) -> list[Array]:
+    """row_ids, expert_ids, weights or expert_ids alone, each [P]; the tensors' own memory."""
+    ids = _pair_array("expert_ids", frame.expert_ids, _INT32)
     if not sections & _ROW_IDS:
-        return ids.view("u4").reshape(1, -1)
-    row_ids = _pair_array("row_ids", frame.row_ids, torch.int32)
-    weights = _pair_array("weights", frame.weights, torch.float32)
+        return [ids]
+    row_ids = _pair_array("row_ids", frame.row_ids, _INT32)
+    weights = _pair_array("weights", frame.weights, _FLOAT32)
     if not len(row_ids) == len(ids) == len(weights):
         lengths = (len(row_ids), len(ids), len(weights))
         raise FrameError("num_pairs", lengths, "row_ids, expert_ids, weights of one length")
-    return np.concatenate((row_ids, ids, weights.view("i4"))).view("u4").reshape(3, -1)
+    return [row_ids, ids, weights]
 
 
-def _pair_array(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Array:
-    if tensor is None or tensor.dtype is not dtype or tensor.dim() != 1:
-        found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise FrameError(name, found, f"{dtype} [P]")
-    if not tensor.is_cpu or tensor.requires_grad:
-        raise FrameError(name, tensor.device, "on the CPU, without gradient")
-    array: Array = tensor.numpy()
+def _pair_array(name: str, tensor: Tensor | None, dtype: np.dtype[Any]) -> Array:
+    try:
+        array: Array = tensor.numpy()  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise _refused(name, tensor, f"{dtype} [P] on the CPU, without gradient") from error
+    if array.dtype is not dtype or array.ndim != 1:
+        raise _refused(name, tensor, f"{dtype} [P]")
     return array
 
 
@@ -302,13 +318,13 @@ def decode(header: Header, payload: npt.NDArray[np.uint8]) -> Frame:
 def _set_pairs(
     frame: Frame, sections: int, num_rows: int, num_pairs: int, payload: npt.NDArray[np.uint8]
 ) -> None:
-    block: Array = np.ndarray((_PAIR_BYTES[sections] // 4, num_pairs), "u4", payload)
-    if num_pairs:
-        _check_pairs(block, sections, num_rows)
-    integers = block.view("i4")
+    arrays: list[Array] = [np.ndarray(num_pairs, _INT32, payload)]
     if sections & _ROW_IDS:
-        frame.row_ids = torch.from_numpy(integers[0])
-        frame.expert_ids = torch.from_numpy(integers[1])
-        frame.weights = torch.from_numpy(block[2].view("f4"))
+        arrays.append(np.ndarray(num_pairs, _INT32, payload, 4 * num_pairs))
+        arrays.append(np.ndarray(num_pairs, _FLOAT32, payload, 8 * num_pairs))
+    if num_pairs:
+        _check_pairs(arrays, sections, num_rows)
+    if sections & _ROW_IDS:
+        frame.row_ids, frame.expert_ids, frame.weights = map(torch.from_numpy, arrays)
     else:
-        frame.expert_ids = torch.from_numpy(integers[0])
+        frame.expert_ids = torch.from_numpy(arrays[0])

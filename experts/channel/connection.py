@@ -83,7 +83,9 @@ class Credits:
         self._granted = granted
         self._left = granted
         self._closed = False
-        self._changed = threading.Condition()
+        self._num_waiting = 0
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def left(self) -> int:
@@ -91,16 +93,24 @@ class Credits:
 
     def take(self, deadline_s: float | None) -> None:
         """Wait for a credit. Raises ChannelTimeout or ChannelClosed."""
-        with self._changed:
-            while self._left == 0 and not self._closed:
-                if not self._changed.wait(remaining_s(deadline_s)):
-                    raise ChannelTimeout(f"all {self._granted} credits are in flight")
+        with self._lock:
+            if self._left == 0:
+                self._wait(deadline_s)
             if self._closed:
                 raise ChannelClosed("closed while waiting for a credit")
             self._left -= 1
 
+    def _wait(self, deadline_s: float | None) -> None:
+        self._num_waiting += 1
+        try:
+            while self._left == 0 and not self._closed:
+                if not self._changed.wait(remaining_s(deadline_s)):
+                    raise ChannelTimeout(f"all {self._granted} credits are in flight")
+        finally:
+            self._num_waiting -= 1
+
     def try_take(self) -> bool:
-        with self._changed:
+        with self._lock:
             if self._left == 0:
                 return False
             self._left -= 1
@@ -108,13 +118,14 @@ class Credits:
 
     def give(self) -> None:
         """One result came back (or was sent); never more than was granted."""
-        with self._changed:
+        with self._lock:
             if self._left < self._granted:
                 self._left += 1
-                self._changed.notify()
+                if self._num_waiting:
+                    self._changed.notify()
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 

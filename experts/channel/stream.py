@@ -154,7 +154,8 @@ class StreamConnection:
         flags = socket.MSG_WAITALL if deadline_s is None else socket.MSG_DONTWAIT
         while self._got < len(buffer):
             try:
-                num_bytes = self._sock.recv_into(memoryview(buffer)[self._got :], 0, flags)
+                view = memoryview(buffer)[self._got :] if self._got else buffer
+                num_bytes = self._sock.recv_into(view, 0, flags)
             except BlockingIOError:
                 if not self._poll(self._incoming, deadline_s):
                     raise ChannelTimeout(f"no frame from {self.peer} in time") from None
