@@ -1,4 +1,4 @@
-"""The error table: complete, valid on both fronts, and what leaves the server is small and plain."""
+"""The error table: complete, valid on both fronts; what leaves the server is small and plain."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ BOS, EOS, USER, ASSISTANT, THINK_END = 0, 1, 3, 4, 6
 
 # The template of DeepSeek-R1 without its tool branch: it strips the reasoning of past answers.
 R1_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% if add_generation_prompt is not defined %}{% set add_generation_prompt = 0 %}{% endif %}"
     "{% set ns = namespace(is_first=false, system_prompt='') %}"
     "{%- for message in messages %}{%- if message['role'] == 'system' %}"
     "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}"
