@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from attention.config import AttentionConfig
@@ -70,14 +71,10 @@ def build_engine(checkpoint: Checkpoint, moe: MoeClient, config: AttentionConfig
     model = checkpoint.config
     num_blocks = count_blocks(config, model)
     max_model_len = context_length(config, model, num_blocks)
-    # zeros are pages that the system hands out at first touch: memory grows with use
-    cache = torch.zeros(
-        model.num_hidden_layers,
-        num_blocks,
-        config.block_size,
-        model.latent_width,
-        dtype=CACHE_DTYPE,
-    )
+    # numpy's zeros are pages that the system hands out at first touch: memory grows with use
+    # (torch.zeros writes them all: 512 MiB resident at once).
+    shape = (model.num_hidden_layers, num_blocks, config.block_size, model.latent_width)
+    cache = torch.from_numpy(np.zeros(shape, np.float32))
     decoder = DecoderModel(
         model, load_weights(checkpoint), moe, cache, max_model_len, config.deterministic
     )

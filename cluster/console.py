@@ -44,6 +44,7 @@ class Stages:
             transient=True,
         )
         self._task = self._progress.add_task("starting", total=None)
+        self._started = time.monotonic()
         self._last = ("", 0.0)
 
     def __enter__(self) -> Stages:
@@ -68,7 +69,7 @@ class Stages:
         text, at = self._last
         now = time.monotonic()
         if stage.text != text or now - at >= LOG_PERIOD_S:
-            stderr.print(stage.text)
+            stderr.print(f"{now - self._started:5.1f} s  {stage.text}", markup=False)
             self._last = (stage.text, now)
 
     def wait(self, poll: Callable[[], Stage | None], timeout_s: float) -> bool:

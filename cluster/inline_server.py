@@ -15,6 +15,7 @@ class InlineServer:
     """An inline cluster behind HTTP on this machine (gRPC needs Serve's proxy)."""
 
     dashboard_url: str | None = None
+    stage = "starting the workers"
 
     def __init__(self, config: ShoalConfig) -> None:
         self._config = config

@@ -53,6 +53,8 @@ class LocalCluster:
         self._dashboard = dashboard
         self._sockets = Path(tempfile.mkdtemp(prefix="shoal-"))
         self.dashboard_url: str | None = None
+        self.stage = "starting Ray"
+        """What `start` is at, for people."""
 
     def start(self) -> None:
         """Returns once every deployment's replicas run; weights may still load (see /readyz)."""
@@ -69,6 +71,9 @@ class LocalCluster:
         from ray import serve
         from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
+        for name in ("ray", "ray.serve"):  # our own stages say what happens
+            logging.getLogger(name).setLevel(logging.ERROR)
+
         context: Any = ray.init(
             address="local",
             namespace=APP_NAME,
@@ -80,6 +85,7 @@ class LocalCluster:
         if self._dashboard and context.dashboard_url:
             self.dashboard_url = f"http://{context.dashboard_url}"
         listen = self._config.listen
+        self.stage = "starting Ray Serve"
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=listen.host, port=listen.http_port),
@@ -95,6 +101,7 @@ class LocalCluster:
 
         from cluster.app import build_app
 
+        self.stage = "starting the workers"
         if config.runtime_dir is None:
             config = config.model_copy(update={"runtime_dir": self._sockets})
         serve.run(build_app(config), name=APP_NAME, logging_config=_quiet())

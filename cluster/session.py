@@ -24,6 +24,7 @@ class Launch(Protocol):
     """What `running` needs of a way to serve."""
 
     dashboard_url: str | None
+    stage: str
 
     def start(self) -> None: ...
 
@@ -103,7 +104,7 @@ def _start(launch: Launch, config: ShoalConfig, signals: StopSignals) -> None:
         if failure:
             raise failure[0]
         if thread.is_alive():
-            return Stage("starting the cluster")
+            return Stage(launch.stage)
         return _readiness(client)
 
     with Stages() as stages:
