@@ -101,7 +101,8 @@ class EngineSystem:
                 del running[output.request_id]
 
     def close(self) -> None:
-        """Its processes end when this one does."""
+        """End its processes."""
+        self._engine.engine_core.shutdown()
 
 
 def open_system(spec: Spec) -> System:

@@ -45,7 +45,9 @@ def goals(
     found = [*_inline_against_vllm(ratios), *_cluster_against_inline(preset, ratios)]
     inline = medians.get("inline", {})
     share = bandwidth_share(inline, active_bytes, read_bytes_per_s)
-    if preset == "lite" and share is not None:
+    if preset != "lite":
+        return found  # its weights fit a cache and weigh less than Python
+    if share is not None:
         found.append(Goal("inline decode, share of the bandwidth", share, SHARE_OF_BANDWIDTH))
     if "memory.peak_rss_bytes" in inline:
         over_file = inline["memory.peak_rss_bytes"] / file_bytes

@@ -56,17 +56,16 @@ class PeakMemory:
         self._root = root
         self._lock = threading.Lock()
         self.peak_pss_bytes = 0
-        self._peak_rss_bytes: dict[int, int] = {}  # pid -> high-water mark of its RSS
+        self.peak_rss_bytes = 0
 
     def sample(self) -> None:
         """Look now. Walks page tables (10-20 ms for 4 GB): not while something is timed."""
         pids = [self._root, *descendants(self._root)]
         pss = sum(_field_bytes(PROC / str(pid) / "smaps_rollup", "Pss") for pid in pids)
+        rss = sum(_field_bytes(PROC / str(pid) / "status", "VmHWM") for pid in pids)
         with self._lock:
             self.peak_pss_bytes = max(self.peak_pss_bytes, pss)
-            for pid in pids:
-                peak = _field_bytes(PROC / str(pid) / "status", "VmHWM")
-                self._peak_rss_bytes[pid] = max(self._peak_rss_bytes.get(pid, 0), peak)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, rss)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -89,5 +88,5 @@ class PeakMemory:
         """`peak_rss_bytes` adds up high-water marks: exact for one process, too high for many."""
         return {
             "peak_pss_bytes": float(self.peak_pss_bytes),
-            "peak_rss_bytes": float(sum(self._peak_rss_bytes.values())),
+            "peak_rss_bytes": float(self.peak_rss_bytes),
         }
