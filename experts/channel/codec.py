@@ -160,13 +160,38 @@ def _check_pairs(arrays: list[Array], sections: int, num_rows: int) -> None:
 # --- sending ---
 
 
+class _Sizes(NamedTuple):
+    num_rows: int
+    num_pairs: int
+    width: int
+    body_bytes: int
+    payload_len: int
+
+
 def encode(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int]:
-    """The buffers to send and their total bytes; rows are the tensor's own memory.
+    """The buffers to send and their total bytes; tensors are sent from their own memory.
 
     Raises FrameError when a peer with these limits would refuse the frame.
     """
+    buffers, dtype, sizes = _inspect(frame, limits)
+    payload_crc = 0
+    for buffer in buffers:
+        payload_crc = crc32c(buffer, payload_crc)
+    fields = _pack(frame, dtype, sizes, payload_crc)
+    buffers.insert(0, fields + _CRC.pack(crc32c(fields)))
+    return buffers, HEADER_BYTES + sizes.payload_len
+
+
+def validate(frame: Frame, limits: FrameLimits) -> None:
+    """Raise FrameError unless the frame could be sent and would be accepted by a peer."""
+    _, dtype, sizes = _inspect(frame, limits)
+    _pack(frame, dtype, sizes, 0)
+
+
+def _inspect(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int, _Sizes]:
+    """The payload's buffers, the rows' dtype code and the sizes, all checked."""
     sections = _sections_of(frame.kind, frame.status)
-    buffers: list[Any] = [b""]
+    buffers: list[Any] = []
     num_rows = width = dtype = num_pairs = 0
     if sections & _ROWS:
         rows = _checked_rows(frame)
@@ -186,24 +211,19 @@ def encode(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int]:
         buffers.append(_memory(rows))
     if body_bytes:
         buffers.append(frame.body)
-    payload_crc = 0
-    for buffer in buffers:
-        payload_crc = crc32c(buffer, payload_crc)
+    return buffers, dtype, _Sizes(num_rows, num_pairs, width, body_bytes, payload_len)
+
+
+def _pack(frame: Frame, dtype: int, sizes: _Sizes, payload_crc: int) -> bytes:
+    """The header without its own checksum."""
     try:
-        fields = _FIELDS.pack(
+        return _FIELDS.pack(
             MAGIC, VERSION, frame.kind, frame.status, frame.flags, frame.layer, dtype,
-            frame.attempt, frame.request_id, frame.epoch, frame.deadline_us, num_rows, num_pairs,
-            width, body_bytes, payload_len, frame.queue_us, frame.compute_us, payload_crc,
+            frame.attempt, frame.request_id, frame.epoch, frame.deadline_us, *sizes,
+            frame.queue_us, frame.compute_us, payload_crc,
         )  # fmt: skip
     except struct.error as error:
         raise FrameError("header", error, "integers that fit their field") from error
-    buffers[0] = fields + _CRC.pack(crc32c(fields))
-    return buffers, HEADER_BYTES + payload_len
-
-
-def validate(frame: Frame, limits: FrameLimits) -> None:
-    """Raise FrameError unless the frame could be sent and would be accepted by a peer."""
-    encode(frame, limits)
 
 
 def _checked_rows(frame: Frame) -> Tensor:
