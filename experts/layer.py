@@ -7,6 +7,7 @@ experts are the same function). A *slot* is a place in a worker where one expert
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,6 +131,9 @@ class SlotWeights:
         return expert
 
 
+_pack_arguments = struct.Struct("15q").pack
+
+
 def swiglu(x: Tensor, expert: ExpertWeights, *, deterministic: bool = False) -> Tensor:
     """The dense FFN and the shared experts: x [T, d] float32 -> [T, d] float32.
 
@@ -181,10 +185,12 @@ def swiglu_torch(x: Tensor, expert: ExpertWeights, *, deterministic: bool = Fals
 
 def _run_dense(chosen: Kernels, x: Tensor, table: SlotTable) -> Tensor:
     x, (num_rows, hidden) = _dense_rows(x), x.shape
-    out = x.new_empty(num_rows, hidden)
+    out = torch.empty(num_rows, hidden)
     chosen.experts(
-        chosen.runtime_address, table.kind, table.address, 1, hidden, table.width, x.data_ptr(),
-        4 * x.stride(0), num_rows, 0, 0, 0, num_rows, out.data_ptr(), 0,
+        _pack_arguments(
+            chosen.pool_address, table.kind, table.address, 1, hidden, table.width,
+            x.data_ptr(), 4 * x.stride(0), num_rows, num_rows, 0, 0, 0, out.data_ptr(), 0,
+        )
     )  # fmt: skip
     return out
 
@@ -209,13 +215,15 @@ def _run_experts(
         raise ValueError(f"x is {hidden} wide, the experts {table.hidden_size}")
     x, row_ids, slot_ids = _dense_rows(x), row_ids.contiguous(), slot_ids.contiguous()
     pair_weights = pair_weights.contiguous()
-    pair_rows = x.new_empty(num_pairs, hidden)
-    out = pair_rows if per_pair else x.new_empty(num_rows, hidden)
+    pair_rows = torch.empty(num_pairs, hidden)
+    out = pair_rows if per_pair else torch.empty(num_rows, hidden)
     bad = chosen.experts(
-        chosen.runtime_address, table.kind, table.address, table.num_slots, hidden,
-        table.width, x.data_ptr(), 4 * x.stride(0), num_rows, row_ids.data_ptr(),
-        slot_ids.data_ptr(), pair_weights.data_ptr(), num_pairs, pair_rows.data_ptr(),
-        0 if per_pair else out.data_ptr(),
+        _pack_arguments(
+            chosen.pool_address, table.kind, table.address, table.num_slots, hidden,
+            table.width, x.data_ptr(), 4 * x.stride(0), num_rows, num_pairs, row_ids.data_ptr(),
+            slot_ids.data_ptr(), pair_weights.data_ptr(), pair_rows.data_ptr(),
+            0 if per_pair else out.data_ptr(),
+        )
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(

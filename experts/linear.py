@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -66,10 +67,11 @@ class Weight:
         if not scale_inv.is_contiguous():
             raise ValueError("scale_inv must be row-major")
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
-        return tuple(self.data.shape)  # type: ignore[return-value]
+        out, length = self.data.shape
+        return out, length
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +103,9 @@ class Weight:
         return rows.mul_(scales[:, : self.shape[1]])
 
 
+_pack_arguments = struct.Struct("10q").pack
+
+
 def linear(x: Tensor, w: Weight, *, deterministic: bool = False) -> Tensor:
     """y = x w^T in float32.
 
@@ -108,17 +113,21 @@ def linear(x: Tensor, w: Weight, *, deterministic: bool = False) -> Tensor:
     bit for bit, whatever else is in the batch (the compiled kernel always has this property).
     Raises ValueError for another dtype or width.
     """
-    if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != w.shape[1]:
+    rows, columns = x.shape if x.ndim == 2 else (0, -1)
+    if x.dtype != torch.float32 or columns != w.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit a weight of shape {w.shape}")
     chosen, operand = kernels(), w.operand
     if not chosen.compiled or operand is None:
         return linear_torch(x, w, deterministic=deterministic)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(x.shape[0], operand.num_outputs)
+    row_stride, column_stride = x.stride()
+    if column_stride != 1:
+        x, row_stride = x.contiguous(), columns
+    y = torch.empty(rows, operand.num_outputs)
     chosen.linear(
-        chosen.runtime_address, operand.kind, operand.data, operand.scales, operand.num_outputs,
-        operand.length, x.data_ptr(), 4 * x.stride(0), x.shape[0], y.data_ptr(),
-    )  # fmt: skip
+        _pack_arguments(
+            chosen.pool_address, *operand, x.data_ptr(), 4 * row_stride, rows, y.data_ptr()
+        )
+    )
     return y
 
 

@@ -1,26 +1,38 @@
 """Compiled entry points: one call from Python computes a linear layer or a whole layer of experts.
 
-All arguments are int64: addresses, counts, flags. The wrappers in `experts/linear.py` and
-`experts/layer.py` check shapes and keep the tensors alive.
+The argument is the address of int64 values: addresses, counts and flags, in the order in which they
+are read. (One packed argument: ctypes takes 0.2 us to convert each of ten.) The wrappers in
+`experts/linear.py` and `experts/layer.py` check shapes and keep the tensors alive.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
 from numba import cfunc, njit, types
 
 from experts.kernels import elementwise
-from experts.kernels.jobs import Job, run
-from experts.kernels.memory import (
-    address_of,
-    keep,
-    read_f32,
-    read_i32,
-    read_i64,
-    write_i64,
+from experts.kernels.jobs import (
+    GROUP_STARTS,
+    JOB_FIELDS,
+    KIND,
+    LENGTH,
+    NUM_GROUPS,
+    NUM_OUTPUTS,
+    PACKED,
+    POOL,
+    RESULTS,
+    ROW_FACTORS,
+    SCALES,
+    UP_RESULTS,
+    UP_SCALES,
+    UP_WEIGHTS,
+    WEIGHTS,
+    X,
+    run,
 )
+from experts.kernels.memory import read_f32, read_i32, read_i64, write_f32, write_i32, write_i64
+from experts.kernels.pool import allocate, release
 from experts.kernels.product import padded
 
 # mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
@@ -29,68 +41,69 @@ SLOT_COLUMNS: Final = 6
 """Of a slot's row in the table: addresses of gate, up, down and of their scales (0 without)."""
 
 
-@njit
-def _aligned(buffer):
-    return (address_of(buffer) + 63) // 64 * 64
+@njit(inline="always")
+def _lines(num_bytes):
+    """Rounded up to whole cache lines."""
+    return (num_bytes + 63) // 64 * 64
 
 
-@njit
-def _floats(count):
-    return np.empty(count + 16, np.float32)
-
-
-@njit
-def _point(table, count, address, row_bytes):
-    for i in range(count):
-        write_i64(table, i, address + i * row_bytes)
-
-
-@cfunc(types.void(*[types.int64] * 10), cache=True)
-def linear_driver(
-    runtime, kind, weights, scales, num_outputs, length, x, x_row_bytes, num_rows, y
-):  # fmt: skip
+@cfunc(types.void(types.int64), cache=True)
+def linear_driver(arguments):
     """y[m] = W x[m]; W [num_outputs, length], x rows of float32, y [num_rows, num_outputs]."""
-    pointers = np.empty(2 * num_rows + 4, np.int64)
-    table = address_of(pointers)
+    pool, kind = read_i64(arguments, 0), read_i64(arguments, 1)
+    weights, scales = read_i64(arguments, 2), read_i64(arguments, 3)
+    num_outputs, length = read_i64(arguments, 4), read_i64(arguments, 5)
+    x, x_row_bytes = read_i64(arguments, 6), read_i64(arguments, 7)
+    num_rows, y = read_i64(arguments, 8), read_i64(arguments, 9)
+    num_ints = JOB_FIELDS + 4 + 2 * num_rows
+    job = allocate(pool, _lines(8 * num_ints) + 4 * num_rows * padded(length))
+    table = job + 8 * JOB_FIELDS  # group_starts [2], weights [1], scales [1]
     rows, results = table + 32, table + 32 + 8 * num_rows
-    _point(rows, num_rows, x, x_row_bytes)
-    _point(results, num_rows, y, 4 * num_outputs)
-    pointers[0], pointers[1], pointers[2], pointers[3] = 0, num_rows, weights, scales
-    packed = _floats(num_rows * padded(length))
-    jobs = np.zeros(1, Job)
-    job = jobs[0]
-    job.num_groups = 1
-    job.group_starts = table
-    job.kind = kind
-    job.weights = table + 16
-    job.scales = table + 24
-    job.num_outputs = num_outputs
-    job.length = length
-    job.x = rows
-    job.results = results
-    job.packed = _aligned(packed)
-    run(jobs, runtime)
-    keep(pointers)
-    keep(packed)
-    keep(jobs)
+    write_i64(table, 0, 0)
+    write_i64(table, 1, num_rows)
+    write_i64(table, 2, weights)
+    write_i64(table, 3, scales)
+    for m in range(num_rows):
+        write_i64(rows, m, x + m * x_row_bytes)
+        write_i64(results, m, y + 4 * m * num_outputs)
+    write_i64(job, POOL, pool)
+    write_i64(job, KIND, kind)
+    write_i64(job, NUM_GROUPS, 1)
+    write_i64(job, GROUP_STARTS, table)
+    write_i64(job, WEIGHTS, table + 16)
+    write_i64(job, SCALES, table + 24)
+    write_i64(job, UP_WEIGHTS, 0)
+    write_i64(job, ROW_FACTORS, 0)
+    write_i64(job, NUM_OUTPUTS, num_outputs)
+    write_i64(job, LENGTH, length)
+    write_i64(job, X, rows)
+    write_i64(job, RESULTS, results)
+    write_i64(job, PACKED, job + _lines(8 * num_ints))
+    run(job)
+    release(pool, job)
 
 
 @njit
-def _sort_pairs(keys, count, num_keys, starts, order):
-    """Stable counting sort: order[starts[k]:starts[k + 1]] are the pairs of key k, ascending."""
+def _sort(keys, count, num_keys, starts, order):
+    """Stable counting sort: order[starts[k]:starts[k + 1]] are the positions of key k, ascending.
+
+    keys [count] int32 below num_keys; starts [num_keys + 1], order [count] int64.
+    """
     for i in range(num_keys + 1):
-        starts[i] = 0
-    for i in range(count):
-        starts[read_i32(keys, i) + 1] += 1
-    for i in range(num_keys):
-        starts[i + 1] += starts[i]
+        write_i64(starts, i, 0)
     for i in range(count):
         key = read_i32(keys, i)
-        order[starts[key]] = i
-        starts[key] += 1
+        write_i64(starts, key + 1, read_i64(starts, key + 1) + 1)
+    for i in range(num_keys):
+        write_i64(starts, i + 1, read_i64(starts, i + 1) + read_i64(starts, i))
+    for i in range(count):
+        key = read_i32(keys, i)
+        place = read_i64(starts, key)
+        write_i64(order, place, i)
+        write_i64(starts, key, place + 1)
     for i in range(num_keys, 0, -1):
-        starts[i] = starts[i - 1]
-    starts[0] = 0
+        write_i64(starts, i, read_i64(starts, i - 1))
+    write_i64(starts, 0, 0)
 
 
 @njit
@@ -106,39 +119,32 @@ def _first_bad_pair(row_ids, num_rows, slot_ids, num_slots, slots, count):
 
 
 @njit
-def _group(starts, slots, num_slots, most):
-    """Active slots -> ([SLOT_COLUMNS, G] addresses, [G + 1] first pairs)."""
-    table = np.empty((SLOT_COLUMNS, most), np.int64)
-    group_starts = np.empty(most + 1, np.int64)
+def _group(starts, slots, num_slots, table, columns, group_starts):
+    """Active slots -> table [SLOT_COLUMNS, columns], group_starts; returns how many there are."""
     group = 0
     for slot in range(num_slots):
-        if starts[slot + 1] > starts[slot]:
-            group_starts[group] = starts[slot]
+        if read_i64(starts, slot + 1) > read_i64(starts, slot):
+            write_i64(group_starts, group, read_i64(starts, slot))
             for column in range(SLOT_COLUMNS):
-                table[column, group] = read_i64(slots, slot * SLOT_COLUMNS + column)
+                address = read_i64(slots, slot * SLOT_COLUMNS + column)
+                write_i64(table, column * columns + group, address)
             group += 1
-    group_starts[group] = starts[num_slots]
-    return table, group_starts[: group + 1]
+    write_i64(group_starts, group, read_i64(starts, num_slots))
+    return group
 
 
 @njit
-def _sum_pairs(row_ids, num_pairs, pair_rows, num_rows, hidden, out):
+def _sum_pairs(starts, order, pair_rows, num_rows, hidden, out):
     """out[t] = 0 + the pair rows of row t, added in the order of the pairs."""
-    starts = np.empty(num_rows + 1, np.int64)
-    order = np.empty(num_pairs, np.int64)
-    _sort_pairs(row_ids, num_pairs, num_rows, starts, order)
     for row in range(num_rows):
         target = out + 4 * row * hidden
         elementwise.clear(target, hidden)
-        for i in range(starts[row], starts[row + 1]):
-            elementwise.add(target, pair_rows + 4 * order[i] * hidden, hidden)
+        for i in range(read_i64(starts, row), read_i64(starts, row + 1)):
+            elementwise.add(target, pair_rows + 4 * read_i64(order, i) * hidden, hidden)
 
 
-@cfunc(types.int64(*[types.int64] * 15), cache=True)
-def experts_driver(
-    runtime, kind, slots, num_slots, hidden, width, x, x_row_bytes, num_rows, row_ids, slot_ids,
-    pair_weights, num_pairs, pair_rows, out,
-):  # fmt: skip
+@cfunc(types.int64(types.int64), cache=True)
+def experts_driver(arguments):
     """pair_rows[p] = weight[p] * expert of slot_ids[p] (x[row_ids[p]]), then out = their sums.
 
     slots [num_slots, SLOT_COLUMNS] int64, 0 in an empty slot; row_ids, slot_ids [P] int32;
@@ -146,60 +152,79 @@ def experts_driver(
     pair_rows [P, hidden]; out [num_rows, hidden] or 0.
     Returns -1, or the index of the first pair with a bad row or slot (nothing is computed then).
     """
-    every_row = np.arange(num_rows if row_ids == 0 else 0).astype(np.int32)
-    only_slot = np.zeros(len(every_row), np.int32)
+    pool, kind = read_i64(arguments, 0), read_i64(arguments, 1)
+    slots, num_slots = read_i64(arguments, 2), read_i64(arguments, 3)
+    hidden, width = read_i64(arguments, 4), read_i64(arguments, 5)
+    x, x_row_bytes = read_i64(arguments, 6), read_i64(arguments, 7)
+    num_rows, num_pairs = read_i64(arguments, 8), read_i64(arguments, 9)
+    row_ids, slot_ids = read_i64(arguments, 10), read_i64(arguments, 11)
+    pair_weights = read_i64(arguments, 12)
+    pair_rows, out = read_i64(arguments, 13), read_i64(arguments, 14)
+
+    most = min(num_pairs, num_slots)
+    num_ints = JOB_FIELDS + (SLOT_COLUMNS + 1) * most + 1 + 7 * num_pairs
+    num_ints += max(num_slots, num_rows) + 1
+    row_bytes, wide_bytes = 4 * num_pairs * padded(width), 4 * num_pairs * padded(hidden)
+    job = allocate(pool, _lines(8 * num_ints) + _lines(2 * row_bytes) + wide_bytes)
+    table = job + 8 * JOB_FIELDS  # [SLOT_COLUMNS, most]
+    group_starts = table + 8 * SLOT_COLUMNS * most
+    pointers = group_starts + 8 * (most + 1)  # x, gated, up, result: [4, P]
+    order = pointers + 32 * num_pairs
+    factors = order + 8 * num_pairs
+    ids = factors + 8 * num_pairs
+    starts = ids + 8 * num_pairs
+    gated = job + _lines(8 * num_ints)
+    spare = gated + row_bytes  # up's results, then the packed gated rows
+    packed = gated + _lines(2 * row_bytes)
+
     if row_ids == 0:
-        row_ids, slot_ids = address_of(every_row), address_of(only_slot)
+        row_ids, slot_ids = ids, ids + 4 * num_pairs
+        for i in range(num_pairs):
+            write_i32(row_ids, i, i)
+            write_i32(slot_ids, i, 0)
     bad = _first_bad_pair(row_ids, num_rows, slot_ids, num_slots, slots, num_pairs)
     if bad >= 0:
+        release(pool, job)
         return bad
-    starts = np.empty(num_slots + 1, np.int64)
-    order = np.empty(num_pairs, np.int64)
-    _sort_pairs(slot_ids, num_pairs, num_slots, starts, order)
-    table, group_starts = _group(starts, slots, num_slots, min(num_pairs, num_slots))
-    pointers = np.empty((4, num_pairs), np.int64)
-    factors = np.empty(num_pairs, np.float32)
-    gated = _floats(num_pairs * width)
-    spare = _floats(num_pairs * padded(width))  # up's results, then the packed gated rows
-    packed = _floats(num_pairs * padded(hidden))
+    _sort(slot_ids, num_pairs, num_slots, starts, order)
+    num_groups = _group(starts, slots, num_slots, table, most, group_starts)
     for i in range(num_pairs):
-        pair = order[i]
-        pointers[0, i] = x + read_i32(row_ids, pair) * x_row_bytes
-        pointers[1, i] = _aligned(gated) + 4 * i * width
-        pointers[2, i] = _aligned(spare) + 4 * i * width
-        pointers[3, i] = pair_rows + 4 * pair * hidden
+        pair = read_i64(order, i)
+        write_i64(pointers, i, x + read_i32(row_ids, pair) * x_row_bytes)
+        write_i64(pointers, num_pairs + i, gated + 4 * i * width)
+        write_i64(pointers, 2 * num_pairs + i, spare + 4 * i * width)
+        write_i64(pointers, 3 * num_pairs + i, pair_rows + 4 * pair * hidden)
         if pair_weights != 0:
-            factors[i] = read_f32(pair_weights, pair)
-    jobs = np.zeros(1, Job)
-    job = jobs[0]
-    columns, rows = address_of(table), address_of(pointers)
-    column_bytes, row_bytes = 8 * table.shape[1], 8 * num_pairs
-    job.num_groups = len(group_starts) - 1
-    job.group_starts = address_of(group_starts)
-    job.kind = kind
-    job.num_outputs, job.length = width, hidden
-    job.weights, job.scales = columns, columns + 3 * column_bytes
-    job.up_weights, job.up_scales = columns + column_bytes, columns + 4 * column_bytes
-    job.x, job.results, job.up_results = rows, rows + row_bytes, rows + 2 * row_bytes
-    job.packed = _aligned(packed)
-    run(jobs, runtime)
-    job.num_outputs, job.length = hidden, width
-    job.weights, job.scales = columns + 2 * column_bytes, columns + 5 * column_bytes
-    job.up_weights = 0
-    job.x, job.results = rows + row_bytes, rows + 3 * row_bytes
-    job.row_factors = address_of(factors) if pair_weights != 0 else 0
-    job.packed = _aligned(spare)
-    run(jobs, runtime)
+            write_f32(factors, i, read_f32(pair_weights, pair))
+
+    write_i64(job, POOL, pool)
+    write_i64(job, KIND, kind)
+    write_i64(job, NUM_GROUPS, num_groups)
+    write_i64(job, GROUP_STARTS, group_starts)
+    write_i64(job, NUM_OUTPUTS, width)
+    write_i64(job, LENGTH, hidden)
+    write_i64(job, WEIGHTS, table)
+    write_i64(job, UP_WEIGHTS, table + 8 * most)
+    write_i64(job, SCALES, table + 24 * most)
+    write_i64(job, UP_SCALES, table + 32 * most)
+    write_i64(job, X, pointers)
+    write_i64(job, RESULTS, pointers + 8 * num_pairs)
+    write_i64(job, UP_RESULTS, pointers + 16 * num_pairs)
+    write_i64(job, ROW_FACTORS, 0)
+    write_i64(job, PACKED, packed)
+    run(job)
+    write_i64(job, NUM_OUTPUTS, hidden)
+    write_i64(job, LENGTH, width)
+    write_i64(job, WEIGHTS, table + 16 * most)
+    write_i64(job, UP_WEIGHTS, 0)
+    write_i64(job, SCALES, table + 40 * most)
+    write_i64(job, X, pointers + 8 * num_pairs)
+    write_i64(job, RESULTS, pointers + 24 * num_pairs)
+    write_i64(job, ROW_FACTORS, factors if pair_weights != 0 else 0)
+    write_i64(job, PACKED, spare)
+    run(job)
     if out != 0:
-        _sum_pairs(row_ids, num_pairs, pair_rows, num_rows, hidden, out)
-    keep(every_row)
-    keep(only_slot)
-    keep(table)
-    keep(group_starts)
-    keep(pointers)
-    keep(factors)
-    keep(gated)
-    keep(spare)
-    keep(packed)
-    keep(jobs)
+        _sort(row_ids, num_pairs, num_rows, starts, order)
+        _sum_pairs(starts, order, pair_rows, num_rows, hidden, out)
+    release(pool, job)
     return -1

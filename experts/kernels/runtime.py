@@ -3,11 +3,6 @@
 Chosen once, at first use or in `warm_up`: the compiled kernels, or plain torch when Numba cannot be
 imported or fails; `kernels().reason` says why and it is logged. Tests put another choice in place
 with `override`.
-
-Threads: kernels run as parallel regions of the OpenMP runtime that torch has loaded, by its entry
-point GOMP_parallel. So torch's operators and our kernels share one pool. (Numba's own layers: its
-OpenMP layer brings a second runtime whose threads spin against torch's, its workqueue layer aborts
-when two Python threads enter it at once, TBB is one more package. See docs/decisions/0002.)
 """
 
 from __future__ import annotations
@@ -22,23 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
-
-_OPENMP_NAMES: Final = ("libgomp.so.1", "libiomp5.so", "libomp.so.5", "libomp.so", "libomp.dylib")
-
-
-@dataclass(frozen=True)
-class Threads:
-    """Threads of a parallel region, the runtime's entry point (0: none, one thread), and why."""
-
-    num_threads: int
-    gomp_parallel: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +29,7 @@ class Kernels:
     """The compiled entry points (see drivers.py), or none of them: then plain torch computes."""
 
     reason: str
-    runtime_address: int = 0
+    pool_address: int = 0
     linear: Any = None
     experts: Any = None
 
@@ -56,13 +39,13 @@ class Kernels:
 
 
 class _State:
-    """What was chosen. `runtime` is what compiled code reads: entry point, threads, two bodies."""
+    """What was chosen; `helpers` is a HelperThreads, there once the kernels are compiled."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.runtime = np.zeros(4, np.int64)
-        self.threads: Threads | None = None
+        self.num_threads: int | None = None
         self.kernels: Kernels | None = None
+        self.helpers: Any = None
 
 
 _state = _State()
@@ -76,8 +59,6 @@ def kernels() -> Kernels:
 def _choose() -> Kernels:
     with _state.lock:
         if _state.kernels is None:
-            if _state.threads is None:
-                _use_threads(torch.get_num_threads(), "as many as torch uses")
             _state.kernels = _load()
             logger.info("kernels: %s", _state.kernels.reason)
         return _state.kernels
@@ -88,22 +69,23 @@ def _load() -> Kernels:
         return Kernels("plain torch: SHOAL_KERNELS=torch")
     try:
         with machine_code_folder(Path(__file__).parent) as folder:
-            from experts.kernels import drivers, jobs
+            from experts.kernels import drivers, jobs, threads
     except Exception as error:  # whatever breaks in the compiler, torch still computes
         logger.warning("kernels cannot be compiled", exc_info=True)
         return Kernels(f"plain torch: {type(error).__name__}: {error}")
-    _state.runtime[2:] = jobs.pack_rows.address, jobs.multiply.address
+    _state.helpers = threads.HelperThreads([jobs.pack_rows.address, jobs.multiply.address])
+    _state.helpers.start(_state.num_threads or torch.get_num_threads())
     return Kernels(
-        f"compiled, machine code in {folder}",
-        _state.runtime.ctypes.data,
-        function(None, 10, drivers.linear_driver),
-        function(ctypes.c_int64, 15, drivers.experts_driver),
+        f"compiled, {_state.helpers.num_threads} threads, machine code in {folder}",
+        _state.helpers.address,
+        entry_point(None, drivers.linear_driver),
+        entry_point(ctypes.c_int64, drivers.experts_driver),
     )
 
 
-def function(result: Any, num_arguments: int, compiled: Any) -> Any:
-    """A Numba cfunc of int64 arguments as a ctypes function: releases the GIL, costs about 1 us."""
-    return ctypes.CFUNCTYPE(result, *[ctypes.c_int64] * num_arguments)(compiled.address)
+def entry_point(result: Any, compiled: Any) -> Any:
+    """A Numba cfunc as a function of `bytes` that hold int64 values; it runs without the GIL."""
+    return ctypes.CFUNCTYPE(result, ctypes.c_char_p)(compiled.address)
 
 
 def warm_up() -> str:
@@ -122,39 +104,20 @@ def override(choice: Kernels) -> Iterator[None]:
         _state.kernels = before
 
 
-def configure_threads(num_threads: int) -> Threads:
+def configure_threads(num_threads: int) -> None:
     """Let torch and the kernels of this process use num_threads >= 1 threads. Call once, at start.
 
-    A process that has the machine for itself takes its cores; processes that share a machine share
-    them out (two OpenMP pools on the same cores wait for each other in every operator).
+    Without a call both use what torch has found (OMP_NUM_THREADS, else the cores).
+    Raises ValueError.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}, at least 1 is needed")
     torch.set_num_threads(num_threads)
-    return _use_threads(num_threads, "as configured")
-
-
-def _use_threads(wanted: int, why: str) -> Threads:
     with _state.lock:
-        entry = _gomp_parallel()
-        threads = (
-            Threads(wanted, entry, why) if entry else Threads(1, 0, "torch has loaded no OpenMP")
-        )
-        _state.threads = threads
-        _state.runtime[:2] = threads.gomp_parallel, threads.num_threads
-        logger.info("kernel threads: %d, %s", threads.num_threads, threads.reason)
-        return threads
-
-
-def _gomp_parallel() -> int:
-    """Address of GOMP_parallel in a runtime that is loaded already (LLVM's has it too), or 0."""
-    for name in _OPENMP_NAMES:
-        try:
-            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
-            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-        except (OSError, AttributeError):
-            continue
-    return 0
+        _state.num_threads = num_threads
+        if _state.helpers is not None:
+            _state.helpers.start(num_threads)
+    logger.info("torch and kernels use %d threads", num_threads)
 
 
 @contextmanager
