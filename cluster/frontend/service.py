@@ -64,7 +64,7 @@ class InferenceService:
         self._backend = backend
         self._strict_params = strict_params
         self._clock = clock
-        self._ledger = RequestLedger(clock)
+        self.ledger = RequestLedger(clock)
         self._admission = Admission(self.limits.max_open_sequences, clock)
 
     # ---- generating
@@ -188,7 +188,7 @@ class InferenceService:
             self._admission.leave(count)
             raise
         generation = Generation(
-            request, self.tokenizer, self._backend, self._ledger, self._admission, self._clock
+            request, self.tokenizer, self._backend, self.ledger, self._admission, self._clock
         )
         generation.start()
         return generation
