@@ -148,6 +148,7 @@ class ExpertClient:
     ) -> None:
         self.health = health
         self.counters = HopCounters()
+        self._now = health.clock
         self._board = board
         self._secret = secret
         self._limits = limits
@@ -159,15 +160,18 @@ class ExpertClient:
 
     def post(self, hop: Hop) -> None:
         """Send the batch, or queue it behind what the worker has not answered yet."""
-        self._follow_snapshot()
-        hop.due_s = min(self._now() + self.health.hop_timer.timeout_s, hop.deadline_s)
-        line = self._line(hop)
-        if line is None:
-            return
+        if self._board.generation != self._generation:
+            self._follow_snapshot()
+        line = self._lines.get(hop.worker_id)
+        if line is None or line.hung:
+            line = self._reconnect(hop, line)
+            if line is None:
+                return
         self.health.add_rows(hop.worker_id, hop.num_rows)
         if line.has_room(hop):
             self._transmit(line, hop)
         else:
+            self._give_time(hop)
             line.queued.append(hop)
 
     def gather(self, hops: Sequence[Hop]) -> None:
@@ -182,7 +186,7 @@ class ExpertClient:
     def wait_again(self, hop: Hop) -> None:
         """Give a timed-out hop more time: nobody else has its experts."""
         hop.fault = None
-        hop.due_s = min(self._now() + self.health.hop_timer.timeout_s, hop.deadline_s)
+        self._give_time(hop)
 
     def abandon(self, hop: Hop) -> None:
         """Nobody wants the answer any more: drop it when it comes."""
@@ -207,16 +211,17 @@ class ExpertClient:
         for line in list(self._lines.values()):
             self._drop(line, Fault.LOST, "client closed")
 
-    def _now(self) -> float:
-        return self.health.clock()
+    def _give_time(self, hop: Hop) -> float:
+        """The worker has from now, which is returned, until due_s."""
+        now_s = self._now()
+        hop.due_s = min(now_s + self.health.hop_timer.timeout_s, hop.deadline_s)
+        return now_s
 
     # --- connections ---
 
     def _follow_snapshot(self) -> None:
         """Learn endpoints; close connections to workers that are gone or moved, once idle."""
         generation, snapshot = self._board.current
-        if generation == self._generation:
-            return
         self._endpoints = {w.worker_id: w.endpoint for w in snapshot.workers_of("experts")}
         self.health.keep_only(self._endpoints.keys())
         gone = [
@@ -230,14 +235,10 @@ class ExpertClient:
         if all(line.idle for line in gone):
             self._generation = generation
 
-    def _line(self, hop: Hop) -> _Line | None:
-        """The worker's connection, made now if need be; None after failing the hop."""
-        line = self._lines.get(hop.worker_id)
-        if line is not None and line.hung:  # let it prove that it lives: a handshake
+    def _reconnect(self, hop: Hop, line: _Line | None) -> _Line | None:
+        """A new connection to the worker; None after failing the hop."""
+        if line is not None:  # it hung: let it prove by a handshake that it lives
             self._drop(line, Fault.LOST, "reconnecting")
-            line = None
-        if line is not None:
-            return line
         endpoint = self._endpoints.get(hop.worker_id, "")
         timeout_s = max(0.001, min(self._connect_timeout_s, hop.deadline_s - self._now()))
         try:
@@ -247,8 +248,7 @@ class ExpertClient:
             self.health.quarantine.punish(hop.worker_id, self._now())
             return None
         self.counters.connects += 1
-        line = _Line(hop.worker_id, endpoint, connection)
-        self._lines[hop.worker_id] = line
+        line = self._lines[hop.worker_id] = _Line(hop.worker_id, endpoint, connection)
         return line
 
     def _drop(self, line: _Line, fault: Fault, detail: str) -> None:
@@ -271,9 +271,8 @@ class ExpertClient:
     # --- sending ---
 
     def _transmit(self, line: _Line, hop: Hop) -> None:
-        frame, now_s = hop.frame, self._now()
+        frame, now_s = hop.frame, self._give_time(hop)
         hop.sent_s = now_s
-        hop.due_s = min(now_s + self.health.hop_timer.timeout_s, hop.deadline_s)
         frame.request_id = next(self._request_ids)
         left_us = int((hop.deadline_s - now_s) * 1e6)
         frame.deadline_us = min(max(1, left_us), MAX_DEADLINE_US)

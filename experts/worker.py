@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from experts.channel.channel import Connection, Server
+from experts.channel.channel import ChannelCounters, Connection, Server
 from experts.channel.frame import (
     DEFAULT_LIMITS,
     ONE_ROW_PER_PAIR,
@@ -83,6 +83,7 @@ class ExpertWorker:
         self.num_slots = num_slots
         self.epoch = 0  # of the newest assignment that was carried out
         self.counters = WorkerCounters()
+        self.channel_counters = ChannelCounters()
         self.load_counter = LoadCounter(config.moe_layers, config.n_routed_experts)
         self._checkpoint = checkpoint
         self._width = config.hidden_size
@@ -103,7 +104,12 @@ class ExpertWorker:
     def start(self, endpoint: str, secret: bytes) -> str:
         """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError."""
         self._server = Server(
-            endpoint, self.handle, secret, self._limits, name=f"experts-{self.worker_id}"
+            endpoint,
+            self.handle,
+            secret,
+            self._limits,
+            name=f"experts-{self.worker_id}",
+            counters=self.channel_counters,
         )
         self._server.start()
         return self._server.endpoint

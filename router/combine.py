@@ -17,18 +17,15 @@ def sum_by_worker(
 ) -> Tensor:
     """answers by ascending worker id: (row_index [R] int64, None = every row; rows [R, d]).
 
-    Returns [T, d] float32 of `shape`; a row that no answer names is zero.
+    Returns [T, d] float32 of `shape`, zero for a row that no answer names.
     """
-    total: Tensor | None = None
+    total = torch.zeros(shape)
     for row_index, rows in answers:
-        if row_index is not None:
-            total = torch.zeros(shape) if total is None else total
-            total.index_add_(0, row_index, rows.float())
-        elif total is None:
-            total = rows.to(torch.float32, copy=True)
-        else:
+        if row_index is None:
             total += rows
-    return torch.zeros(shape) if total is None else total
+        else:
+            total.index_add_(0, row_index, rows.float())
+    return total
 
 
 def sum_by_expert(
@@ -42,7 +39,7 @@ def sum_by_expert(
     num_tokens, width = shape
     by_pair = torch.empty(num_tokens * top_k, width, dtype=torch.float32)
     for pair_index, rows in answers:
-        by_pair[pair_index] = rows.float()
+        by_pair.index_copy_(0, pair_index, rows.float())
     by_rank = by_pair.view(num_tokens, top_k, width)
     total = by_rank[:, 0].clone()
     for rank in range(1, top_k):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from router.kernels.place import group_pairs, place_pairs
+from router.kernels.place import plan
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -53,9 +53,8 @@ def plan_pairs(pairs: Pairs, holders: Int32s, usable: Bools, load: Int64s) -> Pl
     holders [E, R]: worker indices of each logical expert, -1 pads; usable [W]; load [W]: rows
     outstanding at each worker, not changed. Raises ValueError for an expert the table lacks.
     """
-    workers = place_pairs(pairs.rows, pairs.experts, holders, usable, load.copy())
-    bounds, row_bounds, index, row_ids, experts, weights, row_index = group_pairs(
-        pairs.rows, pairs.experts, pairs.weights, workers, len(usable)
+    bounds, row_bounds, index, row_ids, experts, weights, row_index = plan(
+        pairs.rows, pairs.experts, pairs.weights, holders, usable, load
     )
     shares = []
     starts, row_starts = bounds.tolist(), row_bounds.tolist()

@@ -32,6 +32,7 @@ from router.table import RoutingTable
 
 _BROKEN = frozenset({Fault.FAILED, Fault.NOT_FINITE})  # by the rows or by the weights
 _NONE = np.empty(0, np.int64)
+_ORDER = operator.attrgetter("worker_id", "attempt")
 
 
 @dataclass(slots=True)
@@ -330,7 +331,7 @@ class Lane:
         if self._config.deterministic:
             by_pair = [(torch.from_numpy(a.pair_index), a.rows) for a in exchange.answers]
             return sum_by_expert((num_rows, width), self._spec.top_k, by_pair)
-        ordered = sorted(exchange.answers, key=operator.attrgetter("worker_id", "attempt"))
+        ordered = sorted(exchange.answers, key=_ORDER)
         by_row = [
             (torch.from_numpy(a.row_index) if a.row_index.size < num_rows else None, a.rows)
             for a in ordered

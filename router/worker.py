@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from experts.channel.channel import ChannelError, Connection, Server
+from experts.channel.channel import ChannelCounters, ChannelError, Connection, Server
 from experts.channel.frame import DEFAULT_LIMITS, Frame, FrameLimits, Kind, Status, reply_to
 from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
@@ -48,6 +48,7 @@ class RouterWorker:
         name: str = "router",
     ) -> None:
         self.config = config or RouterConfig()
+        self.channel_counters = ChannelCounters()
         self._gates = gates
         self._width = next(iter(gates.values())).weight.shape[1]
         self._limits = limits
@@ -106,7 +107,14 @@ class RouterWorker:
 
     def start(self, endpoint: str, secret: bytes) -> str:
         """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError."""
-        self._server = Server(endpoint, self.handle, secret, self._limits, name=self._name)
+        self._server = Server(
+            endpoint,
+            self.handle,
+            secret,
+            self._limits,
+            name=self._name,
+            counters=self.channel_counters,
+        )
         self._server.start()
         for i in range(self.config.lanes):
             lane = self._new_lane()

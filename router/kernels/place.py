@@ -95,7 +95,7 @@ def _place_token(
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def place_pairs(rows: Any, experts: Any, holders: Any, usable: Any, load: Any) -> Any:
+def _place_pairs(rows: Any, experts: Any, holders: Any, usable: Any, load: Any) -> Any:
     """rows [P] ascending, experts [P], holders [E, R] (-1 pads), usable [W], load [W] in rows.
 
     Returns workers [P] int64, -1 where no usable worker holds the expert. Per token: pairs with
@@ -133,7 +133,7 @@ def place_pairs(rows: Any, experts: Any, holders: Any, usable: Any, load: Any) -
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def group_pairs(rows: Any, experts: Any, weights: Any, workers: Any, num_workers: int) -> Any:
+def _group_pairs(rows: Any, experts: Any, weights: Any, workers: Any, num_workers: int) -> Any:
     """Sort P pairs by worker (stable), the unplaced ones (-1) last.
 
     Returns pair_bounds [W + 1]: worker w has pairs [bounds[w], bounds[w + 1]) of the sorted order;
@@ -176,3 +176,10 @@ def group_pairs(rows: Any, experts: Any, weights: Any, workers: Any, num_workers
         expert_ids[at] = experts[p]
         pair_weights[at] = weights[p]
     return pair_bounds, row_bounds, pair_index, row_ids, expert_ids, pair_weights, row_index
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def plan(rows: Any, experts: Any, weights: Any, holders: Any, usable: Any, load: Any) -> Any:
+    """_place_pairs, then _group_pairs: one call from Python, which costs more than the work."""
+    workers = _place_pairs(rows, experts, holders, usable, load.copy())
+    return _group_pairs(rows, experts, weights, workers, usable.shape[0])

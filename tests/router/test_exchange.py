@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts.channel.codec import HEADER_BYTES
 from experts.checkpoint import Checkpoint
 from router.errors import NonFiniteInput
 from tests.reference import Reference
@@ -119,3 +120,35 @@ def test_foreign_layers_and_widths_are_refused(
     router = new_pool(checkpoint, spread(checkpoint, 1)).router()
     with pytest.raises(ValueError, match="expected a MoE layer"):
         router.forward(layer, torch.zeros(1, width))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bytes_on_the_wire(
+    deterministic: bool,
+    new_pool: NewPool,
+    checkpoint_dir: Callable[[str], Path],
+    socket_folder: Path,
+) -> None:
+    """One copy of a row to each worker that the token visits, 12 bytes a pair, one header a frame;
+    back one row a visit, or one a pair if deterministic. Whole groups on workers: at most 3 visits,
+    V2's limit, where 6 experts on 8 workers would have needed up to 6."""
+    checkpoint = Checkpoint.open(checkpoint_dir("v2"))
+    config = checkpoint.config
+    held: dict[str, set[tuple[int, int]]] = {f"w{group}": set() for group in range(8)}
+    for layer, expert in every_expert(checkpoint):
+        held[f"w{expert // config.experts_per_group}"].add((layer, expert))
+    pool = new_pool(checkpoint, held, socket_folder)
+    router = pool.router(deterministic=deterministic)
+    num_tokens, row_bytes = 50, 4 * config.hidden_size
+    router.forward(LAYER, some_rows(num_tokens, checkpoint))
+    counters = router.counters[0]
+    assert (counters.tokens, counters.pairs) == (num_tokens, 6 * num_tokens)
+    assert counters.visits <= 3 * num_tokens
+    workers = list(pool.workers.values())
+    pool.close()  # joins the servers' threads: they count what they sent after sending
+    frames = sum(worker.counters.batches for worker in workers)
+    received = sum(worker.channel_counters.bytes_in for worker in workers)
+    sent = sum(worker.channel_counters.bytes_out for worker in workers)
+    back = counters.pairs if deterministic else counters.visits
+    assert received == frames * HEADER_BYTES + 12 * counters.pairs + counters.visits * row_bytes
+    assert sent == frames * HEADER_BYTES + back * row_bytes
