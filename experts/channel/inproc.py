@@ -56,9 +56,11 @@ def register(name: str, host: Host) -> None:
         _hosts[name] = host
 
 
-def unregister(name: str) -> None:
+def unregister(name: str, host: Host) -> None:
+    """Free the name, if it is this server's."""
     with _hosts_lock:
-        _hosts.pop(name, None)
+        if _hosts.get(name) is host:
+            del _hosts[name]
 
 
 def connect_inproc(

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_HALF_OPEN = 32  # connections that have not proved the secret; more wait in the backlog
 REPLY_TIMEOUT_S = 10.0  # a client that does not read its replies for so long is cut off
 ACCEPT_PAUSE_S = 0.1  # after a failed accept (out of descriptors)
+Callback = Callable[[Connection], None]
 
 
 class Server:
@@ -42,7 +43,9 @@ class Server:
 
     `handler(frame, connection)` runs in the connection's own thread (inproc: in the sender's), one
     frame at a time. What it returns is sent back; None means answered later through
-    `connection.send`. What it raises becomes a FAILED result with one line of text.
+    `connection.send`. What it raises becomes a FAILED result with one line of text. `on_open` runs
+    before a connection's first frame (if it raises, the connection is closed), `on_close` after its
+    last.
     """
 
     def __init__(
@@ -53,8 +56,8 @@ class Server:
         limits: FrameLimits = DEFAULT_LIMITS,
         credits: int = 32,
         name: str = "channel",
-        on_open: Callable[[Connection], None] | None = None,
-        on_close: Callable[[Connection], None] | None = None,
+        on_open: Callback | None = None,
+        on_close: Callback | None = None,
         counters: ChannelCounters | None = None,
     ) -> None:
         if not secret:
@@ -103,7 +106,7 @@ class Server:
             return
         self._closing.set()
         if self._endpoint.scheme == "inproc":
-            inproc.unregister(self._endpoint.address)
+            inproc.unregister(self._endpoint.address, self)
         if self._listener is not None and self._file is not None:
             self._file.remove()
             with contextlib.suppress(OSError):
@@ -206,16 +209,25 @@ class Server:
     def opened(self, connection: Connection) -> None:
         with self._lock:
             self._connections.add(connection)
-        if self._closing.is_set():
+        if self._closing.is_set() or not self._notify(self._on_open, connection):
             connection.close()
-        elif self._on_open is not None:
-            self._on_open(connection)
 
     def ended(self, connection: Connection) -> None:
         with self._lock:
             self._connections.discard(connection)
-        if self._on_close is not None:
-            self._on_close(connection)
+        self._notify(self._on_close, connection)
+
+    def _notify(self, callback: Callback | None, connection: Connection) -> bool:
+        """Whether the callback went well."""
+        if callback is None:
+            return True
+        try:
+            callback(connection)
+        except Exception:
+            self.counters.handler_error()
+            logger.exception("callback of %s failed for %s", self.endpoint, connection.peer)
+            return False
+        return True
 
     def answer(self, frame: Frame, connection: Connection) -> None:
         """Call the handler and send what it returns."""
