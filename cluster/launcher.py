@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -15,6 +16,7 @@ from cluster import serve_proxy
 from cluster.config import ConfigError, ShoalConfig
 
 APP_NAME = "shoal"
+FREE_PORTS = range(20_000, 30_000)
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 GRPC_SERVICERS = (
     "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
@@ -39,10 +41,13 @@ def check_ports(config: ShoalConfig) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, outside the range from which Ray and the system take theirs
+    at random: one of those may be gone before it is used."""
+    while True:
+        port = secrets.choice(FREE_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 class LocalCluster:

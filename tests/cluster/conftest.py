@@ -6,6 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ class RayHarness:
     """Deploys configurations; asking twice for the same one costs nothing."""
 
     def __init__(self, checkpoint_dir: Callable[[str], Path]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray 2.60 warns at import
+            import cluster.app  # noqa: F401
         from cluster.config import parse_config
         from cluster.launcher import LocalCluster, free_port
 

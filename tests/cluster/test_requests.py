@@ -383,14 +383,13 @@ def test_engine_errors_after_the_deadline_are_the_deadlines(
     serve: Callable[..., InferenceService],
 ) -> None:
     now = [0.0]
-    engine = FakeEngine(HELLO, finish="error", error="deadline", hold_after=5)
+    engine = FakeEngine(HELLO, finish="error", error="deadline")
     service = serve(engine, clock=lambda: now[0])
 
     async def go() -> None:
         with closing(await service.chat(chat_body(timeout=9.0))) as generation:
-            await anext(generation)
+            await asyncio.to_thread(engine.close)  # every output waits, the error is the last
             now[0] = 10.0
-            engine.go.set()
             async for _ in generation:
                 pass
 
