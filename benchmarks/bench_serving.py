@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import machine
 from serving import plan
 from serving.model import model_size
-from serving.processes import SystemFailed, adopt_orphans, run_system
+from serving.processes import SystemFailed, adopt_orphans, exit_at_sigterm, run_system
 from serving.report import markdown
 from serving.results import HTTP_SUFFIX, TRANSFORMERS, Figures, Round
 
@@ -50,6 +50,7 @@ class Unit(NamedTuple):
 def main() -> int:
     """Exit code 1 when a system failed; the others' figures are written all the same."""
     options = parse_arguments()
+    exit_at_sigterm()
     adopt_orphans()
     checkpoint = make_checkpoint(options.checkpoints, options.preset)
     run = describe_run(options, checkpoint)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 from serving.memory import descendants
 
 PR_SET_CHILD_SUBREAPER = 36
+SIGTERM_EXIT = 128 + signal.SIGTERM
 GRACE_S = 20.0
 LOG_TAIL_LINES = 15
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -26,6 +28,11 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 class SystemFailed(RuntimeError):
     """A system did not reach the end of its measurement; str() holds the end of its output."""
+
+
+def exit_at_sigterm() -> None:
+    """SIGTERM ends this process like an exception, so that `finally` and `with` are honoured."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_EXIT))
 
 
 def adopt_orphans() -> None:
@@ -83,7 +90,8 @@ def run_system(
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder, _log(folder) as log:
         spec_path = os.path.join(folder, "spec.json")
         with open(spec_path, "w") as file:
-            json.dump({**spec, "spawned_s": time.perf_counter()}, file)
+            times = {"spawned_s": time.perf_counter(), "parent_pid": os.getpid()}
+            json.dump(spec | times, file)
         read_end, write_end = os.pipe()
         process = subprocess.Popen(
             [*command, "--spec", spec_path, "--report", str(write_end)],

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from serving.memory import PeakMemory
 from serving.plan import FIRST_ANSWER, Scenario
+from serving.processes import SIGTERM_EXIT, exit_at_sigterm
 from serving.summary import RequestRecord, summarise
 
 PR_SET_PDEATHSIG = 1
-SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 class System(Protocol):
@@ -47,6 +47,7 @@ class Spec:
     seed: int
     spawned_s: float
     """When the process was started, by the machine's monotonic clock."""
+    parent_pid: int
     settings: dict[str, Any]
 
     @classmethod
@@ -65,19 +66,22 @@ def run_session(open_system: Callable[[Spec], System]) -> None:
     parser.add_argument("--report", required=True, type=int, help="file descriptor to write to")
     arguments = parser.parse_args()
     os.set_inheritable(arguments.report, False)  # its end must mean the end of this process
-    _end_with_parent()
+    spec = Spec.read(arguments.spec)
+    _end_with_parent(spec.parent_pid)
     with os.fdopen(arguments.report, "w", buffering=1) as report:
 
         def emit(name: str, figures: dict[str, float]) -> None:
             report.write(json.dumps({"name": name, "figures": figures}) + "\n")
 
-        _measure(Spec.read(arguments.spec), open_system, emit)
+        _measure(spec, open_system, emit)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent_pid: int) -> None:
     """Be told when the parent dies, and close the system then as after any other SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_EXIT))
+    exit_at_sigterm()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        sys.exit(SIGTERM_EXIT)  # it died before it could be watched
 
 
 def _measure(

@@ -82,14 +82,15 @@ def _open_ray(spec: Spec) -> System:
     from cluster.launcher import APP_NAME, SECRET_VARIABLE, LocalCluster
     from cluster.members import IngressMember, Site
 
-    local = LocalCluster(_config(spec), dashboard=False)
+    config = _config(spec)
+    local = LocalCluster(config, dashboard=False)
     try:
         local.start()
         from ray import serve
 
         placement = serve.get_deployment_handle("Placement", APP_NAME)
         site = Site(
-            config=local.config,
+            config=config,
             secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
             directory=lambda: placement.endpoint.remote().result(timeout_s=30),
             new_endpoint=lambda worker_id: "",  # an ingress does not listen
@@ -109,7 +110,7 @@ def _open_ray(spec: Spec) -> System:
 
 
 def _open_http(spec: Spec) -> System:
-    from cluster.inline import InlineServer
+    from cluster.inline_server import InlineServer
     from cluster.launcher import LocalCluster
 
     config = _config(spec)
