@@ -7,8 +7,17 @@ u = sum_s p_s z_s. (The absorbed form of multi-head latent attention; the value 
 
 from __future__ import annotations
 
+import ctypes
+import struct
+
 import torch
 from torch import Tensor
+
+from attention.compiled import entry_points
+from experts.kernels.runtime import kernels
+
+_CACHE_DTYPES = (torch.float32, torch.bfloat16)  # in the order of experts.kernels.simd.Kind
+_pack_arguments = struct.Struct("24q").pack
 
 
 def mla_decode(
@@ -27,10 +36,45 @@ def mla_decode(
     int32, entries past a context are not read; seq_ids [T] int32, the row of block_tables of each
     token; context_lens [T] int32 >= 1, the token itself included (causal: each token has its own).
     Returns u [T, H, c] float32. A token's row does not depend on the other tokens of the call.
-    Raises ValueError for shapes or dtypes that do not fit.
+    Raises ValueError for shapes or dtypes that do not fit and for tokens whose sequence, length or
+    blocks do not exist.
     """
     _check(q_latent, q_pe, kv_cache, block_tables, seq_ids, context_lens)
-    return mla_decode_torch(q_latent, q_pe, kv_cache, block_tables, seq_ids, context_lens, scale)
+    entry = entry_points()
+    if entry is None:
+        return mla_decode_torch(
+            q_latent, q_pe, kv_cache, block_tables, seq_ids, context_lens, scale
+        )
+    q_latent, q_pe = _dense_rows(q_latent), _dense_rows(q_pe)
+    kv_cache, block_tables = kv_cache.contiguous(), block_tables.contiguous()
+    seq_ids, context_lens = seq_ids.contiguous(), context_lens.contiguous()
+    num_tokens, num_heads, latent = q_latent.shape
+    num_blocks, block_size, width = kv_cache.shape
+    num_seqs, max_blocks = block_tables.shape
+    out = torch.empty(num_tokens, num_heads, latent)
+    factor = ctypes.c_float(scale)
+    bad = entry.mla(
+        _pack_arguments(
+            kernels().pool_address, *entry.mla_bodies, num_tokens, num_heads, latent,
+            width - latent,
+            q_latent.data_ptr(), 4 * q_latent.stride(0), 4 * q_latent.stride(1),
+            q_pe.data_ptr(), 4 * q_pe.stride(0), 4 * q_pe.stride(1),
+            kv_cache.data_ptr(), _CACHE_DTYPES.index(kv_cache.dtype), block_size, num_blocks,
+            block_tables.data_ptr(), num_seqs, max_blocks, seq_ids.data_ptr(),
+            context_lens.data_ptr(), ctypes.addressof(factor), out.data_ptr(),
+        )
+    )  # fmt: skip
+    if bad >= 0:
+        raise ValueError(
+            f"token {bad}: sequence {int(seq_ids[bad])} of {num_seqs}, context of "
+            f"{int(context_lens[bad])} tokens: no such sequence, or blocks that do not exist"
+        )
+    return out
+
+
+def _dense_rows(queries: Tensor) -> Tensor:
+    """queries itself when the last dimension is contiguous, else a copy."""
+    return queries if queries.stride(2) == 1 else queries.contiguous()
 
 
 def _check(
@@ -46,15 +90,13 @@ def _check(
         raise ValueError(f"q_latent {q_latent.shape}, q_pe {q_pe.shape}, cache {kv_cache.shape}")
     if q_latent.dtype != torch.float32 or q_pe.dtype != torch.float32:
         raise ValueError(f"queries must be float32, got {q_latent.dtype} and {q_pe.dtype}")
-    if kv_cache.dtype not in (torch.float32, torch.bfloat16):
+    if kv_cache.dtype not in _CACHE_DTYPES:
         raise ValueError(f"kv_cache must be float32 or bfloat16, got {kv_cache.dtype}")
-    for name, ids in (("block_tables", block_tables), ("seq_ids", seq_ids)):
-        if ids.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {ids.dtype}")
-    if context_lens.dtype != torch.int32 or not (
-        seq_ids.shape == context_lens.shape == (num_tokens,)
-    ):
-        raise ValueError(f"seq_ids and context_lens must be [{num_tokens}] int32")
+    if block_tables.dtype != torch.int32 or block_tables.ndim != 2:
+        raise ValueError(f"block_tables must be [B, max_blocks] int32, got {block_tables.dtype}")
+    for name, ids in (("seq_ids", seq_ids), ("context_lens", context_lens)):
+        if ids.dtype != torch.int32 or ids.shape != (num_tokens,):
+            raise ValueError(f"{name} must be [{num_tokens}] int32, got {ids.shape} {ids.dtype}")
 
 
 def mla_decode_torch(

@@ -80,6 +80,27 @@ def _emit_clear(b: Builder, args: Any) -> None:
 
 
 @intrinsic
+def copy(_context, _target, _source, _length):
+    """target[i] = source[i]"""
+
+    def codegen(context, b, _signature, args):
+        simd.outlined(b, "shoal_copy", args, _emit_copy)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+def _emit_copy(b: Builder, args: Any) -> None:
+    target, source, length = args
+
+    def step(i: Value, mask: Value | None) -> None:
+        value = simd.load_f32(b, offset(b, source, i, 4), mask)
+        simd.store_f32(b, value, offset(b, target, i, 4), mask)
+
+    simd.for_each_vector(b, length, step)
+
+
+@intrinsic
 def add(_context, _target, _source, _length):
     """target[i] += source[i]"""
 

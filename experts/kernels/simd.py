@@ -11,7 +11,7 @@ counts are i64 values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Final
 
@@ -20,6 +20,8 @@ from numba.core import cgutils
 
 Builder = Any
 Value = Any
+Emitter = Callable[[Any, Any], None]
+"""Writes the body of a function: (builder, arguments)."""
 
 LANES: Final = 16
 F32: Final = ir.FloatType()
@@ -176,6 +178,11 @@ def reduce_lanes(b: Builder, vectors: Sequence[Value]) -> Value:
     return b.shuffle_vector(total, UNDEFINED, lanes_of(I32, order))
 
 
+def maximum_lane(b: Builder, vector: Value) -> Value:
+    """The largest lane, a float."""
+    return _intrinsic(b, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, (vector,))
+
+
 def _add_halves(
     b: Builder,
     left: tuple[Value | None, list[int]],
@@ -233,9 +240,7 @@ def for_each_vector(b: Builder, count: Value, step: Callable[[Value, Value | Non
         step(done, first_lanes(b, rest))
 
 
-def outlined(
-    b: Builder, name: str, arguments: Sequence[Value], emit: Callable[[Builder, Any], None]
-) -> None:
+def outlined(b: Builder, name: str, arguments: Sequence[Value], emit: Emitter) -> None:
     """Call `name(arguments)`; its body is emitted once a module, by emit(builder, arguments)."""
     signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     function = b.module.globals.get(name)
@@ -247,3 +252,18 @@ def outlined(
         emit(body, function.args)
         body.ret_void()
     b.call(function, arguments)
+
+
+def choose(
+    b: Builder, selector: Value, cases: Mapping[int, Emitter], name: str, arguments: Sequence[Value]
+) -> None:
+    """switch (selector): each case calls a function of its own with the arguments."""
+    end = b.append_basic_block("done")
+    switch = b.switch(selector, end)
+    for value, emit in cases.items():
+        block = b.append_basic_block("case")
+        switch.add_case(const(value), block)
+        b.position_at_end(block)
+        outlined(b, f"{name}_{value}", arguments, emit)
+        b.branch(end)
+    b.position_at_end(end)

@@ -13,9 +13,9 @@ GFLOP/s a core where the arithmetic peak is 125).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -136,49 +136,39 @@ def _emit_pack_x(cols: int, b: Builder, args: Any) -> None:
     simd.for_each_vector(b, length, step)
 
 
-Emitter = Callable[[Builder, Any], None]
+def direct_tile_of(kinds: Sequence[Kind], columns: Sequence[int]) -> Any:
+    """An intrinsic for these kinds of weights and numbers of columns (each costs compile time).
 
-
-def _choose(b: Builder, selector: Value, cases: dict[int, Emitter], name: str, args: Any) -> None:
-    """switch (selector): each case calls a function of its own with args."""
-    end = b.append_basic_block("done")
-    switch = b.switch(selector, end)
-    for value, emit in cases.items():
-        block = b.append_basic_block("case")
-        switch.add_case(const(value), block)
-        b.position_at_end(block)
-        simd.outlined(b, f"{name}_{value}", args, emit)
-        b.branch(end)
-    b.position_at_end(end)
-
-
-_DIRECT_SHAPES: Final = [(TILE_ROWS, c) for c in range(1, TILE_COLS + 1)] + [(1, 1)]
-
-
-@intrinsic
-def direct_tile(
-    _context, _kind, _rows, _cols, _weights, _row_bytes, _scales, _x, _x_at, _length, _results,
-    _results_at, _first,
-):  # fmt: skip
-    """results[c][r] (+)= sum over i < length of weights[r, i] * x[c, i].
-
-    rows x cols: TILE_ROWS x 1..TILE_COLS or 1 x 1. weights: address, rows row_bytes apart; scales:
-    address of the scale of the first 128 columns (fp8); x and results: addresses of `cols`
+    direct_tile(kind, rows, cols, weights, row_bytes, scales, x, x_at, length, results, results_at,
+    first): results[c][r] (+)= sum over i < length of weights[r, i] * x[c, i].
+    rows x cols: TILE_ROWS x one of `columns`, or 1 x 1. weights: address, rows row_bytes apart;
+    scales: address of the scale of the first 128 columns (fp8); x and results: addresses of `cols`
     pointers, to which x_at and results_at bytes are added; first: 1 to set, 0 to add.
     """
+    shapes = [(TILE_ROWS, cols) for cols in columns] + [(1, 1)]
+    cases: dict[int, simd.Emitter] = {
+        int((kind * 8 + rows) * 8 + cols): partial(_emit_direct, kind, rows, cols)
+        for kind in kinds
+        for rows, cols in shapes
+    }
 
-    def codegen(context, b, _signature, args):
-        kind, rows, cols, *rest = args
-        code = b.add(b.mul(b.add(b.mul(kind, const(8)), rows), const(8)), cols)
-        cases: dict[int, Emitter] = {
-            int((k * 8 + r) * 8 + c): partial(_emit_direct, k, r, c)
-            for k in Kind
-            for r, c in _DIRECT_SHAPES
-        }
-        _choose(b, code, cases, "shoal_direct", rest)
-        return context.get_dummy_value()
+    @intrinsic
+    def direct_tile(
+        _context, _kind, _rows, _cols, _weights, _row_bytes, _scales, _x, _x_at, _length, _results,
+        _results_at, _first,
+    ):  # fmt: skip
+        def codegen(context, b, _signature, args):
+            kind, rows, cols, *rest = args
+            code = b.add(b.mul(b.add(b.mul(kind, const(8)), rows), const(8)), cols)
+            simd.choose(b, code, cases, "shoal_direct", rest)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 12), codegen
+        return types.void(*[types.int64] * 12), codegen
+
+    return direct_tile
+
+
+direct_tile = direct_tile_of(tuple(Kind), range(1, TILE_COLS + 1))
 
 
 @intrinsic
@@ -186,10 +176,10 @@ def packed_tile(_context, _cols, _weights, _x, _num_vectors, _results, _results_
     """The same for TILE_ROWS x cols from packed buffers [num_vectors, rows or cols, 16] float32."""
 
     def codegen(context, b, _signature, args):
-        cases: dict[int, Emitter] = {
+        cases: dict[int, simd.Emitter] = {
             c: partial(_emit_packed, TILE_ROWS, c) for c in range(1, TILE_COLS + 1)
         }
-        _choose(b, args[0], cases, "shoal_packed", args[1:])
+        simd.choose(b, args[0], cases, "shoal_packed", args[1:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), codegen
@@ -200,8 +190,8 @@ def pack_weights(_context, _kind, _weights, _row_bytes, _scales, _length, _packe
     """TILE_ROWS rows -> [ceil(length / 16), TILE_ROWS, 16] float32, aligned to 64, zero-padded."""
 
     def codegen(context, b, _signature, args):
-        cases: dict[int, Emitter] = {int(k): partial(_emit_pack_weights, k) for k in Kind}
-        _choose(b, args[0], cases, "shoal_pack_weights", args[1:])
+        cases: dict[int, simd.Emitter] = {int(k): partial(_emit_pack_weights, k) for k in Kind}
+        simd.choose(b, args[0], cases, "shoal_pack_weights", args[1:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen
@@ -212,8 +202,10 @@ def pack_x(_context, _cols, _x, _length, _packed):
     """`cols` rows (x: address of their pointers) -> [ceil(length / 16), cols, 16] float32."""
 
     def codegen(context, b, _signature, args):
-        cases: dict[int, Emitter] = {c: partial(_emit_pack_x, c) for c in range(1, TILE_COLS + 1)}
-        _choose(b, args[0], cases, "shoal_pack_x", args[1:])
+        cases: dict[int, simd.Emitter] = {
+            c: partial(_emit_pack_x, c) for c in range(1, TILE_COLS + 1)
+        }
+        simd.choose(b, args[0], cases, "shoal_pack_x", args[1:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
