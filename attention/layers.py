@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
-from attention.kernels.rows import add_rms_norm_rows, rms_norm_rows, rotate_and_store
+from attention.compiled import entry_points
 from attention.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
 """Of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says: so do the models' own code and
 transformers (it differs for models with rms_norm_eps 1e-5, such as Moonlight)."""
 
+_pack_norm = struct.Struct("5qf4xq").pack
+_pack_rotate = struct.Struct("14qf4x").pack
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps): x [T, d], weight [d], both float32 -> [T, d]."""
+    """weight * x / sqrt(mean(x^2) + eps): x [T, d], weight [d], contiguous float32 -> [T, d]."""
+    entry = entry_points()
+    if entry is None:
+        return rms_norm_torch(x, weight, eps)
     out = torch.empty_like(x)
-    rms_norm_rows(x.numpy(), weight.numpy(), eps, out.numpy())
+    entry.norm(_pack_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, eps, 0))
     return out
 
 
@@ -26,9 +34,13 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x += delta in place, then rms_norm(x): all [T, d] float32."""
-    out = torch.empty_like(x)
-    add_rms_norm_rows(x.numpy(), delta.numpy(), weight.numpy(), eps, out.numpy())
+    """x += delta in place, then rms_norm(x): all [T, d] contiguous float32."""
+    entry = entry_points()
+    if entry is None:
+        return add_rms_norm_torch(x, delta, weight, eps)
+    out, delta = torch.empty_like(x), delta.contiguous()
+    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    entry.norm(_pack_norm(*addresses, *x.shape, eps, delta.data_ptr()))
     return out
 
 
@@ -50,18 +62,22 @@ def rotate_query_and_cache_latent(
 
     q [T, H, n + r] float32; kv_a [T, c + r] float32; kv_a_norm [c]; rope [num_positions, r] (see
     `rope_table`); positions [T] int32; slots [T] int64, row of `cache` of each token, all
-    different; cache [num_slots, c + r] float32: the normed latent, then the turned key.
+    different; cache [num_slots, c + r] float32: the normed latent, then the turned key. All
+    contiguous. Positions and slots are not checked here: the scheduler keeps them in range.
     """
-    rotate_and_store(
-        q.numpy(),
-        kv_a.numpy(),
-        kv_a_norm.numpy(),
-        LATENT_NORM_EPS,
-        rope.numpy(),
-        positions.numpy(),
-        slots.numpy(),
-        cache.numpy(),
-    )
+    entry = entry_points()
+    if entry is None:
+        rotate_query_and_cache_latent_torch(q, kv_a, kv_a_norm, rope, positions, slots, cache)
+        return
+    num_tokens, num_heads, head = q.shape
+    entry.rotate_and_store(
+        _pack_rotate(
+            q.data_ptr(), kv_a.data_ptr(), kv_a_norm.data_ptr(), rope.data_ptr(),
+            positions.data_ptr(), slots.data_ptr(), cache.data_ptr(),
+            num_tokens, num_heads * head, kv_a_norm.shape[0], rope.shape[1], rope.shape[0],
+            cache.shape[0], num_heads, LATENT_NORM_EPS,
+        )
+    )  # fmt: skip
 
 
 def rotate_query_and_cache_latent_torch(

@@ -84,13 +84,3 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     last_seen = torch.arange(context_len - num_new, context_len)
     seen = torch.arange(context_len)[None] <= last_seen[:, None]
     return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0]
-
-
-def absorb_query(q: Tensor, w_uk: Tensor) -> Tensor:
-    """q [T, H, n + r] float32, w_uk [H, n, c] -> q' [T, H, c] float32."""
-    return torch.einsum("thn,hnc->thc", q[:, :, : w_uk.shape[1]], w_uk.float())
-
-
-def project_values(u: Tensor, w_uv: Tensor) -> Tensor:
-    """u [T, H, c] float32, w_uv [H, v, c] -> [T, H * v] float32."""
-    return torch.einsum("thc,hvc->thv", u, w_uv.float()).flatten(1)

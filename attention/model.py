@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention.heads import multiply_heads
 from attention.kernels.mla_decode import mla_decode
 from attention.layers import LATENT_NORM_EPS, add_rms_norm, rms_norm, rotate_query_and_cache_latent
-from attention.mla import MlaSizes, absorb_query, naive_attention, project_values
+from attention.mla import MlaSizes, naive_attention
 from attention.rope import rope_table, softmax_scale
 from attention.weights import LayerWeights, ModelWeights, QueryWeights
 from experts.config import ModelConfig
@@ -137,7 +138,7 @@ class DecoderModel:
     def _absorbed(self, layer: LayerWeights, q: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """q [num_absorbed, H, n + r], rotated -> [num_absorbed, H * v]."""
         u = mla_decode(
-            absorb_query(q, layer.attention.w_uk),
+            multiply_heads(q, layer.attention.w_uk),
             q[:, :, self.sizes.nope :],
             cache,
             batch.block_tables,
@@ -145,4 +146,4 @@ class DecoderModel:
             batch.context_lens,
             self._scale,
         )
-        return project_values(u, layer.attention.w_uv)
+        return multiply_heads(u, layer.attention.w_uv).flatten(1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention.heads import HeadWeights
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.layer import ExpertWeights
@@ -28,14 +29,15 @@ class QueryWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionWeights:
-    """One layer's MLA. w_uk and w_uv are views of kv_b, float32 or bfloat16, rows of c."""
+    """One layer's MLA. w_uv is a view of kv_b; w_uk is the other half, transposed and copied, as
+    both products of the absorbed form read rows (V2-Lite: 57 MB of bfloat16 in all layers)."""
 
     query: QueryWeights
     kv_a: Weight  # [c + r, d]
     kv_a_norm: Tensor  # [c] float32
     kv_b: Weight  # [H * (n + v), c]
-    w_uk: Tensor  # [H, n, c]
-    w_uv: Tensor  # [H, v, c]
+    w_uk: HeadWeights  # [H, c, n]
+    w_uv: HeadWeights  # [H, v, c]
     output: Weight  # [d, H * v]
 
 
@@ -152,8 +154,8 @@ def _load_attention(checkpoint: Checkpoint, place: str) -> AttentionWeights:
         kv_a=checkpoint.weight(f"{place}.kv_a_proj_with_mqa.weight"),
         kv_a_norm=_norm(checkpoint, f"{place}.kv_a_layernorm"),
         kv_b=kv_b,
-        w_uk=per_head[:, : config.qk_nope_head_dim],
-        w_uv=per_head[:, config.qk_nope_head_dim :],
+        w_uk=HeadWeights(per_head[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()),
+        w_uv=HeadWeights(per_head[:, config.qk_nope_head_dim :]),
         output=checkpoint.weight(f"{place}.o_proj.weight"),
     )
 
