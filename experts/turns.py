@@ -63,6 +63,11 @@ class Turns(Generic[Work]):
             self._busy = False
             self._changed.notify_all()
 
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is computed or waits; False when the time runs out first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy and not self._waiting, timeout_s)
+
     def exclusive(self, action: Callable[[], None]) -> None:
         """Run an action while nothing is being computed."""
         with self._changed:

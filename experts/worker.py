@@ -27,6 +27,7 @@ from experts.channel.frame import (
     reply_to,
 )
 from experts.checkpoint import Checkpoint
+from experts.kernels.runtime import warm_up
 from experts.layer import SlotWeights, grouped_swiglu
 from experts.load import LoadCounter
 from experts.placement import ExpertKey
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # batches; more are refused, their senders have other holders or try again
 REPORT_EVERY_S = 1.0
+CLOSE_TIMEOUT_S = 5.0
 _U32 = 0xFFFF_FFFF
 
 
@@ -102,7 +104,11 @@ class ExpertWorker:
     # --- life ---
 
     def start(self, endpoint: str, secret: bytes) -> str:
-        """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError."""
+        """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError.
+
+        Compiles the kernels first: the first batch would time out while they are.
+        """
+        warm_up()
         self._server = Server(
             endpoint,
             self.handle,
@@ -115,7 +121,10 @@ class ExpertWorker:
         return self._server.endpoint
 
     def close(self) -> None:
-        """Stop serving; senders see the connection end and go to other holders."""
+        """Compute what is queued, within CLOSE_TIMEOUT_S, then stop serving; senders see the
+        connection end and go to other holders."""
+        self.drain()
+        self._turns.wait_idle(CLOSE_TIMEOUT_S)
         if self._server is not None:
             self._server.close()
 

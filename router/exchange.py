@@ -117,6 +117,14 @@ class Lane:
         self._max_rows = min(config.max_batch_rows, self._rows_per_frame(limits))
         self._flat_rows = np.repeat(np.arange(self._max_rows), spec.top_k)
 
+    def warm_up(self) -> None:
+        """Compile the kernels now: the first token would wait some seconds for them."""
+        layer, gate = next(iter(self._gates.items()))
+        choose(torch.zeros(1, self._width), gate, self._spec)
+        none = Pairs(_NONE, _NONE, _NONE.astype(np.float32))
+        table = self._table
+        plan_pairs(none, table.holders(layer), table.everyone, table.nobody)
+
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
         """Gate x [T, d] float32 and send it to the experts; x must not change until `finish`.
 

@@ -30,6 +30,7 @@ from router.weights import load_gates
 
 logger = logging.getLogger(__name__)
 
+CLOSE_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0  # an attention worker that does not read for so long is cut off
 _U32 = 0xFFFF_FFFF
 
@@ -57,6 +58,7 @@ class RouterWorker:
         self._board = board
         self._client_factory = client_factory
         self._own_lane = self._new_lane()
+        self._own_lane.warm_up()
         self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
         self._lanes: list[Lane] = []
         self._threads: list[threading.Thread] = []
@@ -127,15 +129,17 @@ class RouterWorker:
         return self._server.endpoint
 
     def close(self) -> None:
-        """Stop serving; senders see the connection end and go to another router."""
+        """Answer what the lanes have, within CLOSE_TIMEOUT_S, then stop serving; senders see the
+        connection end and go to another router."""
+        self.drain()
         for item in self._batcher.close():
             self._answer(item, reply_to(item.frame, status=Status.DRAINING, text="router closes"))
+        until_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
         if self._server is not None:
             self._server.close()
-        for thread in self._threads:
-            thread.join(ANSWER_TIMEOUT_S)
-        for lane in (self._own_lane, *self._lanes):
-            lane.client.close()
+        self._own_lane.client.close()
 
     def drain(self) -> None:
         """Refuse new micro-batches with DRAINING; those that wait are still served."""
@@ -170,6 +174,7 @@ class RouterWorker:
                 self._serve(lane, items)
             except Exception:  # a fault of one batch must not end the lane
                 logger.exception("%s: lane failed", self._name)
+        lane.client.close()
 
     def _serve(self, lane: Lane, items: Sequence[MicroBatch]) -> None:
         """Compute micro-batches of one layer together and answer each."""

@@ -8,10 +8,11 @@ takes under a microsecond.
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from router.kernels.jit import compiled
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _lightest(holders: Any, allowed: Any, load: Any) -> Any:
     """The allowed worker of holders [R] with the least load, then the lowest index, or -1."""
     best = -1
@@ -21,7 +22,7 @@ def _lightest(holders: Any, allowed: Any, load: Any) -> Any:
     return best
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _first(holders: Any, usable: Any) -> Any:
     """The first usable worker of holders [R], or -1."""
     for w in holders:
@@ -30,7 +31,7 @@ def _first(holders: Any, usable: Any) -> Any:
     return -1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _widest(experts: Any, workers: Any, holders: Any, usable: Any, load: Any, gain: Any) -> int:
     """The usable worker that holds most of the pairs still at -1, then the one with least load."""
     gain[:] = 0
@@ -46,7 +47,7 @@ def _widest(experts: Any, workers: Any, holders: Any, usable: Any, load: Any, ga
     return best
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _holds(holders: Any, worker: int) -> bool:
     found = False
     for w in holders:
@@ -54,7 +55,7 @@ def _holds(holders: Any, worker: int) -> bool:
     return found
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _count_visits(workers: Any, visited: Any) -> int:
     """Distinct workers in workers [n]; visited [W] becomes their mask."""
     visited[:] = False
@@ -66,7 +67,7 @@ def _count_visits(workers: Any, visited: Any) -> int:
     return count
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _place_token(
     experts: Any, holders: Any, usable: Any, load: Any, visited: Any, gain: Any, workers: Any
 ) -> None:
@@ -94,7 +95,7 @@ def _place_token(
                 workers[p] = widest
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _place_pairs(rows: Any, experts: Any, holders: Any, usable: Any, load: Any) -> Any:
     """rows [P] ascending, experts [P], holders [E, R] (-1 pads), usable [W], load [W] in rows.
 
@@ -132,7 +133,7 @@ def _place_pairs(rows: Any, experts: Any, holders: Any, usable: Any, load: Any) 
     return workers
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _group_pairs(rows: Any, experts: Any, weights: Any, workers: Any, num_workers: int) -> Any:
     """Sort P pairs by worker (stable), the unplaced ones (-1) last.
 
@@ -178,7 +179,7 @@ def _group_pairs(rows: Any, experts: Any, weights: Any, workers: Any, num_worker
     return pair_bounds, row_bounds, pair_index, row_ids, expert_ids, pair_weights, row_index
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def plan(rows: Any, experts: Any, weights: Any, holders: Any, usable: Any, load: Any) -> Any:
     """_place_pairs, then _group_pairs: one call from Python, which costs more than the work."""
     workers = _place_pairs(rows, experts, holders, usable, load.copy())

@@ -8,12 +8,13 @@ Rows never look at each other, so a row's result does not depend on its batch.
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from router.kernels.jit import compiled
 
 _NEG_INF = np.float32(-np.inf)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _score(logits: Any, softmax: bool, scores: Any) -> None:
     """logits [E] -> scores [E]: softmax over all experts, or a sigmoid of each."""
     num_experts = logits.shape[0]
@@ -32,7 +33,7 @@ def _score(logits: Any, softmax: bool, scores: Any) -> None:
         scores[e] = np.float32(scores[e] / total)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _drop_groups(choice: Any, num_groups: int, keep: int, by_top2: bool) -> None:
     """choice [E], in place: -inf for the experts of all but the `keep` best groups."""
     size = choice.shape[0] // num_groups
@@ -57,7 +58,7 @@ def _drop_groups(choice: Any, num_groups: int, keep: int, by_top2: bool) -> None
                 choice[e] = _NEG_INF
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _choose(choice: Any, chosen: Any, ids: Any) -> None:
     """choice [E] -> ids [k] of the k largest, ascending; the lowest index wins ties."""
     chosen[:] = False
@@ -74,7 +75,7 @@ def _choose(choice: Any, chosen: Any, ids: Any) -> None:
             j += 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def select_experts(
     logits: Any,
     bias: Any,
