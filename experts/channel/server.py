@@ -146,9 +146,13 @@ class Server:
                     self._threads.discard(thread)
 
         thread = threading.Thread(target=run, name=f"{self._name}-{label}", daemon=True)
-        with self._lock:
-            self._threads.add(thread)
-        thread.start()
+        try:
+            with self._lock:  # so that run() cannot leave the set before it is in it
+                thread.start()
+                self._threads.add(thread)
+        except RuntimeError:  # no more threads
+            sock.close()
+            raise
 
     def _accept_loop(self, listener: socket.socket) -> None:
         while True:
@@ -157,12 +161,11 @@ class Server:
                 return
             try:
                 sock, _ = listener.accept()
-            except OSError as error:
+                self._spawn(peer_name(sock), self._serve, sock)
+            except (OSError, RuntimeError) as error:  # out of descriptors or threads: others leave
                 self._half_open.release()
                 if not self._closing.wait(ACCEPT_PAUSE_S):
                     logger.warning("%s cannot accept: %s", self.endpoint, error)
-                continue
-            self._spawn(peer_name(sock), self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
         connection = self._admit(sock)
