@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,9 +82,13 @@ def test_a_taken_port_is_named(checkpoint_dir: Callable[[str], Path]) -> None:
     assert result.returncode == 2 and str(port) in result.stderr
 
 
-def ray_processes_of(pid: int) -> list[psutil.Process]:
-    """Descendants, taken while the parent lives."""
-    return psutil.Process(pid).children(recursive=True)
+def processes_of(server: subprocess.Popen[str], url: str) -> list[psutil.Process]:
+    """Ray's own processes and the workers, which Ray starts beside them."""
+    with urllib.request.urlopen(url + "/status", timeout=30) as response:
+        workers = json.load(response)["workers"]
+    assert len(workers) == 5
+    ours = [psutil.Process(worker["pid"]) for worker in workers]
+    return ours + psutil.Process(server.pid).children(recursive=True)
 
 
 @pytest.mark.ray
@@ -103,8 +109,7 @@ def test_serve_prints_a_curl_that_works_and_stops_without_leftovers(
             curl = next(line for line in process.stdout if line.startswith("curl "))
             answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, timeout=60)
             assert '"finish_reason"' in answer.stdout, answer.stderr
-            children = ray_processes_of(process.pid)
-            assert len(children) > 5
+            children = processes_of(process, f"http://127.0.0.1:{ports[1]}")
             process.send_signal(stop)
             process.communicate(timeout=60)
             assert process.returncode == 0
