@@ -68,6 +68,12 @@ class MethodNotAllowed(ShoalError):
         self.allow = allow
 
 
+class BodyTimeout(ShoalError):
+    """The client sent its body too slowly."""
+
+    default_code = "request_timeout"
+
+
 class RequestTooLarge(ShoalError):
     """More bytes than the limit; nothing of it was parsed."""
 
@@ -129,6 +135,7 @@ TABLE: dict[type[ShoalError], ErrorKind] = {
     PermissionDenied: ErrorKind(403, "PERMISSION_DENIED", "invalid_request_error"),
     NotFound: ErrorKind(404, "NOT_FOUND", "invalid_request_error"),
     MethodNotAllowed: ErrorKind(405, "UNIMPLEMENTED", "invalid_request_error"),
+    BodyTimeout: ErrorKind(408, "DEADLINE_EXCEEDED", "invalid_request_error"),
     RequestTooLarge: ErrorKind(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
     UnsupportedMediaType: ErrorKind(415, "INVALID_ARGUMENT", "invalid_request_error"),
     HeadersTooLarge: ErrorKind(431, "RESOURCE_EXHAUSTED", "invalid_request_error"),
@@ -164,6 +171,8 @@ def error_headers(error: ShoalError) -> dict[str, str]:
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = error.allow
+    if isinstance(error, BodyTimeout):
+        headers["Connection"] = "close"
     return headers
 
 

@@ -17,7 +17,7 @@ class FakeEngine:
     """Implements cluster.frontend.backend.EngineBackend.
 
     Every sequence gets `ids`, `per_output` at a time, cut at its `max_tokens`. With `hold_after`
-    it stops after so many tokens until `go` is set or the sequence is aborted.
+    it stops after so many tokens until `release()` or an abort.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class FakeEngine:
         self.cached = cached
         self.readiness = Readiness(True, "ready")
         self.broken: OSError | None = None
-        self.go = threading.Event()
+        self._released = False
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self._changed = threading.Condition()
@@ -74,11 +74,15 @@ class FakeEngine:
         with self._changed:
             return self._changed.wait_for(condition, TIMEOUT_S)
 
-    def close(self) -> None:
-        """Let every sequence end."""
-        self.go.set()
+    def release(self) -> None:
+        """Let held sequences go on."""
         with self._changed:
+            self._released = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let every sequence end and wait for it."""
+        self.release()
         for thread in self._threads:
             thread.join(TIMEOUT_S)
 
@@ -103,7 +107,7 @@ class FakeEngine:
         with self._changed:
             if self.hold_after is not None and sent >= self.hold_after:
                 self._changed.wait_for(
-                    lambda: self.go.is_set() or request.request_id in self.aborted, TIMEOUT_S
+                    lambda: self._released or request.request_id in self.aborted, TIMEOUT_S
                 )
             return request.request_id in self.aborted
 

@@ -61,11 +61,12 @@ class Generation:
         self._open = set(range(request.num_sequences))
         self._echo_due = set(self._open) if request.echo else set()
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Submit every sequence. Raises Unavailable, and then nothing is left running."""
         try:
             for index in range(self.request.num_sequences):
                 self._submit(index)
+                await asyncio.sleep(0)  # hundreds of long prompts must not hold up other streams
         except OSError as error:
             self.close()
             logger.warning("no worker took request %s: %s", self.request.request_id, error)

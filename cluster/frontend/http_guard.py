@@ -57,7 +57,6 @@ class HttpGuard:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope, self._limits().max_request_id_chars)
-        scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
         async def send_with_id(message: Message) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError, quote
+from cluster.frontend.api_docs import DocumentedApp, body_of
 from cluster.frontend.choice import Delta
 from cluster.frontend.generation import Generation
 from cluster.frontend.http_guard import HttpGuard, error_response, json_response
@@ -34,7 +33,7 @@ MAX_IGNORED_NAMED = 16
 def build_app(service: InferenceService, *, echo_request_id: bool = True) -> FastAPI:
     """All routes. `echo_request_id=False` where a proxy in front already answers X-Request-Id, as
     Ray Serve's does."""
-    app = FastAPI(
+    app = DocumentedApp(
         title="Shoal",
         version=version("shoal-serve"),
         docs_url=None,
@@ -111,19 +110,19 @@ class _Handlers:
 
 
 def _add_generation(app: FastAPI, handlers: _Handlers) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatCompletionRequest))
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await handlers.chat(request)
 
-    @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue a text or token ids."""
         return await handlers.completion(request)
 
 
 def _add_tokens(app: FastAPI, service: InferenceService) -> None:
-    @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text or a conversation."""
         body = parse_body(TokenizeRequest, await read_json(request, service.limits))
@@ -131,7 +130,7 @@ def _add_tokens(app: FastAPI, service: InferenceService) -> None:
         context = service.model.context_tokens
         return json_response({"count": len(ids), "max_model_len": context, "tokens": ids})
 
-    @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
         body = parse_body(DetokenizeRequest, await read_json(request, service.limits))
@@ -215,12 +214,6 @@ def _ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     """Tells the client which of its fields nobody read."""
     plain = ["".join(c for c in name[:64] if c.isascii() and c.isprintable()) for name in names]
     return {"X-Ignored-Params": ", ".join(plain[:MAX_IGNORED_NAMED])} if names else {}
-
-
-def _documented(schema: type[BaseModel]) -> dict[str, Any]:
-    """The body in /openapi.json; it is read by hand, so FastAPI cannot know."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 async def _on_shoal_error(request: Request, error: Exception) -> Response:

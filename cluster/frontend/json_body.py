@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -9,7 +10,14 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from cluster.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, one_line, quote
+from cluster.errors import (
+    BodyTimeout,
+    InvalidRequest,
+    RequestTooLarge,
+    UnsupportedMediaType,
+    one_line,
+    quote,
+)
 from cluster.frontend.limits import Limits
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
@@ -21,18 +29,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def read_json(request: Request, limits: Limits) -> Any:
-    """The body of a request. Raises InvalidRequest, RequestTooLarge or UnsupportedMediaType."""
+    """The body of a request. Raises InvalidRequest, RequestTooLarge, UnsupportedMediaType or
+    BodyTimeout."""
     _check_headers(request, limits)
-    chunks, num_bytes = [], 0
     try:
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            if num_bytes > limits.max_body_bytes:
-                raise _too_large(limits)
-            chunks.append(chunk)
+        async with asyncio.timeout(limits.max_body_s):
+            body = await _read(request, limits)
+    except TimeoutError:
+        raise BodyTimeout(f"The body took longer than {limits.max_body_s:g} s.") from None
     except ClientDisconnect:
         raise InvalidRequest("The body ended early.", code="invalid_json") from None
-    return parse_json(b"".join(chunks), limits)
+    return parse_json(body, limits)
 
 
 def parse_json(body: bytes, limits: Limits) -> Any:
@@ -59,6 +66,15 @@ def parse_json(body: bytes, limits: Limits) -> Any:
     if _SURROGATE_ESCAPE.search(body):
         _check_unicode(data, "")
     return data
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.max_body_bytes:
+            raise _too_large(limits)
+    return bytes(body)
 
 
 def _check_headers(request: Request, limits: Limits) -> None:

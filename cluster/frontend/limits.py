@@ -18,6 +18,8 @@ class Limits:
     max_header_bytes: int = 64 * 2**10
     max_headers: int = 100
     max_request_id_chars: int = 128
+    max_body_s: float = 30.0
+    """Time to send the body in."""
 
     # How much work one request may be
     max_choices: int = 128

@@ -49,10 +49,10 @@ def usage_json(usage: Usage) -> Json:
 async def whole_answer(generation: Generation, shape: Shape, fingerprint: str | None) -> Json:
     """Run a request to its end and put its choices together."""
     request = generation.request
-    answers = [Delta(i) for i in range(request.num_sequences)]
+    deltas: list[list[Delta]] = [[] for _ in range(request.num_sequences)]
     async for delta in generation:
-        _add(answers[delta.index], delta)
-    choices = [_whole_choice(answer, request, shape) for answer in answers]
+        deltas[delta.index].append(delta)
+    choices = [_whole_choice(_joined(parts), request, shape) for parts in deltas]
     return {
         **envelope(request, shape.whole, fingerprint),
         "choices": choices,
@@ -91,13 +91,19 @@ def finish_choice(delta: Delta, shape: Shape) -> Json:
     }
 
 
-def _add(answer: Delta, delta: Delta) -> None:
-    answer.text += delta.text
-    answer.token_ids += delta.token_ids
-    if delta.logprobs is not None:
-        answer.logprobs = (answer.logprobs or []) + delta.logprobs
-    answer.finish_reason = delta.finish_reason
-    answer.stop_reason = delta.stop_reason
+def _joined(parts: Sequence[Delta]) -> Delta:
+    """All Deltas of a choice as one."""
+    logprobs = None
+    if parts[0].logprobs is not None:
+        logprobs = [token for part in parts for token in part.logprobs or ()]
+    return Delta(
+        index=parts[0].index,
+        text="".join(part.text for part in parts),
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=logprobs,
+        finish_reason=parts[-1].finish_reason,
+        stop_reason=parts[-1].stop_reason,
+    )
 
 
 def _whole_choice(answer: Delta, request: GenerateRequest, shape: Shape) -> Json:

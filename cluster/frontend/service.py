@@ -190,7 +190,7 @@ class InferenceService:
         generation = Generation(
             request, self.tokenizer, self._backend, self.ledger, self._admission, self._clock
         )
-        generation.start()
+        await generation.start()
         return generation
 
     def _chat_encoder(

@@ -6,10 +6,12 @@ run on both from one table; what only one of them can express is listed apart.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,8 +19,15 @@ from urllib.parse import urlsplit
 import grpc
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from cluster.errors import InvalidRequest, ShoalError, kind_of
+from cluster.frontend.json_body import parse_json
 from cluster.frontend.limits import Limits
+from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
+from cluster.frontend.schema_errors import parse_body
+from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.fakes import TIMEOUT_S, FakeEngine
@@ -585,6 +594,92 @@ def test_bytes_that_are_no_request(front: Front, row: int, data: bytes) -> None:
         connection.sendall(data)
         status_line = connection.makefile("rb").readline()
     assert status_line.split(b" ")[1] in (b"400", b"431"), status_line
+
+
+def test_row_19_slow_body(tmp_path: Any) -> None:
+    service = make_service(tmp_path, FakeEngine([EOS]), Limits(max_body_s=0.1))
+    with http_server(service) as url:
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port), TIMEOUT_S) as connection:
+            connection.sendall(
+                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 50\r\n\r\n{"
+            )
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["error"]["code"] == "request_timeout"
+
+
+# ---- whatever comes, the answer is no fault of the server
+
+_ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-3, 300),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(-2, 600), st.text(max_size=3), st.none()), max_size=4),
+    st.dictionaries(st.text(max_size=3), st.one_of(st.floats(), st.text(max_size=2)), max_size=3),
+)
+
+
+def _outcome(service: InferenceService, start: Any, schema: Any, data: Any) -> int:
+    """HTTP status that this body would get."""
+
+    async def go() -> None:
+        with closing(await start(parse_body(schema, data))) as generation:
+            async for _ in generation:
+                pass
+
+    try:
+        asyncio.run(asyncio.wait_for(go(), TIMEOUT_S))
+    except ShoalError as error:
+        assert error.message.isprintable()
+        return kind_of(error).http_status
+    finally:
+        assert service.num_open_sequences == 0
+    return 200
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> InferenceService:
+    engine = FakeEngine([*ids_of("ok"), EOS])
+    return make_service(tmp_path_factory.mktemp("alone"), engine, Limits(max_choices=4))
+
+
+@pytest.mark.parametrize("schema", [ChatCompletionRequest, CompletionRequest])
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_odd_fields_never_break_the_server(
+    alone: InferenceService, schema: Any, data: st.DataObject
+) -> None:
+    names = [name for name in schema.model_fields if name not in ("messages", "prompt")]
+    fields = data.draw(st.dictionaries(st.sampled_from(names), _ODD, max_size=3))
+    chat = schema is ChatCompletionRequest
+    base = {"messages": data.draw(_CONVERSATION)} if chat else {"prompt": data.draw(_PROMPT)}
+    start = alone.chat if chat else alone.complete
+    assert _outcome(alone, start, schema, base | fields) in (200, 400, 403, 404, 504)
+
+
+_PROMPT = st.one_of(_ODD, st.just("Hi"), st.lists(st.lists(st.integers(0, 511), max_size=3)))
+_TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "alien"])},
+    optional={"content": st.one_of(_ODD, st.text(max_size=5)), "name": _ODD, "tool_calls": _ODD},
+)
+_CONVERSATION = st.one_of(st.just([USER]), _ODD, st.lists(_TURN, max_size=3))
+
+
+@given(data=st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_json_or_refused(data: bytes) -> None:
+    try:
+        found = parse_json(data, Limits())
+    except InvalidRequest as error:
+        assert error.code
+    else:
+        assert json.loads(data) == found or found != found  # NaN never comes through
 
 
 # ---- inputs that look bad and are not

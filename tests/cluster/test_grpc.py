@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -289,6 +291,12 @@ def test_bytes_that_are_no_message_are_grpcs_own_error(serve: Any) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
     assert caught.value.code() is grpc.StatusCode.UNKNOWN
+
+
+def test_generated_files_are_those_of_the_proto() -> None:
+    script = Path(__file__).parents[2] / "tools" / "generate_protos.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_unknown_method(serve: Any) -> None:

@@ -236,8 +236,11 @@ def test_disconnect_aborts_within_half_a_second(
     assert served.service.num_open_sequences == 0
 
 
-def test_client_that_reads_nothing_is_dropped(serve: Callable[..., Served]) -> None:
-    """The stream fills the socket's buffers; when they stay full, its sequence is aborted."""
+def test_client_that_reads_nothing_is_dropped(
+    serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stream fills the socket's buffers; when they stay full, its sequences are aborted."""
+    caplog.set_level("INFO", "cluster.frontend.streaming")
     engine = FakeEngine([*ids_of("x") * 100, EOS])
     served = serve(engine, Limits(slow_client_s=0.2))
     content = json.dumps(
@@ -252,6 +255,7 @@ def test_client_that_reads_nothing_is_dropped(serve: Callable[..., Served]) -> N
             b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
         )
         assert engine.wait_for(lambda: len(engine.aborted) > 0)
+    assert "slow client dropped" in caplog.text
 
 
 # ---- the openai SDK
