@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import machine
+import yaml
 from serving import plan
 from serving.model import model_size
 from serving.processes import SystemFailed, adopt_orphans, exit_at_sigterm, run_system
@@ -34,6 +35,8 @@ DEFAULT_TOKENS = {"small": 128, "lite": 32}
 DEFAULT_RATES_PER_S = {"small": [2.0], "lite": [0.25]}
 DEFAULT_OPEN_REQUESTS = {"small": 32, "lite": 8}
 PREFILL_CONCURRENCY = (1, 4)
+DEFAULT_SETTINGS: dict[str, Any] = {"experts": {"num_workers": 1}}
+"""A second expert worker on a machine of few cores would only take them from the others."""
 
 
 class Unit(NamedTuple):
@@ -81,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--open-requests", type=int, help="requests of an open loop")
     add("--tokens", type=int, help="new tokens a request")
     add("--repeat", type=int, default=3, help="rounds")
-    add("--expert-workers", type=int, default=1)
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="Shoal's settings, see docs")
     add("--vllm-python", help="interpreter of an environment with vllm: measure it too")
     add("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "shoal-checkpoints")
     add("--output", type=Path, default=HERE / "results")
@@ -94,7 +97,22 @@ def parse_arguments() -> argparse.Namespace:
     options.rate = DEFAULT_RATES_PER_S[preset] if options.rate is None else options.rate
     options.open_requests = options.open_requests or DEFAULT_OPEN_REQUESTS[preset]
     options.name = options.name or f"serving-{preset}"
+    options.settings = settings_of(options.set)
     return options
+
+
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """`experts.num_workers=2` and the like over the benchmark's defaults, as one tree."""
+    from cluster.config import merge
+
+    settings = DEFAULT_SETTINGS
+    for pair in pairs:
+        path, _, value = pair.partition("=")
+        tree: Any = yaml.safe_load(value)
+        for key in reversed(path.split(".")):
+            tree = {key: tree}
+        settings = merge(settings, tree)
+    return settings
 
 
 def units_of(options: argparse.Namespace) -> list[Unit]:
@@ -152,7 +170,7 @@ def describe_run(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any
         "model": asdict(model_size(checkpoint)),
         "new_tokens": options.tokens,
         "open_requests": options.open_requests,
-        "expert_workers": options.expert_workers,
+        "settings": options.settings,
         "seed": options.seed,
         "scenarios": [scenario.name for scenario in scenarios_of(options)],
         "rounds": [],
@@ -196,7 +214,7 @@ def run_unit(options: argparse.Namespace, unit: Unit, checkpoint: Path) -> Figur
         "checkpoint": str(checkpoint),
         "scenarios": [asdict(scenario) for scenario in scenarios],
         "seed": options.seed,
-        "settings": {"expert_workers": options.expert_workers},
+        "settings": options.settings,
     }
     is_peer = unit.system == "vllm"
     script = HERE / ("peer_vllm.py" if is_peer else "measure_system.py")

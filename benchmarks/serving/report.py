@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def _head(run: dict[str, Any]) -> str:
             f"# Serving benchmark, checkpoint `{run['preset']}`",
             "",
             f"{run['date']}, commit {run['commit']}, medians of {len(run['rounds'])} rounds, "
-            f"{run['new_tokens']} new tokens a request, {run['expert_workers']} expert worker(s).",
+            f"{run['new_tokens']} new tokens a request; Shoal's settings: "
+            f"`{json.dumps(run['settings'])}`.",
             "",
             f"- {machine['cpu']}, {machine['cores']} cores, L3 {machine['l3']}, "
             f"{machine['memory_gb']} GB; {' '.join(machine['isa'])}; load before the first round "

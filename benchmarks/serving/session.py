@@ -49,6 +49,7 @@ class Spec:
     """When the process was started, by the machine's monotonic clock."""
     parent_pid: int
     settings: dict[str, Any]
+    """A part of Shoal's configuration; peers have none."""
 
     @classmethod
     def read(cls, path: str) -> Spec:

@@ -32,16 +32,14 @@ def open_system(spec: Spec) -> System:
 
 
 def _config(spec: Spec) -> Any:
-    from cluster.config import parse_config
+    from cluster.config import merge, parse_config
 
-    return parse_config(
-        {
-            "model": str(spec.checkpoint),
-            "router": {"mode": ROUTER_MODES[spec.system]},
-            "experts": {"num_workers": spec.settings["expert_workers"]},
-            "listen": {"http_port": free_port(), "grpc_port": free_port()},
-        }
-    )
+    own = {
+        "model": str(spec.checkpoint),
+        "router": {"mode": ROUTER_MODES[spec.system]},
+        "listen": {"http_port": free_port(), "grpc_port": free_port()},
+    }
+    return parse_config(merge(spec.settings, own))
 
 
 class EngineSystem:
