@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster.chat_template import RenderLimit
 from cluster.errors import InvalidRequest
@@ -102,6 +104,34 @@ def test_ids_are_those_of_transformers(
     )
     found = tokenizer.apply_chat_template(CONVERSATION, max_chars=10_000, max_s=5.0)
     assert found == expected
+
+
+def test_merges_and_digit_splits_as_in_a_trained_tokenizer(tmp_path: Path) -> None:
+    """Text between markers is encoded as one piece: merges never see less of it than before."""
+    write_tokenizer(tmp_path)
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([Path(__file__).read_text()], trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = "def test_1234(tokenizer):  # User: 漢字, it's 42\n\n\treturn  None"
+    tokenizer = Tokenizer(tmp_path, VOCAB_SIZE)
+    assert tokenizer.encode(text) == library.encode(text).ids
+    assert tokenizer.decode(library.encode(text).ids) == library.decode(library.encode(text).ids)
+    expected = library.encode(f"{SPECIAL_TOKENS[0]}{text}<｜User｜>{text}<｜Assistant｜>").ids
+    assert chat(tokenizer, ("system", text), ("user", text)) == expected
+    assert expected[0] == BOS and len(expected) < 2 * len(text.encode())
 
 
 @pytest.mark.parametrize("name", SPECIAL_TOKENS)
