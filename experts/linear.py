@@ -52,7 +52,7 @@ class Weight:
         if self.data.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"weight dtype {self.data.dtype}, supported: {SUPPORTED_DTYPES}")
         if self.data.ndim != 2 or not self.data.is_contiguous():
-            raise ValueError(f"weight must be a row-major matrix, got shape {self.shape}")
+            raise ValueError(f"weight must be a row-major matrix, got {tuple(self.data.shape)}")
         if (self.data.dtype == torch.float8_e4m3fn) != (self.scale_inv is not None):
             raise ValueError("scale_inv belongs to float8_e4m3fn weights and to no others")
         if self.scale_inv is not None:

@@ -214,9 +214,8 @@ _ROUNDER: Final = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, held
 
 
 def exp(b: Builder, x: Value) -> Value:
-    """e^x, error below 2 units in the last place on -87..88; clamped outside, NaN stays NaN."""
+    """e^x, error below 2 units in the last place on -87..88; e^-87 below, inf above, NaN stays."""
     x = b.select(b.fcmp_ordered("<", x, fill(F32, -87.0)), fill(F32, -87.0), x)
-    x = b.select(b.fcmp_ordered(">", x, fill(F32, 88.0)), fill(F32, 88.0), x)
     shifted = fma(b, x, fill(F32, 1.4426950408889634), fill(F32, _ROUNDER))
     n = b.fsub(shifted, fill(F32, _ROUNDER))  # round(x / ln 2)
     r = fma(b, n, fill(F32, -0.693359375), x)
@@ -226,7 +225,8 @@ def exp(b: Builder, x: Value) -> Value:
         y = fma(b, y, r, fill(F32, term))
     y = b.fadd(fma(b, y, b.fmul(r, r), r), fill(F32, 1.0))
     power = b.shl(b.add(b.bitcast(shifted, INT_VECTOR), fill(I32, 127)), fill(I32, 23))
-    return b.fmul(y, b.bitcast(power, VECTOR))  # the shift drops the rounder's own bits
+    y = b.fmul(y, b.bitcast(power, VECTOR))  # the shift drops the rounder's own bits
+    return b.select(b.fcmp_ordered(">", x, fill(F32, 88.0)), fill(F32, float("inf")), y)
 
 
 def for_each_vector(b: Builder, count: Value, step: Callable[[Value, Value | None], None]) -> None:
