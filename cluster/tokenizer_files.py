@@ -25,7 +25,7 @@ def load_library(
 
     It can do so only for tokens flagged special, and DeepSeek flags <｜User｜> as not special.
     """
-    added = [{**t, "special": t["content"] in control} for t in layout["added_tokens"]]
+    added = [{**t, "special": t["content"] in control} for t in layout.get("added_tokens", [])]
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps({**layout, "added_tokens": added}))
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
@@ -87,5 +87,8 @@ def template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, st
     file = folder / "tokenizer_config.json"
     found = settings.get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = [e for e in found if isinstance(e, dict) and e.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if not isinstance(found, str | None):
+        raise CheckpointError(file, "a chat_template of text", type(found).__name__)
     return file, found

@@ -1,16 +1,18 @@
 """What clients talk to. HTTP and gRPC build the same validated request and run the same service.
 
 limits.py        every bound on what a client may send, in one table
-openai.py        shape and types of request bodies        schema_errors.py  their faults in one line
-request.py       meaning of request bodies: the GenerateRequest that both fronts run
+openai.py        shape and types of request bodies (schema_errors.py: their faults in one line)
+checks.py        what values may be                  conversation.py  what messages may be
+request.py       a checked body becomes the GenerateRequest that both fronts run
 service.py       InferenceService: checks, admission, tokenisation, submission
 generation.py    one running request: engine outputs become Deltas; closing it aborts
 choice.py        one choice of it: text, stop strings, log probabilities
 admission.py     how many sequences may be open      ledger.py  what was asked and emitted so far
 backend.py       the engine as the service sees it
 responses.py     Deltas to OpenAI objects            streaming.py  and to server-sent events
-http_server.py   routes      http_guard.py  request ids, header bounds, last-resort errors
-json_body.py     bytes to JSON, guarded              grpc_server.py  the gRPC methods
+http_server.py   routes (http_guard.py: request ids, header bounds, last-resort errors;
+                 json_body.py: bytes to JSON, guarded; api_docs.py: bodies in /openapi.json)
+grpc_server.py   methods (grpc_messages.py: messages to bodies; grpc_errors.py: statuses)
 
 A choice is one answer (n of them a prompt); a sequence is one choice as the engine sees it.
 """

@@ -414,12 +414,13 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
     ("template", "reason"),
     [
         ("{% if %}", "chat template"),
+        (5, "chat_template of text"),
         ("{% for m in messages %}{{ '<｜' + m['role'] + '｜>' }}{% endfor %}<｜User｜>", None),
         ("{% set a = ['<｜Us', 'er｜>'] %}{{ a | join }}", "whole words"),
     ],
 )
 def test_template_that_cannot_be_guarded(
-    make: Callable[..., Tokenizer], template: str, reason: str | None
+    make: Callable[..., Tokenizer], template: Any, reason: str | None
 ) -> None:
     if reason is None:  # <｜user｜> is no control token: written in parts, but harmless
         assert chat(make(chat_template=template), ("user", "x")) == [*ids_of("<｜user｜>"), USER]
