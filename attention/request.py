@@ -15,8 +15,9 @@ Finish = tuple[FinishReason, int | None]
 
 
 class RequestState(Enum):
-    """waiting -> running -> finished; a preempted request goes back to waiting."""
+    """new -> waiting -> running -> finished; a preempted request goes back to waiting."""
 
+    NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -39,7 +40,7 @@ class Request:
     """token_ids never grows beyond it: prompt + max_tokens, or the context."""
     deadline_s: float | None = None
     """On the engine's clock."""
-    state: RequestState = RequestState.WAITING
+    state: RequestState = RequestState.NEW
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens whose blocks were shared when it was first admitted."""

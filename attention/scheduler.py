@@ -84,6 +84,7 @@ class Scheduler:
                 f"up to {request.max_total_tokens} tokens need {needed} cache blocks, "
                 f"there are {self.pool.num_blocks}"
             )
+        request.state = RequestState.WAITING
         self.waiting.append(request)
 
     def schedule(self) -> Schedule:

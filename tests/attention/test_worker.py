@@ -1,0 +1,318 @@
+"""Worker and client over real channels: outputs, aborts, lost connections, drain, faults."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from torch import Tensor
+
+from attention.client import AttentionClient
+from attention.config import AttentionConfig
+from attention.messages import (
+    Abort,
+    SamplingParams,
+    StepOutputs,
+    Submit,
+    TokenOutput,
+    encode_message,
+    parse_message,
+)
+from attention.worker import AttentionWorker, context_length, count_blocks
+from experts.channel.channel import ChannelClosed, connect
+from experts.channel.frame import Frame, FrameLimits, Kind, Status
+from tests.attention.harness import GREEDY, Answers, Rig, submit
+from tests.reference import prompts
+
+SECRET = b"a secret of the tests"
+WAIT_S = 60.0
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
+RigOf = Callable[[str], Rig]
+_names = itertools.count()
+
+
+class Gate:
+    """A MoE client that waits at `begin` while closed: holds the engine inside a step."""
+
+    def __init__(self, moe: Any):
+        self.moe = moe
+        self.open, self.reached = threading.Event(), threading.Event()
+        self.open.set()
+        self.error: Exception | None = None
+
+    def begin(self, layer: int, x: Tensor) -> Any:
+        self.reached.set()
+        if not self.open.wait(WAIT_S):
+            raise TimeoutError("nobody opened the gate")
+        if self.error is not None:
+            raise self.error
+        return self.moe.begin(layer, x)
+
+    def finish(self, ticket: Any) -> Tensor:
+        return self.moe.finish(ticket)
+
+
+class Served:
+    """A worker on an endpoint, and clients of it."""
+
+    def __init__(self, rig: Rig, folder: Path, **settings: Any):
+        self.gate = Gate(rig.pool.router())
+        config = {"num_kv_blocks": 64, "block_size": 4, "max_num_seqs": 4} | settings
+        self.worker = AttentionWorker(rig.checkpoint, self.gate, AttentionConfig(**config))
+        self.endpoint = self.worker.start(f"unix:{folder}/worker-{next(_names)}", SECRET)
+        self.clients: list[AttentionClient] = []
+
+    def client(self) -> AttentionClient:
+        self.clients.append(AttentionClient(self.endpoint, SECRET))
+        return self.clients[-1]
+
+    def close(self) -> None:
+        self.gate.open.set()
+        for client in self.clients:
+            client.close()
+        self.worker.close()
+
+
+class Inbox:
+    """Outputs of one request, waited for."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[TokenOutput] = queue.Queue()
+
+    def __call__(self, output: TokenOutput) -> None:
+        self._queue.put(output)
+
+    def next(self) -> TokenOutput:
+        return self._queue.get(timeout=WAIT_S)
+
+    def all(self) -> list[TokenOutput]:
+        outputs = [self.next()]
+        while outputs[-1].finish_reason is None:
+            outputs.append(self.next())
+        return outputs
+
+
+def tokens(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.fixture
+def serve(rig: RigOf, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    served: list[Served] = []
+
+    def start(**settings: Any) -> Served:
+        served.append(Served(rig("v2lite"), tmp_path, **settings))
+        return served[-1]
+
+    yield start
+    for each in served:
+        each.close()
+
+
+def wait_idle(served: Served) -> Any:
+    """Statistics once no request is left."""
+    assert served.worker.drain(WAIT_S)
+    return served.worker.engine.stats()
+
+
+def test_two_clients_get_their_own_tokens(serve: Callable[..., Served], rig: RigOf) -> None:
+    served = serve()
+    clients, inboxes = [served.client(), served.client()], {}
+    for index, ids in enumerate(prompts()):
+        inboxes[index] = Inbox()
+        clients[index % 2].submit(submit(f"r{index}", ids), inboxes[index])
+    direct = Answers(
+        rig("v2lite").engine(), [submit(f"r{i}", ids) for i, ids in enumerate(prompts())]
+    ).run()
+    for index, inbox in inboxes.items():
+        outputs = inbox.all()
+        assert tokens(outputs) == direct.tokens(f"r{index}")
+        assert outputs[-1].finish_reason == "length"
+
+
+def test_abort_ends_a_request_with_a_last_word(serve: Callable[..., Served]) -> None:
+    served, inbox = serve(), Inbox()
+    client = served.client()
+    client.submit(submit("a", [20], ENDLESS), inbox)
+    inbox.next()
+    client.abort("a")
+    client.abort("unknown")
+    assert inbox.all()[-1].finish_reason == "abort"
+    stats = wait_idle(served)
+    assert stats.requests_aborted == 1
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def test_a_lost_connection_aborts_its_requests_only(serve: Callable[..., Served]) -> None:
+    served, lost, kept = serve(), Inbox(), Inbox()
+    leaving, staying = served.client(), served.client()
+    leaving.submit(submit("a", [20], ENDLESS), lost)
+    staying.submit(submit("b", [21], GREEDY), kept)
+    lost.next()
+    leaving.close()
+    assert lost.all()[-1].error == "worker lost"
+    assert kept.all()[-1].finish_reason == "length"
+    stats = wait_idle(served)
+    assert (stats.requests_aborted, stats.requests_finished) == (1, 1)
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def test_another_connection_can_neither_abort_nor_take_over(serve: Callable[..., Served]) -> None:
+    served, mine, theirs = serve(), Inbox(), Inbox()
+    owner, other = served.client(), served.client()
+    served.gate.open.clear()
+    owner.submit(submit("a", [20]), mine)
+    assert served.gate.reached.wait(WAIT_S)
+    other.abort("a")
+    other.submit(submit("a", [30]), theirs)
+    served.gate.open.set()
+    assert theirs.all()[-1].error == "the request id is in use"
+    assert mine.all()[-1].finish_reason == "length"
+
+
+def test_drain_refuses_the_new_and_finishes_the_old(serve: Callable[..., Served]) -> None:
+    served, old, new = serve(), Inbox(), Inbox()
+    client = served.client()
+    served.gate.open.clear()
+    client.submit(submit("old", [20]), old)
+    assert served.gate.reached.wait(WAIT_S)
+    assert not served.worker.drain(timeout_s=0.01)
+    client.submit(submit("new", [21]), new)
+    served.gate.open.set()
+    assert new.all()[-1].error == "the worker is draining"
+    assert old.all()[-1].finish_reason == "length"
+    assert served.worker.drain(WAIT_S)
+    assert client.stats().draining
+
+
+def test_the_worker_outlives_a_fault_of_the_experts(serve: Callable[..., Served]) -> None:
+    served, failed, fine = serve(), Inbox(), Inbox()
+    client = served.client()
+    served.gate.error = RuntimeError("broken")
+    client.submit(submit("a", [20]), failed)
+    assert failed.all()[-1].error == "the model failed"
+    served.gate.error = None
+    client.submit(submit("b", [20]), fine)
+    assert fine.all()[-1].finish_reason == "length"
+    assert client.stats().step_errors == 1
+
+
+def test_a_worker_that_goes_away_ends_open_requests(serve: Callable[..., Served]) -> None:
+    served, inbox, late = serve(), Inbox(), Inbox()
+    client = served.client()
+    client.submit(submit("a", [20], ENDLESS), inbox)
+    inbox.next()
+    served.worker.close()
+    last = inbox.all()[-1]
+    assert (last.finish_reason, last.error) == ("error", "worker lost")
+    client.submit(submit("b", [20]), late)
+    assert late.next().error == "worker lost"
+    assert client.closed
+    with pytest.raises(ChannelClosed):
+        client.stats()
+
+
+def test_stats_answer_while_a_step_hangs(serve: Callable[..., Served]) -> None:
+    served, inbox = serve(max_num_seqs=1), Inbox()
+    client = served.client()
+    served.gate.open.clear()
+    client.submit(submit("a", [20] * 9), inbox)
+    client.submit(submit("b", [20] * 5), inbox)
+    assert served.gate.reached.wait(WAIT_S)
+    stats = client.stats()
+    assert (stats.num_running, stats.block_size, stats.max_model_len) == (1, 4, 256)
+    assert stats.kv_blocks_free == stats.kv_blocks_total - 3
+
+
+def test_a_listener_that_raises_does_not_hurt_the_others(serve: Callable[..., Served]) -> None:
+    served, inbox = serve(), Inbox()
+    client = served.client()
+
+    def bad(_output: TokenOutput) -> None:
+        raise RuntimeError("listener")
+
+    client.submit(submit("bad", [20]), bad)
+    client.submit(submit("good", [21]), inbox)
+    assert inbox.all()[-1].finish_reason == "length"
+
+
+def test_an_answer_that_fits_no_frame_ends_with_an_error(serve: Callable[..., Served]) -> None:
+    """128 logprobs for each of 200 tokens are some 700 kB; this peer takes 20 kB."""
+    served, small = serve(), Inbox()
+    raw = connect(served.endpoint, SECRET, limits=FrameLimits(max_body_bytes=20_000))
+    request = submit("large", [20] * 200, SamplingParams(max_tokens=0, prompt_logprobs=128))
+    raw.send(Frame(Kind.CONTROL, body=encode_message(request)), WAIT_S)
+    answer = parse_message(raw.receive(WAIT_S).body)
+    assert isinstance(answer, StepOutputs)
+    assert answer.outputs[0].error == "the answer is too large to send"
+    raw.close()
+    served.client().submit(submit("small", [20]), small)
+    assert small.all()[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b'{"type":"submit"}', b'{"type":"stats","x":1}', b"\xff", b"[" * 5000]
+)
+def test_a_bad_message_is_refused_and_the_connection_lives(
+    body: bytes, serve: Callable[..., Served]
+) -> None:
+    served = serve()
+    raw = connect(served.endpoint, SECRET)
+    raw.send(Frame(Kind.CONTROL, body=body), WAIT_S)
+    assert raw.receive(WAIT_S).status == Status.FAILED
+    raw.send(Frame(Kind.CONTROL, request_id=7, body=b'{"type":"stats"}'), WAIT_S)
+    answer = raw.receive(WAIT_S)
+    assert (answer.status, answer.request_id) == (Status.OK, 7)
+    raw.close()
+
+
+def test_messages_survive_the_wire() -> None:
+    params = SamplingParams(
+        max_tokens=3, logit_bias={5: -1.5}, stop_token_ids=(1, 2), allowed_token_ids=(4, 5), seed=-9
+    )
+    request = Submit(request_id="a", prompt_ids=[1, 2], params=params, emitted_ids=[3])
+    assert parse_message(encode_message(request)) == request
+    assert parse_message(encode_message(Abort(request_id="a"))) == Abort(request_id="a")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -2},
+        {"min_p": 2.0},
+        {"max_tokens": -1},
+        {"repetition_penalty": 0.0},
+        {"seed": 2**64},
+        {"logprobs": 129},
+        {"logit_bias": {-1: 1.0}},
+        {"unknown": 1},
+    ],
+)
+def test_parameters_out_of_bounds_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SamplingParams(**fields)
+
+
+def test_sizes_follow_from_config_and_model(rig: RigOf) -> None:
+    model = rig("v2lite").config  # 4 layers of 80 float32 values: 1,280 bytes a token
+    assert count_blocks(AttentionConfig(kv_cache_bytes=1280 * 16 * 7 + 5), model) == 7
+    assert count_blocks(AttentionConfig(num_kv_blocks=3), model) == 3
+    assert context_length(AttentionConfig(), model, 7) == 112
+    assert context_length(AttentionConfig(), model, 1000) == 2560
+    assert context_length(AttentionConfig(max_model_len=100), model, 7) == 100
+    with pytest.raises(ValueError, match="max_model_len 113 exceeds 112"):
+        context_length(AttentionConfig(max_model_len=113), model, 7)
+    with pytest.raises(ValueError, match="raise it to 20480"):
+        count_blocks(AttentionConfig(kv_cache_bytes=1000), model)
+    with pytest.raises(ValidationError, match="less than max_num_seqs"):
+        AttentionConfig(max_num_batched_tokens=8, max_num_seqs=9)
