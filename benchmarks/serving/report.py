@@ -17,7 +17,7 @@ def markdown(run: dict[str, Any]) -> str:
     """The report of the dict that is written as JSON."""
     middle = medians(run["rounds"])
     against = {name: ratios(run["rounds"], base) for name, base in BASES.items()}
-    scenarios = run["scenarios"]
+    scenarios = [scenario["name"] for scenario in run["scenarios"]]
     parts = [
         _head(run),
         _throughput("Tokens/s", middle, scenarios, ".1f"),
@@ -46,7 +46,8 @@ def _head(run: dict[str, Any]) -> str:
             f"# Serving benchmark, checkpoint `{run['preset']}`",
             "",
             f"{run['date']}, commit {run['commit']}, medians of {len(run['rounds'])} rounds, "
-            f"{run['new_tokens']} new tokens a request; Shoal's settings: "
+            f"{max(one['new_tokens'] for one in run['scenarios'])} new tokens a request; "
+            f"Shoal's settings: "
             f"`{json.dumps(run['settings'])}`.",
             "",
             f"- {machine['cpu']}, {machine['cores']} cores, L3 {machine['l3']}, "
