@@ -6,13 +6,9 @@ go on. Answers are matched by request id and attempt; one that nobody waits for 
 """
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-
-import torch
 
 from experts.channel.channel import (
     ChannelError,
@@ -24,15 +20,13 @@ from experts.channel.channel import (
 from experts.channel.frame import (
     DEFAULT_LIMITS,
     MAX_DEADLINE_US,
-    ONE_ROW_PER_PAIR,
     Frame,
     FrameError,
     FrameLimits,
-    Kind,
-    Status,
-    rows_finite,
 )
 from experts.health import WorkerHealth
+from experts.hop import Fault, Hop, check_reply
+from experts.messages import WorkerInfo
 from experts.snapshots import SnapshotBoard
 
 PIPELINE_BYTES = 64 * 1024
@@ -41,68 +35,8 @@ PIPELINE_BYTES = 64 * 1024
 A worker does not read while it writes an answer. With more in flight than the socket buffers hold,
 both sides could wait for the other to read.
 """
-
-
-class Fault(Enum):
-    """Why a hop has no answer that can be used."""
-
-    LOST = "connection lost"
-    TIMEOUT = "no answer in time"
-    MALFORMED = "answer broke the protocol"
-    NOT_HERE = "worker lacks an expert"
-    OVERLOADED = "worker is overloaded"
-    DRAINING = "worker is draining"
-    DEADLINE = "worker dropped it, too late"
-    FAILED = "worker failed"
-    NOT_FINITE = "answer is not finite"
-
-
-_FAULT_OF = {
-    Status.OVERLOADED: Fault.OVERLOADED,
-    Status.DRAINING: Fault.DRAINING,
-    Status.DEADLINE: Fault.DEADLINE,
-    Status.FAILED: Fault.FAILED,
-}
 _PUNISHED = frozenset({Fault.MALFORMED, Fault.OVERLOADED, Fault.DRAINING, Fault.DEADLINE})
 """Faults that the answer itself shows, and that sending again at once would only repeat."""
-
-
-@dataclass(slots=True, eq=False)
-class Hop:
-    """One EXPERT_BATCH to one worker. After `gather` exactly one of reply and fault is set.
-
-    A hop whose fault is TIMEOUT is still in flight: `wait_again` or `abandon` it.
-    """
-
-    worker_id: str
-    frame: Frame
-    deadline_s: float  # on the health clock: nobody wants the answer later
-    due_s: float = 0.0  # when to stop waiting for this worker
-    sent_s: float = 0.0
-    reply: Frame | None = None
-    fault: Fault | None = None
-    detail: str = ""
-    missing: list[int] = field(default_factory=list)  # NOT_HERE: the experts the worker lacks
-    abandoned: bool = False
-    num_rows: int = field(init=False)
-    reply_shape: tuple[int, int] = field(init=False)  # one row a token, or one a pair
-    num_bytes: int = field(init=False)  # of the rows, there and back
-
-    def __post_init__(self) -> None:
-        rows, pairs = self.frame.rows, self.frame.expert_ids
-        if rows is None or pairs is None:
-            raise ValueError("a hop carries rows and pairs")
-        self.num_rows, width = rows.shape
-        num_reply_rows = len(pairs) if self.frame.flags & ONE_ROW_PER_PAIR else self.num_rows
-        self.reply_shape = (num_reply_rows, width)
-        self.num_bytes = (self.num_rows + num_reply_rows) * width * rows.itemsize
-
-    @property
-    def settled(self) -> bool:
-        return self.reply is not None or self.fault is not None
-
-    def fail(self, fault: Fault, detail: str = "") -> None:
-        self.fault, self.detail = fault, detail
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +53,8 @@ class _Line:
 
     @property
     def idle(self) -> bool:
-        return not self.in_flight and not self.queued
+        """Nobody waits for an answer."""
+        return not self.queued and all(hop.abandoned for hop in self.in_flight.values())
 
     def has_room(self, hop: Hop) -> bool:
         return not self.in_flight or self.num_bytes + hop.num_bytes <= PIPELINE_BYTES
@@ -155,7 +90,7 @@ class ExpertClient:
         self._connect_timeout_s = connect_timeout_s
         self._request_ids = itertools.count(1)
         self._generation = -1
-        self._endpoints: dict[str, str] = {}
+        self._members: dict[str, WorkerInfo] = {}
         self._lines: dict[str, _Line] = {}
 
     def post(self, hop: Hop) -> None:
@@ -220,26 +155,32 @@ class ExpertClient:
     # --- connections ---
 
     def _follow_snapshot(self) -> None:
-        """Learn endpoints; close connections to workers that are gone or moved, once idle."""
+        """Learn who is there; close connections to workers that left or restarted, once idle."""
         generation, snapshot = self._board.current
-        self._endpoints = {w.worker_id: w.endpoint for w in snapshot.workers_of("experts")}
-        self.health.keep_only(self._endpoints.keys())
-        gone = [
-            line
-            for line in self._lines.values()
-            if self._endpoints.get(line.worker_id) != line.endpoint
-        ]
+        before, self._members = self._members, {}
+        for info in snapshot.workers_of("experts"):
+            self._members[info.worker_id] = info
+            known = before.get(info.worker_id, info)
+            if (known.pid, known.endpoint) != (info.pid, info.endpoint):
+                self.health.quarantine.absolve(info.worker_id)  # another process, another chance
+        self.health.keep_only(self._members.keys())
+        gone = [line for line in self._lines.values() if not self._is_current(line)]
         for line in gone:
             if line.idle:
                 self._drop(line, Fault.LOST, "worker left")
         if all(line.idle for line in gone):
             self._generation = generation
 
+    def _is_current(self, line: _Line) -> bool:
+        info = self._members.get(line.worker_id)
+        return info is not None and info.endpoint == line.endpoint
+
     def _reconnect(self, hop: Hop, line: _Line | None) -> _Line | None:
         """A new connection to the worker; None after failing the hop."""
         if line is not None:  # it hung: let it prove by a handshake that it lives
             self._drop(line, Fault.LOST, "reconnecting")
-        endpoint = self._endpoints.get(hop.worker_id, "")
+        info = self._members.get(hop.worker_id)
+        endpoint = info.endpoint if info else ""
         timeout_s = max(0.001, min(self._connect_timeout_s, hop.deadline_s - self._now()))
         try:
             connection = connect(endpoint, self._secret, self._limits, timeout_s)
@@ -360,28 +301,3 @@ class ExpertClient:
     def _fail(self, hop: Hop, fault: Fault, detail: str = "") -> None:
         hop.fail(fault, detail)
         self.counters.faults[fault] += 1
-
-
-def check_reply(hop: Hop, frame: Frame) -> Fault | None:
-    """What is wrong with an answer to this hop, None when its rows can be added. Sets missing."""
-    if frame.kind != Kind.EXPERT_RESULT or frame.layer != hop.frame.layer:
-        return Fault.MALFORMED
-    if frame.status == Status.NOT_HERE:
-        hop.missing = _missing(hop, frame)
-        return Fault.NOT_HERE if hop.missing else Fault.MALFORMED
-    if frame.status != Status.OK:
-        return _FAULT_OF.get(frame.status, Fault.MALFORMED)
-    rows, sent = frame.rows, hop.frame.rows
-    if rows is None or sent is None or rows.dtype != sent.dtype or rows.shape != hop.reply_shape:
-        return Fault.MALFORMED
-    if rows.dtype is torch.float32 and math.isfinite(rows.sum().item()):
-        return None  # a finite sum has finite terms only; 4 us where looking at the bits takes 10
-    return None if rows_finite(rows) else Fault.NOT_FINITE
-
-
-def _missing(hop: Hop, frame: Frame) -> list[int]:
-    """The experts of this hop that the worker says it lacks."""
-    asked, named = hop.frame.expert_ids, frame.expert_ids
-    if asked is None or named is None:
-        return []
-    return sorted(set(asked.tolist()) & set(named.tolist()))

@@ -2,9 +2,10 @@
 
     gate.py      logits -> expert ids and weights        dispatch.py  pairs -> frames by worker
     combine.py   frames back -> rows                      table.py     a snapshot as index arrays
-    exchange.py  one thread's way through all of them     worker.py    the router of a process
-    batcher.py   merges waiting micro-batches             client.py    how attention calls a router
-    weights.py   checkpoint names of the gates            errors.py    what callers may catch
+    exchange.py  state between begin and finish           lane.py      one thread drives it
+    worker.py    the router of a process                  batcher.py   merges what waits for it
+    client.py    how attention calls a router             errors.py    what callers may catch
+    weights.py   checkpoint names of the gates            config.py    times, sizes, switches
 
 pair: one (token row, logical expert) with its weight; a token has k of them.
 lane: one thread with its own connections to the expert workers.

@@ -24,8 +24,9 @@ from experts.snapshots import SnapshotBoard
 from router.batcher import Batcher, MicroBatch
 from router.config import RouterConfig
 from router.errors import ExpertsUnavailable, RouterError
-from router.exchange import ExchangeCounters, Lane, Pending
+from router.exchange import ExchangeCounters, Pending
 from router.gate import GateSpec, GateWeights
+from router.lane import Lane
 from router.weights import load_gates
 
 logger = logging.getLogger(__name__)

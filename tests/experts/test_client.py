@@ -13,8 +13,9 @@ import torch
 from experts.channel.channel import ChannelCounters, Connection, Server
 from experts.channel.codec import HEADER_BYTES
 from experts.channel.frame import Frame, Kind, Status, reply_to
-from experts.client import PIPELINE_BYTES, ExpertClient, Fault, Hop
+from experts.client import PIPELINE_BYTES, ExpertClient
 from experts.health import HopTimer, Quarantine, WorkerHealth
+from experts.hop import Fault, Hop
 from experts.messages import Snapshot, WorkerInfo
 from experts.snapshots import SnapshotBoard
 
@@ -281,10 +282,9 @@ class Silent:
 
 
 def test_a_worker_that_does_not_answer_times_out_alone(remote: Workers) -> None:
-    remote.client.health.hop_timer.timeout_s = 0.05
     remote.serve("a", Silent())
     remote.serve("b", double)
-    slow, quick = hop("a"), hop("b")
+    slow, quick = hop("a", deadline_s=0.05), hop("b")
     remote.client.exchange([slow, quick])
     assert (slow.fault, quick.fault) == (Fault.TIMEOUT, None)
     assert remote.client.health.outstanding_rows("a") == 2  # it still owes them
@@ -390,6 +390,20 @@ def test_a_queued_batch_can_be_abandoned(remote: Workers) -> None:
     remote.client.gather([first])
     assert len(silent.frames) == 1
     assert remote.client.health.outstanding_rows("a") == 0
+
+
+def test_a_restarted_worker_starts_without_the_faults_of_the_last_process(
+    workers: Workers,
+) -> None:
+    workers.serve("a", lambda frame, _: reply_to(frame, status=Status.OVERLOADED, text="no"))
+    workers.client.exchange([hop("a")])
+    assert len(workers.client.health.quarantine) == 1
+    workers._servers.pop("a").close()
+    workers.serve("a", double)  # no snapshot in between: the client never sees it gone
+    again = hop("a")
+    workers.client.exchange([again])
+    assert again.fault is None
+    assert len(workers.client.health.quarantine) == 0
 
 
 def test_connections_of_workers_that_left_are_closed(workers: Workers) -> None:

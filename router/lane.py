@@ -1,0 +1,245 @@
+"""One thread's way through a MoE layer: gate, dispatch, send, gather, retry, combine.
+
+A pair whose worker died, hung, lacks the expert or failed goes to another holder; where there is
+none, it waits for a newer snapshot or the end of a quarantine. Only the deadline ends the wait:
+losing a worker fails no request. Resending is safe, an expert has no state.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.channel.frame import (
+    DEFAULT_LIMITS,
+    ONE_ROW_PER_PAIR,
+    Frame,
+    FrameLimits,
+    Kind,
+)
+from experts.client import ExpertClient
+from experts.hop import Fault, Hop
+from experts.snapshots import SnapshotBoard
+from router.config import RouterConfig
+from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
+from router.exchange import NO_PAIRS, Exchange, ExchangeCounters, OpenHop, Pending
+from router.gate import GateSpec, GateWeights, choose
+from router.table import RoutingTable
+
+
+class Lane:
+    """A thread's own connections to the experts; several micro-batches may be begun at a time."""
+
+    def __init__(
+        self,
+        gates: Mapping[int, GateWeights],
+        spec: GateSpec,
+        client: ExpertClient,
+        board: SnapshotBoard,
+        config: RouterConfig,
+        limits: FrameLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self.counters = ExchangeCounters()
+        self.client = client
+        self._gates = gates
+        self._spec = spec
+        self._board = board
+        self._config = config
+        self._health = client.health
+        self._now = client.health.clock
+        self._table = RoutingTable(-1, board.current[1], spec.num_experts)
+        self._width = next(iter(gates.values())).weight.shape[1]
+        self._max_rows = min(config.max_batch_rows, self._rows_per_frame(limits))
+        self._flat_rows = np.repeat(np.arange(self._max_rows), spec.top_k)
+
+    def warm_up(self) -> None:
+        """Compile the kernels now: the first token would wait some seconds for them."""
+        layer, gate = next(iter(self._gates.items()))
+        choose(torch.zeros(1, self._width), gate, self._spec)
+        nothing = Pairs(NO_PAIRS, NO_PAIRS, NO_PAIRS.astype(np.float32))
+        plan_pairs(nothing, self._table.holders(layer), self._table.everyone, self._table.nobody)
+
+    def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
+        """Gate x [T, d] float32 and send it to the experts; x must not change until `finish`.
+
+        deadline_s: seconds from now, None = the configured one. Raises ValueError for a layer
+        without experts or another width, NonFiniteInput.
+        """
+        gate = self._gates.get(layer)
+        if gate is None or x.ndim != 2 or x.shape[1] != self._width:
+            raise ValueError(
+                f"layer {layer}, x {tuple(x.shape)}: expected a MoE layer and [T, {self._width}]"
+            )
+        begun_s = self._now()
+        until_s = begun_s + (self._config.deadline_s if deadline_s is None else deadline_s)
+        routed = [(chunk, *choose(chunk, gate, self._spec)) for chunk in self._chunks(x)]
+        pending = Pending((x.shape[0], x.shape[1]), [])
+        for chunk, ids, weights in routed:
+            pairs = Pairs(self._flat_rows[: ids.size], ids.reshape(-1), weights.reshape(-1))
+            exchange = Exchange(layer, chunk, pairs, begun_s, until_s)
+            pending.exchanges.append(exchange)
+            self.counters.exchanges += 1
+            self.counters.tokens += chunk.shape[0]
+            self.counters.pairs += ids.size
+            self._post(exchange, self._plan(exchange, pairs), None)
+        return pending
+
+    def finish(self, pending: Pending) -> Tensor:
+        """The weighted sum of the experts, [T, d] float32, in row order.
+
+        Raises ExpertsUnavailable at the deadline, ExpertsFailed when every holder failed.
+        """
+        try:
+            sums = [self._finish(exchange) for exchange in pending.exchanges]
+        except BaseException:
+            self.cancel(pending)
+            raise
+        if len(sums) == 1:
+            return sums[0]
+        return torch.cat(sums) if sums else torch.zeros(pending.shape)
+
+    def cancel(self, pending: Pending) -> None:
+        """Give up what is still open; late answers are dropped."""
+        for exchange in pending.exchanges:
+            for item in exchange.open:
+                self.client.abandon(item.hop)
+            exchange.open.clear()
+
+    # --- sending ---
+
+    def _rows_per_frame(self, limits: FrameLimits) -> int:
+        """Rows of which neither the batch nor its answer can exceed the limits of a frame."""
+        top_k = self._spec.top_k
+        answer_rows = top_k if self._config.deterministic else 1
+        bytes_per_row = 12 * top_k + 4 * self._width * answer_rows
+        by_limit = (
+            limits.max_payload_bytes // bytes_per_row,
+            limits.max_rows // answer_rows,
+            limits.max_pairs // top_k,
+        )
+        return max(1, min(by_limit))
+
+    def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:
+        if 0 < x.shape[0] <= self._max_rows:
+            return (x.contiguous(),)
+        starts = range(0, x.shape[0], self._max_rows)
+        return tuple(x[start : start + self._max_rows].contiguous() for start in starts)
+
+    def _plan(self, exchange: Exchange, pairs: Pairs, besides: str = "") -> Plan:
+        """Choose workers for pairs of the exchange by the newest table, not the one `besides`."""
+        if self._table.generation != self._board.generation:
+            generation, snapshot = self._board.current
+            self._table = RoutingTable(generation, snapshot, self._spec.num_experts)
+        table = self._table
+        if exchange.generation != table.generation:
+            exchange.generation = table.generation
+            exchange.denied.clear()
+        now_s, quarantine = self._now(), self._health.quarantine
+        usable, load = table.everyone.copy(), table.nobody.copy()
+        for i, worker_id in enumerate(table.worker_ids):
+            load[i] = self._health.outstanding_rows(worker_id)
+            if worker_id == besides or worker_id in exchange.suspects:
+                usable[i] = False
+            elif len(quarantine):
+                usable[i] = quarantine.admits(worker_id, now_s)
+        return plan_pairs(pairs, table.without(exchange.layer, exchange.denied), usable, load)
+
+    def _post(self, exchange: Exchange, plan: Plan, origin: Int64s | None) -> None:
+        """Send the shares of a plan over the pairs at `origin` (None: over all of them)."""
+        for share in plan.shares:
+            index = share.pair_index if origin is None else origin[share.pair_index]
+            hop = self._hop(exchange, share)
+            self.client.post(hop)
+            self.counters.visits += hop.num_rows
+            exchange.open.append(OpenHop(hop, share.row_index, index))
+        exchange.todo = plan.unplaced if origin is None else origin[plan.unplaced]
+
+    def _hop(self, exchange: Exchange, share: Share) -> Hop:
+        x, index = exchange.x, share.row_index
+        rows = x if index.shape[0] == x.shape[0] else x.index_select(0, torch.from_numpy(index))
+        frame = Frame(
+            Kind.EXPERT_BATCH,
+            attempt=exchange.attempt,
+            layer=exchange.layer,
+            epoch=self._table.epoch,
+            flags=ONE_ROW_PER_PAIR if self._config.deterministic else 0,
+            rows=rows,
+            row_ids=torch.from_numpy(share.row_ids),
+            expert_ids=torch.from_numpy(share.expert_ids),
+            weights=torch.from_numpy(share.weights),
+        )
+        return Hop(self._table.worker_ids[share.worker], frame, exchange.deadline_s)
+
+    # --- gathering ---
+
+    def _finish(self, exchange: Exchange) -> Tensor:
+        while exchange.open or exchange.todo.size:
+            self.client.gather([item.hop for item in exchange.open])
+            self._sort_hops(exchange)
+            if exchange.todo.size:
+                self._resend(exchange)
+        for worker_id in exchange.suspects:  # others answered what it failed on: the fault is its
+            self._health.quarantine.punish(worker_id, self._now())
+        return exchange.combine(self._spec.top_k, self._config.deterministic)
+
+    def _sort_hops(self, exchange: Exchange) -> None:
+        """Answers to answers, pairs of failed hops back to todo; slow hops stay or move on."""
+        hops, exchange.open = exchange.open, []
+        slow: list[OpenHop] = []
+        todo = [exchange.todo]
+        for item in hops:
+            if item.hop.reply is not None:
+                exchange.answers.append(item.answer())
+            elif item.hop.fault is Fault.TIMEOUT:
+                slow.append(item)
+            else:
+                exchange.note_fault(item.hop)
+                todo.append(item.pair_index)
+        if len(todo) > 1:
+            exchange.todo = np.sort(np.concatenate(todo))
+        for i, item in enumerate(slow):
+            if self._now() >= exchange.deadline_s:
+                exchange.open += slow[i:]
+                raise exchange.unavailable(self._now(), item.hop.worker_id)
+            self._hedge(exchange, item)
+
+    def _hedge(self, exchange: Exchange, item: OpenHop) -> None:
+        """Move a slow hop to other holders if they have all of it, else go on waiting for it."""
+        hop, todo = item.hop, exchange.todo
+        plan = self._plan(exchange, exchange.pairs.take(item.pair_index), besides=hop.worker_id)
+        if plan.unplaced.size:
+            self.client.wait_again(hop)
+            exchange.open.append(item)
+            return
+        self.client.abandon(hop)
+        self._health.quarantine.punish(hop.worker_id, self._now())
+        self._post_again(exchange, plan, item.pair_index)
+        exchange.todo = todo
+
+    def _resend(self, exchange: Exchange) -> None:
+        """Try to place what is with nobody; wait for news if nothing else is under way."""
+        if self._now() >= exchange.deadline_s:
+            raise exchange.unavailable(self._now())
+        todo = exchange.todo
+        self._post_again(exchange, self._plan(exchange, exchange.pairs.take(todo)), todo)
+        if exchange.todo.size and not exchange.open:
+            exchange.check_for_failure(self._table, self._now())
+            self._wait_for_holder(exchange)
+
+    def _post_again(self, exchange: Exchange, plan: Plan, origin: Int64s) -> None:
+        exchange.attempt += 1
+        self.counters.resent_pairs += origin.size - plan.unplaced.size
+        self._post(exchange, plan, origin)
+
+    def _wait_for_holder(self, exchange: Exchange) -> None:
+        """Wait for a newer snapshot, the end of a quarantine or time to doubt a NOT_HERE."""
+        self.counters.waits += 1
+        now_s, until_s = self._now(), exchange.deadline_s
+        release_s = self._health.quarantine.next_release_s()
+        if release_s is not None:
+            until_s = min(until_s, release_s)
+        if exchange.denied:
+            until_s = min(until_s, now_s + self._config.stale_table_retry_s)
+        if not self._board.wait_newer(exchange.generation, max(0.001, until_s - now_s)):
+            exchange.denied.clear()
