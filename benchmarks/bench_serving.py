@@ -25,7 +25,7 @@ from serving.options import Unit, parse_arguments, scenarios_of, settings_of, un
 from serving.plan import Scenario
 from serving.processes import SystemFailed, adopt_orphans, exit_at_sigterm, run_system
 from serving.report import markdown
-from serving.results import TRANSFORMERS, Figures, Round
+from serving.results import TRANSFORMERS, VLLM, Figures, Round
 
 HERE = Path(__file__).parent
 
@@ -122,7 +122,7 @@ class Benchmark:
         return [one for one in self._scenarios if admits or one.rate_per_s is None]
 
     def _command(self, unit: Unit) -> list[str]:
-        if unit.system == "vllm":
+        if unit.system.startswith(VLLM):
             return [self._options.vllm_python, str(HERE / "peer_vllm.py")]
         return [sys.executable, str(HERE / "measure_system.py")]
 

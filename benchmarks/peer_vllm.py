@@ -45,7 +45,7 @@ class EngineSystem:
 
         llm = LLM(
             model=str(spec.checkpoint),
-            dtype="bfloat16",
+            dtype=_dtype(spec),
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_NUM_SEQS,
             enable_prefix_caching=False,
@@ -105,6 +105,10 @@ class EngineSystem:
         self._engine.engine_core.shutdown()
 
 
+def _dtype(spec: Spec) -> str:
+    return spec.system.rpartition("-")[2]
+
+
 def open_system(spec: Spec) -> System:
     """Start vLLM at the level of the spec."""
     os.environ.update(ENVIRONMENT)
@@ -117,7 +121,7 @@ def _open_server(spec: Spec) -> System:
         [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(spec.checkpoint), "--host", "127.0.0.1", "--port", str(port)),
-            *("--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN)),
+            *("--dtype", _dtype(spec), "--max-model-len", str(MAX_MODEL_LEN)),
             *("--max-num-seqs", str(MAX_NUM_SEQS), "--no-enable-prefix-caching"),
             *("--gpu-memory-utilization", str(MEMORY_SHARE)),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import yaml
 
 from serving import plan
-from serving.results import HTTP_SUFFIX, TRANSFORMERS
+from serving.results import HTTP_SUFFIX, TRANSFORMERS, VLLM
 
 OURS = ("inline", "ray-inline-router", "ray-router")
-DTYPES = (f"{TRANSFORMERS}float32", f"{TRANSFORMERS}bfloat16")
-SYSTEMS = (*OURS, "transformers", *DTYPES)
+DTYPES = ("float32", "bfloat16")
+TRANSFORMERS_RUNS = [f"{TRANSFORMERS}{dtype}" for dtype in DTYPES]
+SYSTEMS = (*OURS, "transformers", *TRANSFORMERS_RUNS)
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_CONCURRENCY = (1, 4)
 DEFAULT_SETTINGS: dict[str, Any] = {"experts": {"num_workers": 1}}
@@ -62,12 +64,16 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     add("--repeat", type=int, default=3, help="rounds [3]")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of Shoal")
     add("--vllm-python", help="interpreter of an environment with vllm: measure it too")
+    add("--vllm-dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     add("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "shoal-checkpoints")
     add("--output", type=Path, default=RESULTS, help="folder of the reports")
     add("--name", default="serving", help="reports are called NAME-PRESET")
     add("--seed", type=int, default=1, help="of prompts and arrivals")
     add("--timeout-s", type=float, default=3600.0, help="of one system in one round [3600]")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.vllm_python and shutil.which(options.vllm_python) is None:
+        parser.error(f"--vllm-python {options.vllm_python}: no such program")
+    return options
 
 
 def settings_of(pairs: list[str]) -> dict[str, Any]:
@@ -88,9 +94,9 @@ def units_of(options: argparse.Namespace) -> list[Unit]:
     """What to measure. transformers has no server, so only the engine level."""
     names: list[str] = []
     for system in options.systems:
-        names += DTYPES if system == "transformers" else [system]
+        names += TRANSFORMERS_RUNS if system == "transformers" else [system]
     if options.vllm_python:
-        names.append("vllm")
+        names += [f"{VLLM}{dtype}" for dtype in options.vllm_dtypes]
     levels = ("engine", "http") if options.level == "both" else (options.level,)
     return [
         Unit(name, level)

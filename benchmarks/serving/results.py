@@ -11,6 +11,8 @@ Round = dict[str, Figures]
 """The systems that ran one after the other, under the same conditions."""
 HTTP_SUFFIX = "-http"
 TRANSFORMERS = "transformers-"
+VLLM = "vllm-"
+"""Both run in several types: `transformers-float32`."""
 
 
 def higher_is_better(figure: str) -> bool:
@@ -54,14 +56,21 @@ def inline_base(one: Round, system: str) -> Figures | None:
 
 
 def vllm_base(one: Round, system: str) -> Figures | None:
-    """vLLM at the same level."""
-    return one.get("vllm" + (HTTP_SUFFIX if system.endswith(HTTP_SUFFIX) else ""))
+    """The better of vLLM's types, over HTTP for what was measured over HTTP."""
+    is_http = system.endswith(HTTP_SUFFIX)
+    level = {name: found for name, found in one.items() if name.endswith(HTTP_SUFFIX) == is_http}
+    return _best_of(level, system, VLLM)
 
 
 def transformers_base(one: Round, system: str) -> Figures | None:
-    """For each figure the better of transformers' dtypes; None for transformers itself."""
-    runs = [figures for name, figures in one.items() if name.startswith(TRANSFORMERS)]
-    if not runs or system.startswith(TRANSFORMERS):
+    """The better of transformers' types."""
+    return _best_of(one, system, TRANSFORMERS)
+
+
+def _best_of(one: Round, system: str, prefix: str) -> Figures | None:
+    """Each figure where it is best; None for the runs of that prefix themselves."""
+    runs = [figures for name, figures in one.items() if name.startswith(prefix)]
+    if not runs or system.startswith(prefix):
         return None
     names = set.intersection(*(set(figures) for figures in runs))
     return {
