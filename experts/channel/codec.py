@@ -53,7 +53,6 @@ _STATUSES = {int(status): status for status in Status}
 _ROW_IDS, _EXPERT_IDS, _WEIGHTS, _ROWS, _BODY = 1, 2, 4, 8, 16
 _PAIRS = _ROW_IDS | _EXPERT_IDS | _WEIGHTS
 _FIRST_NEGATIVE = 1 << 31  # as uint32
-_largest = np.maximum.reduce
 _FIRST_NOT_FINITE = 0x7F800000  # bits of float32 infinity; NaN and negative numbers are above
 
 
@@ -133,11 +132,17 @@ def _check_flags(flags: int, deadline_us: int) -> None:
         raise FrameError("deadline_us", deadline_us, f"at most {MAX_DEADLINE_US}")
 
 
+def _largest(array: Array) -> int:
+    """Of a one-dimensional array. argmax takes a third of the time that max does."""
+    largest: int = array.item(array.argmax())
+    return largest
+
+
 def _check_ids(name: str, ids: Array, bound: int) -> None:
-    """ids: int32 [P], P > 0. As uint32 a negative id is a huge one, so one reduction is enough."""
+    """ids: int32 [P], P > 0. As uint32 a negative id is a huge one, so one look is enough."""
     largest = _largest(ids.view(_UINT32))
     if largest >= bound:
-        raise FrameError(name, np.int32(largest), f"in 0..{bound - 1}")
+        raise FrameError(name, f"{largest} as uint32", f"in 0..{bound - 1}")
 
 
 def _check_weights(weights: Array) -> None:

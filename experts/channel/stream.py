@@ -31,6 +31,11 @@ from experts.channel.frame import Frame, FrameError, FrameLimits
 from experts.channel.handshake import HANDSHAKE_TIMEOUT_S, join_handshake
 
 UNIX_BUFFER_BYTES = 2**20  # the kernel cuts it to wmem_max; TCP tunes its own
+# Plain integers: an `|` of the socket module's enum flags takes as long as a whole sendmsg.
+_SEND = int(socket.MSG_NOSIGNAL)
+_SEND_NOW = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+_RECEIVE = int(socket.MSG_WAITALL)
+_RECEIVE_NOW = int(socket.MSG_DONTWAIT)
 TCP_USER_TIMEOUT_MS = 10_000  # unacknowledged for so long (a partition): the connection is dead
 
 
@@ -87,7 +92,7 @@ class StreamConnection:
         deadline_s = deadline_after(timeout_s)
         buffers, num_bytes = encode(frame, self._send_limits)
         self._flow.before_send(frame.kind, deadline_s)
-        if not self._send_lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        if not self._send_lock.acquire(True, -1 if timeout_s is None else timeout_s):
             self._flow.not_sent(frame.kind)
             raise ChannelTimeout(f"another thread is still sending to {self.peer}")
         try:
@@ -109,7 +114,7 @@ class StreamConnection:
 
     def _sendmsg(self, buffers: list[Any], deadline_s: float | None) -> int:
         """Bytes sent, more than 0. A timeout closes: half a frame may be on the wire."""
-        flags = socket.MSG_NOSIGNAL | (0 if deadline_s is None else socket.MSG_DONTWAIT)
+        flags = _SEND if deadline_s is None else _SEND_NOW
         while True:
             try:
                 return self._sock.sendmsg(buffers, (), flags)
@@ -151,7 +156,7 @@ class StreamConnection:
 
     def _fill(self, buffer: Any, deadline_s: float | None) -> None:
         """Receive until `buffer` is full, from `_got` on."""
-        flags = socket.MSG_WAITALL if deadline_s is None else socket.MSG_DONTWAIT
+        flags = _RECEIVE if deadline_s is None else _RECEIVE_NOW
         while self._got < len(buffer):
             try:
                 view = memoryview(buffer)[self._got :] if self._got else buffer

@@ -486,6 +486,32 @@ def test_half_a_frame_waits_for_the_other_half(sockets: Stage) -> None:
             same_frame(client.receive(WAIT_S), Frame(Kind.EXPERT_RESULT, rows=rows()))
 
 
+def test_closing_wakes_a_sender_whose_peer_does_not_read(sockets: Stage) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def handler(frame: Frame, _: Connection) -> None:
+        entered.set()
+        assert release.wait(WAIT_S)
+
+    client = sockets.connect(sockets.serve(handler))
+    ended = threading.Event()
+
+    def send() -> None:
+        with pytest.raises(ChannelClosed):
+            while True:
+                client.send(control(bytes(1_000_000)))
+        ended.set()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert entered.wait(WAIT_S)
+    assert not ended.wait(BRIEF_S)
+    client.close()
+    assert ended.wait(WAIT_S)
+    sender.join(WAIT_S)
+    release.set()
+
+
 def test_a_client_that_ignores_its_credits_is_cut_off(sockets: Stage) -> None:
     server = sockets.serve(Desk(), credits=1)
     client = sockets.connect(server)
