@@ -34,8 +34,9 @@ import torch
 from experts.channel.channel import ChannelCounters, Connection, Server, connect
 from experts.channel.codec import HEADER_BYTES
 from experts.channel.connection import ClientFlow, ServerFlow
+from experts.channel.dial import tune
 from experts.channel.frame import DEFAULT_LIMITS, Frame, Kind, reply_to
-from experts.channel.stream import StreamConnection, tune
+from experts.channel.stream import StreamConnection
 
 SECRET = b"benchmark"
 WIDTH = 2048

@@ -14,11 +14,11 @@ from experts.channel.connection import (
     Handler,
 )
 from experts.channel.counters import ChannelCounters
+from experts.channel.dial import connect_stream
 from experts.channel.endpoint import parse_endpoint
 from experts.channel.frame import DEFAULT_LIMITS, FrameError, FrameLimits
 from experts.channel.inproc import InprocClient, connect_inproc
 from experts.channel.server import Server
-from experts.channel.stream import connect_stream
 
 __all__ = [
     "ChannelClosed",

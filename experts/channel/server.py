@@ -17,6 +17,7 @@ from experts.channel.connection import (
     ServerFlow,
 )
 from experts.channel.counters import ChannelCounters
+from experts.channel.dial import tune
 from experts.channel.endpoint import parse_endpoint
 from experts.channel.frame import (
     DEFAULT_LIMITS,
@@ -28,7 +29,7 @@ from experts.channel.frame import (
 )
 from experts.channel.handshake import Terms, serve_handshake
 from experts.channel.listener import SocketFile, open_listener, peer_name
-from experts.channel.stream import StreamConnection, tune
+from experts.channel.stream import StreamConnection
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,10 @@
-"""Connections and servers: one suite for all back ends, then what only sockets have."""
+"""Connections and servers: what all back ends have in common."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,78 +12,25 @@ import torch
 
 from experts.channel.channel import (
     ChannelClosed,
-    ChannelCounters,
     ChannelError,
     ChannelTimeout,
     Connection,
     FrameError,
     FrameLimits,
-    Handler,
     Server,
     connect,
     wait_readable,
 )
-from experts.channel.endpoint import parse_endpoint
 from experts.channel.frame import Frame, Kind, Status, reply_to
 from tests.experts.frames import (
     SECRET,
     control,
     expert_batch,
     not_here,
-    raw_socket,
     rows,
     same_frame,
-    wire,
 )
-
-WAIT_S = 20.0  # for what must happen; generous, since the machine may be busy
-BRIEF_S = 0.03  # for what must not happen
-
-
-def echo(frame: Frame, _: Connection) -> Frame:
-    return reply_to(frame, frame.rows)
-
-
-class Stage:
-    """Starts servers and clients of one back end, closes all of them at the end."""
-
-    def __init__(self, scheme: str, folder: Path) -> None:
-        self.scheme = scheme
-        self._folder = folder
-        self._opened: list[Server | Connection] = []
-
-    def endpoint(self) -> str:
-        name = f"{self._folder.name}-{len(self._opened)}"
-        return {
-            "inproc": f"inproc:{name}",
-            "unix": f"unix:{self._folder}/{name}",
-            "tcp": "tcp:127.0.0.1:0",
-        }[self.scheme]
-
-    def serve(
-        self,
-        handler: Handler = echo,
-        credits: int = 32,
-        on_open: Callable[[Connection], None] | None = None,
-        on_close: Callable[[Connection], None] | None = None,
-        limits: FrameLimits | None = None,
-    ) -> Server:
-        limits = limits or FrameLimits()
-        server = Server(
-            self.endpoint(), handler, SECRET, limits, credits, "stage", on_open, on_close
-        )
-        server.start()
-        self._opened.append(server)
-        return server
-
-    def connect(self, server: Server, counters: ChannelCounters | None = None) -> Connection:
-        client = connect(server.endpoint, SECRET, timeout_s=WAIT_S, counters=counters)
-        self._opened.append(client)
-        return client
-
-    def close(self) -> None:
-        for opened in reversed(self._opened):
-            opened.close()
+from tests.experts.stage import BRIEF_S, WAIT_S, Desk, Stage, echo
 
 
 @pytest.fixture(params=["inproc", "unix", "tcp"])
@@ -96,42 +38,6 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     made = Stage(request.param, tmp_path)
     yield made
     made.close()
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
-    made = Stage(request.param, tmp_path)
-    yield made
-    made.close()
-
-
-class Desk:
-    """A handler that answers nothing and keeps what came."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[Frame, Connection]] = []
-        self._changed = threading.Condition()
-
-    def __call__(self, frame: Frame, connection: Connection) -> None:
-        with self._changed:
-            self.got.append((frame, connection))
-            self._changed.notify_all()
-
-    def wait(self, number: int) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: len(self.got) >= number, WAIT_S)
-
-    def server_end(self) -> Connection:
-        """The connection that the first frame came on."""
-        self.wait(1)
-        return self.got[0][1]
-
-    def answer(self, position: int) -> None:
-        frame, connection = self.got[position]
-        connection.send(reply_to(frame, frame.rows), WAIT_S)
-
-
-# --- all back ends ---
 
 
 @pytest.mark.parametrize(
@@ -381,22 +287,6 @@ def test_a_client_that_does_not_read_is_cut_off(stage: Stage) -> None:
         server_end.send(control(), WAIT_S)
 
 
-def test_a_callback_that_fails_on_open_costs_that_connection_only(sockets: Stage) -> None:
-    calls: list[int] = []
-
-    def on_open(_: Connection) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("not today")
-
-    server = sockets.serve(on_open=on_open)
-    with pytest.raises(ChannelClosed):
-        sockets.connect(server).receive(WAIT_S)
-    second = sockets.connect(server)
-    second.send(control(), WAIT_S)
-    assert second.receive(WAIT_S).kind is Kind.CONTROL
-
-
 # --- waiting for several ---
 
 
@@ -467,187 +357,6 @@ def test_wait_readable_mixes_back_ends(tmp_path: Path) -> None:
         made.close()
 
 
-# --- sockets only ---
-
-
-def test_half_a_frame_waits_for_the_other_half(sockets: Stage) -> None:
-    desk = Desk()
-    server = sockets.serve(desk)
-    client = sockets.connect(server)
-    client.send(control(), WAIT_S)
-    data = wire(Frame(Kind.EXPERT_RESULT, rows=rows()))
-    with raw_socket(desk.server_end()) as raw:
-        for cut in (10, 76, 80, 100):
-            raw.sendall(data[:cut])
-            assert wait_readable([client], WAIT_S) == [client]
-            with pytest.raises(ChannelTimeout):
-                client.receive(BRIEF_S)
-            raw.sendall(data[cut:])
-            same_frame(client.receive(WAIT_S), Frame(Kind.EXPERT_RESULT, rows=rows()))
-
-
-def test_closing_wakes_a_sender_whose_peer_does_not_read(sockets: Stage) -> None:
-    entered, release = threading.Event(), threading.Event()
-
-    def handler(frame: Frame, _: Connection) -> None:
-        entered.set()
-        assert release.wait(WAIT_S)
-
-    client = sockets.connect(sockets.serve(handler))
-    ended = threading.Event()
-
-    def send() -> None:
-        with pytest.raises(ChannelClosed):
-            while True:
-                client.send(control(bytes(1_000_000)))
-        ended.set()
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    assert entered.wait(WAIT_S)
-    assert not ended.wait(BRIEF_S)
-    client.close()
-    assert ended.wait(WAIT_S)
-    sender.join(WAIT_S)
-    release.set()
-
-
-def test_a_client_that_ignores_its_credits_is_cut_off(sockets: Stage) -> None:
-    server = sockets.serve(Desk(), credits=1)
-    client = sockets.connect(server)
-    with raw_socket(client) as raw:
-        raw.sendall(2 * wire(expert_batch()))
-        with pytest.raises(ChannelClosed):
-            client.receive(WAIT_S)
-    assert server.counters.bad_frames == {"credits": 1}
-
-
-def test_bytes_and_frames_are_counted(sockets: Stage) -> None:
-    counters = ChannelCounters()
-    server = sockets.serve()
-    client = sockets.connect(server, counters)
-    client.send(expert_batch(4, 6, 8), WAIT_S)
-    client.receive(WAIT_S)
-    assert (counters.frames_out, counters.bytes_out) == (1, 76 + 6 * 12 + 4 * 8 * 4)
-    assert (counters.frames_in, counters.bytes_in) == (1, 76 + 4 * 8 * 4)
-    assert (server.counters.frames_in, server.counters.bytes_in) == (1, 76 + 6 * 12 + 4 * 8 * 4)
-
-
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def test_nothing_leaks(sockets: Stage) -> None:
-    threads, descriptors = threading.active_count(), num_descriptors()
-    for _ in range(3):
-        server = sockets.serve()
-        clients = [sockets.connect(server) for _ in range(10)]
-        for client in clients:
-            client.send(control(), WAIT_S)
-            client.receive(WAIT_S)
-        names = {thread.name for thread in threading.enumerate()}
-        assert any(name.startswith("stage-") for name in names)
-        for client in clients[:5]:
-            client.close()
-        server.close(WAIT_S)
-        for client in clients[5:]:
-            client.close()
-        assert threading.active_count() == threads
-    assert num_descriptors() == descriptors
-
-
-def test_close_does_not_wait_for_ever_for_a_handler(sockets: Stage) -> None:
-    entered, release = threading.Event(), threading.Event()
-
-    def handler(frame: Frame, _: Connection) -> None:
-        entered.set()
-        assert release.wait(WAIT_S)
-
-    server = sockets.serve(handler)
-    sockets.connect(server).send(control(), WAIT_S)
-    assert entered.wait(WAIT_S)
-    server.close(timeout_s=BRIEF_S)
-    stuck = [t for t in threading.enumerate() if t.name.startswith("stage-")]
-    release.set()
-    assert len(stuck) == 1
-    stuck[0].join(WAIT_S)
-    assert not stuck[0].is_alive()
-
-
-def test_a_handler_may_close_its_server(sockets: Stage) -> None:
-    servers: list[Server] = []
-    servers.append(sockets.serve(lambda frame, _: servers[0].close()))
-    client = sockets.connect(servers[0])
-    client.send(control(), WAIT_S)
-    with pytest.raises(ChannelClosed):
-        client.receive(WAIT_S)
-
-
-CHILD = """
-import sys
-from experts.channel.channel import Server, connect
-from experts.channel.frame import reply_to
-theirs, mine, secret = sys.argv[1], sys.argv[2], sys.argv[3].encode()
-server = Server(mine, lambda frame, _: reply_to(frame, frame.rows), secret)
-server.start()
-client = connect(theirs, secret)
-print(server.endpoint, flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.chaos
-def test_a_killed_process_is_noticed_at_once(sockets: Stage) -> None:
-    left = threading.Event()
-    ours = sockets.serve(on_close=lambda _: left.set())
-    arguments = [sys.executable, "-c", CHILD, ours.endpoint, sockets.endpoint(), SECRET.decode()]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        client = connect(child.stdout.readline().decode().strip(), SECRET, timeout_s=WAIT_S)
-        client.send(expert_batch(), WAIT_S)
-        assert client.receive(WAIT_S).status is Status.OK
-        client.send(expert_batch(), WAIT_S)
-        child.send_signal(signal.SIGKILL)
-        killed_s = time.monotonic()
-        with pytest.raises(ChannelClosed):
-            while True:
-                client.receive(WAIT_S)
-        assert time.monotonic() - killed_s < 2.0
-        assert left.wait(WAIT_S)
-        client.close()
-
-
-# --- endpoints ---
-
-
-def test_endpoints() -> None:
-    assert str(parse_endpoint("tcp:127.0.0.1:80")) == "tcp:127.0.0.1:80"
-    assert str(parse_endpoint("tcp:[::1]:80")) == "tcp:[::1]:80"
-    assert parse_endpoint("unix:/a:b").address == "/a:b"
-    assert parse_endpoint("inproc:x").scheme == "inproc"
-    for text in (
-        "",
-        "x",
-        "unix:",
-        "unix:a",
-        "tcp:",
-        "tcp:host",
-        "tcp::1",
-        "tcp:h:70000",
-        "inproc:",
-    ):
-        with pytest.raises(ValueError, match="endpoint|absolute"):
-            parse_endpoint(text)
-
-
-def test_the_longest_unix_path() -> None:
-    assert parse_endpoint("unix:/" + "x" * 106).address == "/" + "x" * 106
-    with pytest.raises(ValueError, match="has 108 bytes, at most 107 fit"):
-        parse_endpoint("unix:/" + "x" * 107)
-    with pytest.raises(ValueError, match="has 109 bytes"):
-        parse_endpoint("unix:/" + "é" * 54)
-
-
 def test_a_taken_endpoint_is_refused(stage: Stage) -> None:
     first = stage.serve()
     second = Server(first.endpoint, echo, SECRET)
@@ -663,60 +372,3 @@ def test_nobody_there(stage: Stage) -> None:
     endpoint = stage.endpoint().replace(":0", ":1")
     with pytest.raises(ChannelClosed):
         connect(endpoint, SECRET)
-
-
-def test_tcp_picks_a_port() -> None:
-    server = Server("tcp:127.0.0.1:0", echo, SECRET)
-    server.start()
-    assert int(server.endpoint.rpartition(":")[2]) > 0
-    server.close()
-
-
-def test_the_socket_file_is_private(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "s"
-    server = Server(f"unix:{path}", echo, SECRET)
-    server.start()
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-    server.close()
-    assert not path.exists()
-
-
-def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as gone:
-        gone.bind(str(path))
-    server = Server(f"unix:{path}", echo, SECRET)
-    server.start()
-    connect(server.endpoint, SECRET).close()
-    server.close()
-
-
-def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "precious"
-    path.write_text("data")
-    with pytest.raises(ChannelError, match="is no socket"):
-        Server(f"unix:{path}", echo, SECRET).start()
-    assert path.read_text() == "data"
-
-
-def test_a_folder_open_to_others_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    with pytest.raises(ChannelError, match="has mode 777: others may write; use 0700"):
-        Server(f"unix:{tmp_path}/s", echo, SECRET).start()
-
-
-def test_closing_leaves_a_successor_s_file(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    old, new = (Server(f"unix:{path}", echo, SECRET) for _ in range(2))
-    old.start()
-    path.unlink()
-    new.start()
-    old.close()
-    connect(new.endpoint, SECRET).close()
-    new.close()
-
-
-def test_a_channel_needs_a_secret() -> None:
-    with pytest.raises(ValueError, match="needs a secret"):
-        Server("inproc:x", echo, b"")
