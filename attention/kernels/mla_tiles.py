@@ -25,7 +25,7 @@ MIX_VECTORS: Final = TILE_ROWS
 HEAD_TILES: Final = (4, 2, 1) if TILE_ROWS == 4 else (2, 1)
 _CACHE_KINDS: Final = (Kind.F32, Kind.BF16)
 
-score_tile = direct_tile_of(_CACHE_KINDS, HEAD_TILES)
+score_tile = direct_tile_of(_CACHE_KINDS, [(TILE_ROWS, heads) for heads in HEAD_TILES] + [(1, 1)])
 
 
 @intrinsic

@@ -25,7 +25,7 @@ from experts.kernels.product import (
     padded,
     product,
 )
-from experts.kernels.tiles import TILE_ROWS
+from experts.kernels.tiles import TALL_ROWS
 
 # mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
 
@@ -133,7 +133,7 @@ def run(job):
     if num_rows * num_outputs * read_i64(job, LENGTH) < _MIN_PARALLEL_PRODUCTS:
         num_threads = 1
     block = num_groups * num_outputs // (_BLOCKS_PER_THREAD * num_threads)
-    block = max(16, min(256, (block + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS))
+    block = max(16, min(256, (block + TALL_ROWS - 1) // TALL_ROWS * TALL_ROWS))
     write_i64(job, BLOCK_OUTPUTS, block)
     if num_direct < num_rows:
         write_i64(job, NEXT_TASK, 0)

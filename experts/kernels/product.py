@@ -11,6 +11,10 @@ from typing import Final
 from numba import njit
 
 from experts.kernels.tiles import (
+    PACKED_COLS,
+    PACKED_ROWS,
+    TALL_COLS,
+    TALL_ROWS,
     TILE_COLS,
     TILE_ROWS,
     direct_tile,
@@ -22,17 +26,21 @@ from experts.kernels.tiles import (
 # mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
 
 BLOCK_LENGTH: Final = 512
-"""A tile of weights (4 x 512 float32) and one of x (6 x 512) fill two thirds of a 32 KiB L1 cache;
-1024 ran at 86 GFLOP/s a core where 512 gave 100."""
+"""A packed tile of weights (8 x 512 float32) and one of x (3 x 512) fill 22 of the 32 KiB of an L1
+cache; with twice the length 86 GFLOP/s a core became of 100."""
 
-PACKED_X_BYTES: Final = 256 << 10
-"""Of packed x that is passed over again for each tile of weights: 256 KiB of a 1 MiB L2 cache gave
-91 GFLOP/s at 252 rows, 512 KiB 84."""
+WHOLE_X_BYTES: Final = 512 << 10
+"""Packed x of this size stays in L2 as a whole; then the rows of weights are read from end to end,
+which memory prefers (16 rows: 5.3 instead of 5.9 ms for 5632 x 2048 in bf16)."""
 
-SCRATCH_BYTES: Final = 4 * TILE_ROWS * BLOCK_LENGTH
+PART_X_BYTES: Final = 256 << 10
+"""Else x is worked through in parts of BLOCK_LENGTH columns and this size, each passed over for
+every tile of weights (252 rows: 91 GFLOP/s, with 512 KiB 84)."""
+
+SCRATCH_BYTES: Final = 4 * PACKED_ROWS * BLOCK_LENGTH
 """For one packed tile of weights."""
 
-_TILES_PER_PASS: Final = max(1, PACKED_X_BYTES // (4 * BLOCK_LENGTH * TILE_COLS))
+_TILES_PER_PART: Final = max(1, PART_X_BYTES // (4 * BLOCK_LENGTH * PACKED_COLS))
 _ELEMENT_SHIFT: Final = (2, 1, 0)  # log2 of the element size, by Kind
 
 
@@ -50,7 +58,7 @@ def padded(length):
 
 @njit(inline="always")
 def count_tiles(num_rows):
-    return (num_rows + TILE_COLS - 1) // TILE_COLS
+    return (num_rows + PACKED_COLS - 1) // PACKED_COLS
 
 
 @njit(inline="always")
@@ -74,10 +82,13 @@ def product(
     this thread alone, 64-byte aligned.
     """
     row_bytes = length << _ELEMENT_SHIFT[kind]
-    tiled_stop = row_stop - (row_stop - row_start) % TILE_ROWS
+    tile_rows = PACKED_ROWS
+    if is_direct(num_rows):
+        tile_rows = TALL_ROWS if num_rows <= TALL_COLS else TILE_ROWS
+    tiled_stop = row_stop - (row_stop - row_start) % tile_rows
     if is_direct(num_rows):
         _direct(
-            kind, TILE_ROWS, num_rows, weights, row_bytes, scales, length, row_start, tiled_stop,
+            kind, tile_rows, num_rows, weights, row_bytes, scales, length, row_start, tiled_stop,
             x, results,
         )  # fmt: skip
     else:
@@ -135,25 +146,34 @@ def _packed(
     scratch,
 ):
     num_tiles = count_tiles(num_rows)
-    for start in range(0, length, BLOCK_LENGTH):
-        part = min(BLOCK_LENGTH, length - start)
-        for first_tile in range(0, num_tiles, _TILES_PER_PASS):
-            last_tile = min(num_tiles, first_tile + _TILES_PER_PASS)
-            for row in range(row_start, row_stop, TILE_ROWS):
-                pack_weights(
-                    kind,
-                    weights + row * row_bytes + (start << _ELEMENT_SHIFT[kind]),
-                    row_bytes,
-                    _scale_address(scales, length, row, start),
-                    part,
-                    scratch,
-                )
-                m = first_tile * num_rows // num_tiles
-                for tile in range(first_tile, last_tile):
-                    stop = (tile + 1) * num_rows // num_tiles
-                    x_at = packed + 4 * (m * padded(length) + start * (stop - m))
-                    packed_tile(
-                        stop - m, scratch, x_at, padded(part) // 16, results + 8 * m, 4 * row,
-                        start == 0,
-                    )  # fmt: skip
-                    m = stop
+    num_parts = (length + BLOCK_LENGTH - 1) // BLOCK_LENGTH
+    num_steps = (row_stop - row_start) // PACKED_ROWS
+    whole = 4 * num_rows * length <= WHOLE_X_BYTES
+    tiles_per_pass = num_tiles if whole else _TILES_PER_PART
+    for first_tile in range(0, num_tiles, tiles_per_pass):
+        last_tile = min(num_tiles, first_tile + tiles_per_pass)
+        for turn in range(num_steps * num_parts):
+            if whole:
+                step, part = turn // num_parts, turn % num_parts
+            else:
+                part, step = turn // num_steps, turn % num_steps
+            row, start = row_start + step * PACKED_ROWS, part * BLOCK_LENGTH
+            width = min(BLOCK_LENGTH, length - start)
+            at = row * row_bytes + (start << _ELEMENT_SHIFT[kind])
+            ahead = PACKED_ROWS * row_bytes
+            if whole and part + 1 < num_parts:
+                ahead = BLOCK_LENGTH << _ELEMENT_SHIFT[kind]
+            elif whole:
+                ahead -= start << _ELEMENT_SHIFT[kind]
+            pack_weights(
+                kind, weights + at, row_bytes, _scale_address(scales, length, row, start), width,
+                ahead, scratch,
+            )  # fmt: skip
+            m = first_tile * num_rows // num_tiles
+            for tile in range(first_tile, last_tile):
+                stop = (tile + 1) * num_rows // num_tiles
+                packed_tile(
+                    stop - m, scratch, packed + 4 * (m * padded(length) + start * (stop - m)),
+                    padded(width) // 16, results + 8 * m, 4 * row, 1 if start == 0 else 0,
+                )  # fmt: skip
+                m = stop
