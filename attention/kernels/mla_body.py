@@ -16,6 +16,7 @@ from numba import cfunc, njit, types
 
 from attention.kernels.mla_tiles import (
     HEAD_TILES,
+    LARGEST_MIX,
     MIX_VECTORS,
     exp_of,
     merge,
@@ -30,8 +31,10 @@ from experts.kernels.tiles import TILE_ROWS
 
 # mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
 
-CHUNK_TOKENS: Final = 256
-"""590 KB of float32 cache for c + r = 576: read for the scores, then from L2 for the sums."""
+CHUNK_TOKENS: Final = 128
+"""295 KB of float32 cache for c + r = 576: read for the scores, then from L2 for the sums."""
+
+_MIX_VECTORS: Final = tuple(MIX_VECTORS.get(heads, 0) for heads in range(LARGEST_MIX + 1))
 
 MAX_PARTIAL_BYTES: Final = 32 << 20
 """Of chunk results held at once; more tokens are done in several rounds."""
@@ -128,7 +131,7 @@ def _score(job, rows, start, length, query_pointers, score_pointers):
         while head < num_heads:
             tile_heads = 1
             if tile_rows > 1:
-                tile_heads = _largest_tile(num_heads - head)
+                tile_heads = _largest_tile(HEAD_TILES[0], num_heads - head)
             score_tile(
                 read_i64(job, CACHE_KIND), tile_rows, tile_heads, read_i64(rows, i), row_bytes, 0,
                 query_pointers + 8 * head, 0, width, score_pointers + 8 * head, 4 * i, 1,
@@ -138,8 +141,8 @@ def _score(job, rows, start, length, query_pointers, score_pointers):
 
 
 @njit(inline="always")
-def _largest_tile(num_heads):
-    tile = HEAD_TILES[0]
+def _largest_tile(tile, num_heads):
+    """Half of `tile` heads, and so on, until there are as many."""
     while tile > num_heads:
         tile //= 2
     return tile
@@ -151,11 +154,11 @@ def _mix(job, rows, length, score_pointers, result_pointers):
     kind, latent = read_i64(job, CACHE_KIND), read_i64(job, LATENT)
     num_heads, head = read_i64(job, NUM_HEADS), 0
     while head < num_heads:
-        tile = _largest_tile(num_heads - head)
+        tile = _largest_tile(LARGEST_MIX, num_heads - head)
         scores, results = score_pointers + 8 * head, result_pointers + 8 * head
         column = 0
         while column < latent:
-            vectors = MIX_VECTORS if latent - column >= 16 * MIX_VECTORS else 1
+            vectors = _MIX_VECTORS[tile] if latent - column >= 16 * _MIX_VECTORS[tile] else 1
             width = min(16, latent - column)
             mix_tile(kind, tile, vectors, scores, rows, column, length, width, results)
             column += 16 * vectors

@@ -100,7 +100,7 @@ SHAPES = [
 def test_row_is_the_mean_of_latents_under_the_softmax(
     shape: dict[str, int], dtype: torch.dtype, chosen: runtime.Kernels | None
 ) -> None:
-    call = random_call([1, 2, 17, 255, 256, 257, 700], dtype=dtype, **shape)
+    call = random_call([1, 2, 17, 127, 128, 129, 700], dtype=dtype, **shape)
     with runtime.override(chosen or runtime.kernels()):
         torch.testing.assert_close(call.run(), softmax_of_everything(call), rtol=1e-5, atol=1e-5)
 
@@ -133,7 +133,7 @@ def test_token_has_the_same_bits_in_another_place_of_the_cache() -> None:
 
 
 def test_many_tokens_are_done_in_rounds() -> None:
-    """Over 32 MiB of chunk results: 300 tokens x 4 chunks x 16 heads x 514 floats."""
+    """Over 32 MiB of chunk results: 300 tokens x 8 chunks x 16 heads x 514 floats."""
     call = random_call([900] * 300, num_heads=16, latent=512, rope=8, num_seqs=1)
     some = [0, 150, 299]
     assert torch.equal(call.run()[some], call.tokens(some).run())
