@@ -1,12 +1,12 @@
 """One batch to one expert worker and its answer, or why there is none."""
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
 from experts.channel.frame import ONE_ROW_PER_PAIR, Frame, Kind, Status, rows_finite
+from experts.kernels.finite import all_finite
 
 
 class Fault(Enum):
@@ -81,9 +81,9 @@ def check_reply(hop: Hop, frame: Frame) -> Fault | None:
     rows, sent = frame.rows, hop.frame.rows
     if rows is None or sent is None or rows.dtype != sent.dtype or rows.shape != hop.reply_shape:
         return Fault.MALFORMED
-    if rows.dtype is torch.float32 and math.isfinite(rows.sum().item()):
-        return None  # a finite sum has finite terms only; 4 us where looking at the bits takes 10
-    return None if rows_finite(rows) else Fault.NOT_FINITE
+    is_plain = rows.dtype is torch.float32 and rows.is_contiguous()
+    finite = all_finite(rows.numpy()) if is_plain else rows_finite(rows)
+    return None if finite else Fault.NOT_FINITE
 
 
 def _missing(hop: Hop, frame: Frame) -> list[int]:

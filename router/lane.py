@@ -20,6 +20,7 @@ from experts.channel.frame import (
 )
 from experts.client import ExpertClient
 from experts.hop import Fault, Hop
+from experts.kernels.finite import all_finite
 from experts.snapshots import SnapshotBoard
 from router.config import RouterConfig
 from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
@@ -56,7 +57,9 @@ class Lane:
     def warm_up(self) -> None:
         """Compile the kernels now: the first token would wait some seconds for them."""
         layer, gate = next(iter(self._gates.items()))
-        choose(torch.zeros(1, self._width), gate, self._spec)
+        x = torch.zeros(1, self._width)
+        choose(x, gate, self._spec)
+        all_finite(x.numpy())
         nothing = Pairs(NO_PAIRS, NO_PAIRS, NO_PAIRS.astype(np.float32))
         plan_pairs(nothing, self._table.holders(layer), self._table.everyone, self._table.nobody)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from router.kernels.jit import compiled
+from experts.kernels.jit import compiled
 
 _NEG_INF = np.float32(-np.inf)
 

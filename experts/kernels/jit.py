@@ -1,7 +1,7 @@
-"""Compiling the router's kernels with Numba, or leaving them plain Python.
+"""Compiling a small function with Numba, or leaving it plain Python.
 
-They are loops over a few hundred numbers; plain they take milliseconds in place of microseconds,
-with the same result.
+For loops over a few hundred numbers: plain they take milliseconds in place of microseconds, with
+the same result. The heavy kernels of this package are built in `runtime`.
 """
 
 import logging
@@ -23,7 +23,7 @@ def compiled(function: Function) -> Function:
     if os.environ.get("SHOAL_KERNELS") == "torch":
         return function
     try:
-        with machine_code_folder(Path(__file__).parent):
+        with machine_code_folder(Path(function.__code__.co_filename).parent):
             from numba import njit
 
             fast: Function = njit(nogil=True, cache=True)(function)
