@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from attention.weights import AttentionWeights
 from experts.config import ModelConfig
 from experts.linear import linear
+
+QUERY_BLOCK = 128
+"""Queries of a naive chunk that are scored at a time: [H, 128, context] scores stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,22 @@ def naive_attention(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [H, Q, w], k [H, S, w], v [H, S, v] -> [H, Q, v]; query i sees keys up to S - Q + i."""
-    num_new, context_len = q.shape[1], k.shape[1]
-    if num_new == context_len:
-        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[
-            0
-        ]
-    last_seen = torch.arange(context_len - num_new, context_len)
-    seen = torch.arange(context_len)[None] <= last_seen[:, None]
-    return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0]
+    """q [H, Q, w], k [H, S, w], v [H, S, v] -> [H, Q, v]; query i sees keys up to S - Q + i.
+
+    Blocks of queries against the keys they see. Torch's fused attention wants equal widths of keys
+    and values on a CPU and else builds all of [H, Q, S]: 5 times slower at 8 heads and 512 tokens.
+    """
+    num_new, num_before = q.shape[1], k.shape[1] - q.shape[1]
+    out = torch.empty(q.shape[0], num_new, v.shape[2])
+    for start in range(0, num_new, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, num_new)
+        num_seen = num_before + stop
+        later = torch.full((stop - start, num_seen), -torch.inf).triu_(num_before + start + 1)
+        scores = torch.baddbmm(
+            later.expand(q.shape[0], -1, -1),
+            q[:, start:stop],
+            k[:, :num_seen].transpose(1, 2),
+            alpha=scale,
+        )
+        out[:, start:stop] = torch.bmm(scores.softmax(-1), v[:, :num_seen])
+    return out
