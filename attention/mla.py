@@ -21,7 +21,7 @@ from experts.config import ModelConfig
 from experts.linear import linear
 
 QUERY_BLOCK = 128
-"""Queries of a naive chunk that are scored at a time: [H, 128, context] scores stay in the cache."""
+"""Queries of a naive chunk that are scored at a time: their scores [H, 128, context] stay cached."""
 
 
 @dataclass(frozen=True, slots=True)
