@@ -21,7 +21,7 @@ from experts.config import ModelConfig
 from experts.linear import linear
 
 QUERY_BLOCK = 128
-"""Queries of a naive chunk that are scored at a time: their scores [H, 128, context] stay cached."""
+"""Queries of a naive chunk scored at a time: their scores [H, 128, context] stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
