@@ -16,7 +16,8 @@ Who holds what
     directory.py   tells everyone       directory_client.py   a worker's line to it
     snapshots.py   the newest answer    messages.py           what travels
 Calling
-    client.py      send to all workers, then gather           health.py faults and times of each
+    client.py      send to all workers, then gather           hop.py    one batch and its answer
+    health.py      faults, times and open rows of workers
     channel/       frames and what carries them: in process, unix socket, TCP
 
 Glossary: *logical expert* = (layer, expert number); *physical expert* = a slot of a worker that

@@ -13,8 +13,8 @@ def all_finite(values: Any) -> bool:
 
     One row of 2048 in the middle of an exchange: 5 us; the sum of a torch tensor takes 19.
     """
-    largest = np.uint32(0)
-    for row in values.view(np.uint32):
-        for bits in row:
-            largest = max(largest, bits & np.uint32(0x7FFFFFFF))
-    return bool(largest < np.uint32(0x7F800000))
+    bits = values.view(np.int32).reshape(-1)
+    largest = np.int32(0)
+    for i in range(bits.size):  # by index: over rows it is not vectorised, 4x slower
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    return bool(largest < np.int32(0x7F800000))
