@@ -215,13 +215,12 @@ def _run_experts(
         raise ValueError(f"x is {hidden} wide, the experts {table.hidden_size}")
     x, row_ids, slot_ids = _dense_rows(x), row_ids.contiguous(), slot_ids.contiguous()
     pair_weights = pair_weights.contiguous()
-    pair_rows = torch.empty(num_pairs, hidden)
-    out = pair_rows if per_pair else torch.empty(num_rows, hidden)
+    out = torch.empty(num_pairs if per_pair else num_rows, hidden)
     bad = chosen.experts(
         _pack_arguments(
             chosen.pool_address, table.kind, table.address, table.num_slots, hidden,
             table.width, x.data_ptr(), 4 * x.stride(0), num_rows, num_pairs, row_ids.data_ptr(),
-            slot_ids.data_ptr(), pair_weights.data_ptr(), pair_rows.data_ptr(),
+            slot_ids.data_ptr(), pair_weights.data_ptr(), out.data_ptr() if per_pair else 0,
             0 if per_pair else out.data_ptr(),
         )
     )  # fmt: skip

@@ -84,20 +84,20 @@ def linear_driver(arguments):
 
 
 @njit
-def _sort(keys, count, num_keys, starts, order):
-    """Stable counting sort: order[starts[k]:starts[k + 1]] are the positions of key k, ascending.
+def _sort(keys, count, lowest, num_keys, starts, order):
+    """Stable counting sort: order[starts[k]:starts[k + 1]] are the positions of lowest + k.
 
-    keys [count] int32 below num_keys; starts [num_keys + 1], order [count] int64.
+    keys [count] int32 in lowest..lowest + num_keys - 1; starts [num_keys + 1], order [count] int64.
     """
     for i in range(num_keys + 1):
         write_i64(starts, i, 0)
     for i in range(count):
-        key = read_i32(keys, i)
+        key = read_i32(keys, i) - lowest
         write_i64(starts, key + 1, read_i64(starts, key + 1) + 1)
     for i in range(num_keys):
         write_i64(starts, i + 1, read_i64(starts, i + 1) + read_i64(starts, i))
     for i in range(count):
-        key = read_i32(keys, i)
+        key = read_i32(keys, i) - lowest
         place = read_i64(starts, key)
         write_i64(order, place, i)
         write_i64(starts, key, place + 1)
@@ -116,6 +116,20 @@ def _first_bad_pair(row_ids, num_rows, slot_ids, num_slots, slots, count):
         if read_i64(slots, SLOT_COLUMNS * slot) == 0:
             return i
     return -1
+
+
+@njit
+def _slot_range(slot_ids, count):
+    """(lowest slot, number of slots from there to the highest); (0, 0) without pairs.
+
+    A worker holds experts of all layers, a call names those of one, which lie close together.
+    """
+    lowest, highest = 0, -1
+    for i in range(count):
+        slot = read_i32(slot_ids, i)
+        lowest = slot if i == 0 else min(lowest, slot)
+        highest = max(highest, slot)
+    return lowest, highest - lowest + 1
 
 
 @njit
@@ -149,7 +163,7 @@ def experts_driver(arguments):
 
     slots [num_slots, SLOT_COLUMNS] int64, 0 in an empty slot; row_ids, slot_ids [P] int32;
     row_ids 0: every row meets slot 0; pair_weights [P] float32 or 0 (all ones);
-    pair_rows [P, hidden]; out [num_rows, hidden] or 0.
+    pair_rows [P, hidden], or 0 when only their sums are asked for; out [num_rows, hidden] or 0.
     Returns -1, or the index of the first pair with a bad row or slot (nothing is computed then).
     """
     pool, kind = read_i64(arguments, 0), read_i64(arguments, 1)
@@ -161,11 +175,21 @@ def experts_driver(arguments):
     pair_weights = read_i64(arguments, 12)
     pair_rows, out = read_i64(arguments, 13), read_i64(arguments, 14)
 
-    most = min(num_pairs, num_slots)
+    lowest, num_slots_named = 0, 1
+    if row_ids != 0:
+        bad = _first_bad_pair(row_ids, num_rows, slot_ids, num_slots, slots, num_pairs)
+        if bad >= 0:
+            return bad
+        lowest, num_slots_named = _slot_range(slot_ids, num_pairs)
+    most = min(num_pairs, num_slots_named)
     num_ints = JOB_FIELDS + (SLOT_COLUMNS + 1) * most + 1 + 7 * num_pairs
-    num_ints += max(num_slots, num_rows) + 1
+    num_ints += max(num_slots_named, num_rows) + 1
     row_bytes, wide_bytes = 4 * num_pairs * padded(width), 4 * num_pairs * padded(hidden)
-    job = allocate(pool, _lines(8 * num_ints) + _lines(2 * row_bytes) + wide_bytes)
+    summed_bytes = 0 if pair_rows != 0 else 4 * num_pairs * hidden
+    bytes_before = _lines(8 * num_ints) + _lines(2 * row_bytes) + _lines(wide_bytes)
+    job = allocate(pool, bytes_before + summed_bytes)
+    if pair_rows == 0:
+        pair_rows = job + bytes_before
     table = job + 8 * JOB_FIELDS  # [SLOT_COLUMNS, most]
     group_starts = table + 8 * SLOT_COLUMNS * most
     pointers = group_starts + 8 * (most + 1)  # x, gated, up, result: [4, P]
@@ -182,12 +206,9 @@ def experts_driver(arguments):
         for i in range(num_pairs):
             write_i32(row_ids, i, i)
             write_i32(slot_ids, i, 0)
-    bad = _first_bad_pair(row_ids, num_rows, slot_ids, num_slots, slots, num_pairs)
-    if bad >= 0:
-        release(pool, job)
-        return bad
-    _sort(slot_ids, num_pairs, num_slots, starts, order)
-    num_groups = _group(starts, slots, num_slots, table, most, group_starts)
+    _sort(slot_ids, num_pairs, lowest, num_slots_named, starts, order)
+    first_slot = slots + 8 * SLOT_COLUMNS * lowest
+    num_groups = _group(starts, first_slot, num_slots_named, table, most, group_starts)
     for i in range(num_pairs):
         pair = read_i64(order, i)
         write_i64(pointers, i, x + read_i32(row_ids, pair) * x_row_bytes)
@@ -224,7 +245,7 @@ def experts_driver(arguments):
     write_i64(job, PACKED, spare)
     run(job)
     if out != 0:
-        _sort(row_ids, num_pairs, num_rows, starts, order)
+        _sort(row_ids, num_pairs, 0, num_rows, starts, order)
         _sum_pairs(starts, order, pair_rows, num_rows, hidden, out)
     release(pool, job)
     return -1
