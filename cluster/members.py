@@ -35,7 +35,7 @@ from experts.placement import ExpertSpace, slots_needed
 from experts.roster import RosterRules
 from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
-from router.client import MoeClient, RouterClient
+from router.client import RouterClient
 from router.worker import RouterWorker
 
 
@@ -169,31 +169,26 @@ class AttentionMember:
     def __init__(self, site: Site, worker_id: str) -> None:
         board = SnapshotBoard()
         checkpoint = site.open_checkpoint()
-        self._router: RouterWorker | None = None
-        self.worker = AttentionWorker(
-            checkpoint, self._moe(site, worker_id, checkpoint, board), site.config.engine
-        )
+        self._moe = _way_to_the_experts(site, worker_id, checkpoint, board)
+        self.worker = AttentionWorker(checkpoint, self._moe, site.config.engine)
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         register = site.register("attention", worker_id, endpoint)
         self._line = DirectoryClient(site.directory, site.secret, register, board.publish)
         self._line.start()
 
-    def _moe(
-        self, site: Site, worker_id: str, checkpoint: Checkpoint, board: SnapshotBoard
-    ) -> MoeClient:
-        settings = site.config.router_worker
-        if site.config.router.mode == "deployment":
-            return RouterClient(
-                board, site.secret, worker_id, site.node, deadline_s=settings.deadline_s
-            )
-        self._router = RouterWorker.open(checkpoint, board, site.secret, settings, name=worker_id)
-        return self._router
-
     def close(self) -> None:
         self._line.close()
         self.worker.close()
-        if self._router is not None:
-            self._router.close()
+        self._moe.close()
+
+
+def _way_to_the_experts(
+    site: Site, worker_id: str, checkpoint: Checkpoint, board: SnapshotBoard
+) -> RouterClient | RouterWorker:
+    settings = site.config.router_worker
+    if site.config.router.mode == "inline":
+        return RouterWorker.open(checkpoint, board, site.secret, settings, name=worker_id)
+    return RouterClient(board, site.secret, worker_id, site.node, deadline_s=settings.deadline_s)
 
 
 class IngressMember:
