@@ -90,6 +90,12 @@ class StopSignals:
         self.first = threading.Event()
         self.second = threading.Event()
 
+    def arm(self) -> None:
+        """Handle the signals from here on. Again after starting Ray, whose own handler of SIGTERM
+        would abort the process."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         (self.second if self.first.is_set() else self.first).set()
 
@@ -97,10 +103,9 @@ class StopSignals:
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
     """Listen for SIGINT and SIGTERM until the end of the block."""
+    old: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     signals = StopSignals()
-    old: dict[int, Any] = {
-        number: signal.signal(number, signals._handle) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    signals.arm()
     try:
         yield signals
     finally:

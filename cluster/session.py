@@ -99,6 +99,7 @@ def _start(launch: Launch, config: ShoalConfig, signals: StopSignals) -> None:
     client = ApiClient(_url(config), timeout_s=5)
 
     def poll() -> Stage | None:
+        signals.arm()
         if signals.first.is_set():
             raise typer.Exit(130)
         if failure:

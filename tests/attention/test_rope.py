@@ -111,7 +111,7 @@ def test_rotation_keeps_dot_products_at_equal_distance() -> None:
 def test_softmax_scale(mscale_all_dim: float, expected: float) -> None:
     scaling = V3_SCALING.model_copy(update={"mscale_all_dim": mscale_all_dim})
     assert softmax_scale(config(scaling)) == pytest.approx(expected, rel=1e-7)
-    assert softmax_scale(config(None)) == 192**-0.5
+    assert softmax_scale(config(None)) == pytest.approx(192**-0.5, rel=1e-12)
 
 
 def test_unequal_mscales_scale_the_table() -> None:
