@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,12 +56,14 @@ def running(
     check_ports(config)
     with stop_signals() as signals:
         launch = _launch(config, inline, dashboard)
+        starter = _Starter(launch)
         try:
-            _start(launch, config, signals)
+            _wait_until_ready(starter, config, signals)
             yield RunningServer(_url(config), launch.dashboard_url, signals)
             _until_second_signal(launch.drain, signals)
         finally:
             launch.stop()
+            starter.release()
 
 
 def _launch(config: ShoalConfig, inline: bool, dashboard: bool) -> Launch:
@@ -84,28 +86,44 @@ def _url(config: ShoalConfig) -> str:
     return f"http://{config.listen.host}:{config.listen.http_port}"
 
 
-def _start(launch: Launch, config: ShoalConfig, signals: StopSignals) -> None:
-    """Start in a thread so that Ctrl-C is heard at once; show stages meanwhile."""
-    failure: list[BaseException] = []
+class _Starter:
+    """Starts in a thread of its own, so that Ctrl-C is heard at once meanwhile.
 
-    def start() -> None:
+    The thread must outlive the start: Linux kills Ray's processes, which ask for it, when the
+    thread that started them ends.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.failure: BaseException | None = None
+        self.done = threading.Event()
+        self._released = threading.Event()
+        threading.Thread(target=self._run, name="start", daemon=True).start()
+
+    def _run(self) -> None:
         try:
-            launch.start()
+            self.launch.start()
         except BaseException as error:
-            failure.append(error)
+            self.failure = error  # raised again in the main thread
+        self.done.set()
+        self._released.wait()
 
-    thread = threading.Thread(target=start, name="start", daemon=True)
-    thread.start()
+    def release(self) -> None:
+        """Let the thread end."""
+        self._released.set()
+
+
+def _wait_until_ready(starter: _Starter, config: ShoalConfig, signals: StopSignals) -> None:
     client = ApiClient(_url(config), timeout_s=5)
 
     def poll() -> Stage | None:
         signals.arm()
         if signals.first.is_set():
             raise typer.Exit(130)
-        if failure:
-            raise failure[0]
-        if thread.is_alive():
-            return Stage(launch.stage)
+        if starter.failure:
+            raise starter.failure
+        if not starter.done.is_set():
+            return Stage(starter.launch.stage)
         return _readiness(client)
 
     with Stages() as stages:
@@ -125,9 +143,9 @@ def _readiness(client: ApiClient) -> Stage | None:
     return Stage(str(body["stage"]), int(body.get("done") or 0), int(body.get("total") or 0))
 
 
-def _until_second_signal(drain: object, signals: StopSignals) -> None:
+def _until_second_signal(drain: Callable[[], None], signals: StopSignals) -> None:
     """Run the drain, but stop waiting for it at the second Ctrl-C."""
-    thread = threading.Thread(target=drain, name="drain", daemon=True)  # type: ignore[arg-type]
+    thread = threading.Thread(target=drain, name="drain", daemon=True)
     thread.start()
     deadline = DRAIN_TIMEOUT_S
     while thread.is_alive() and not signals.second.wait(0.1) and deadline > 0:
