@@ -88,7 +88,9 @@ def processes_of(server: subprocess.Popen[str], url: str) -> list[psutil.Process
         workers = json.load(response)["workers"]
     assert len(workers) == 5
     ours = [psutil.Process(worker["pid"]) for worker in workers]
-    return ours + psutil.Process(server.pid).children(recursive=True)
+    found = ours + psutil.Process(server.pid).children(recursive=True)
+    assert psutil.STATUS_ZOMBIE not in {process.status() for process in found}
+    return found
 
 
 @pytest.mark.ray
