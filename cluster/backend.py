@@ -75,9 +75,10 @@ class AttentionPool:
         Raises NoWorker.
         """
         with self._lock:
-            if not self._workers:
+            alive = [name for name, worker in self._workers.items() if not worker.client.closed]
+            if not alive:
                 raise NoWorker("no attention worker is connected")
-            name = min(self._workers, key=lambda key: (self._workers[key].load, key))
+            name = min(alive, key=lambda name: (self._workers[name].load, name))
             worker = self._workers[name]
             new_tokens = submit.params.max_tokens or 0
             worker.open_tokens[submit.request_id] = len(submit.prompt_ids) + new_tokens
