@@ -30,10 +30,15 @@ _CACHE_KINDS: Final = (Kind.F32, Kind.BF16)
 
 score_tile = direct_tile_of(_CACHE_KINDS, [(TILE_ROWS, heads) for heads in HEAD_TILES] + [(1, 1)])
 
+NEGLIGIBLE: Final = -64.0
+"""e^-64 is 1.6e-28 of the largest weight. Left in, weights near e^-87 times a latent are subnormal
+numbers, at some 100 cycles an addition: 32 tokens took 2.3 ms a layer instead of 0.5."""
+
 
 @intrinsic
 def softmax_part(_context, _scores, _length, _scale, _stats):
-    """scores[i] = e^(scale * scores[i] - m); stats[0] = m, their maximum; stats[1] = the sum."""
+    """scores[i] = e^(scale * scores[i] - m), 0 if negligible; stats[0] = m, their maximum; stats[1]
+    = the sum."""
 
     def codegen(context, b, _signature, args):
         simd.outlined(b, "shoal_softmax_part", args, _emit_softmax)
@@ -63,7 +68,9 @@ def _emit_softmax(b: Builder, args: Any) -> None:
 
     def exponentiate(i: Value, mask: Value | None) -> None:
         address = offset(b, scores, i, 4)
-        value = simd.exp(b, b.fsub(simd.load_f32(b, address, mask), spread))
+        below = b.fsub(simd.load_f32(b, address, mask), spread)
+        gone = b.fcmp_ordered("<", below, simd.fill(F32, NEGLIGIBLE))
+        value = b.select(gone, ZERO, simd.exp(b, below))
         simd.store_f32(b, value, address, mask)
         value = value if mask is None else b.select(mask, value, ZERO)
         b.store(b.fadd(b.load(sums), value), sums)
