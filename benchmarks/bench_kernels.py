@@ -1,8 +1,8 @@
 """The CPU kernels against torch: linear layers, experts, paged attention.
 
-`python benchmarks/bench_kernels.py --threads 2 --part linear experts attention`. Medians over runs
-that alternate between the candidates; weights are taken in turn from more memory than the caches
-hold, as a model's layers are. `GB/s` counts the bytes of the weights once, whatever the batch.
+`python benchmarks/bench_kernels.py --threads 2 --part linear experts attention` prints medians; the
+candidates take turns, and weights are taken in turn from more memory than the caches hold, as the
+layers of a model are. `GB/s` counts the bytes of the weights once, whatever the batch.
 On a machine that others use too, `--cpu-time` with one thread counts only the time on a core.
 """
 
@@ -37,23 +37,29 @@ EXPERTS = {  # hidden, width, experts, chosen ones
 CACHE_BYTES = 80 << 20
 """Weights are rotated through this much memory: more than twice a 36 MiB last-level cache."""
 
+BLOCK = 5
+
 Candidate = Callable[[int], object]
 """Computes once; the argument says which of the rotated weights to use."""
 
 
 def bench(candidates: Mapping[str, Candidate], seconds: float, clock: str) -> dict[str, float]:
-    """Median seconds of a call of each candidate; the candidates take turns."""
+    """Median seconds of a call of each candidate.
+
+    The candidates take turns of BLOCK calls; the first call of a turn is not counted: torch's
+    threads spin for a while after its last operator, on the cores that the next candidate wants.
+    """
     now = time.thread_time if clock == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call(0)
     turn, end = 0, time.perf_counter() + seconds * len(candidates)
-    while turn < 5 or time.perf_counter() < end:
+    while turn == 0 or time.perf_counter() < end:
         for name, call in candidates.items():
-            begin = now()
             call(turn)
-            times[name].append(now() - begin)
-        turn += 1
+            for i in range(1, BLOCK):
+                begin = now()
+                call(turn + i)
+                times[name].append(now() - begin)
+        turn += BLOCK
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

@@ -86,6 +86,7 @@ def _emit_direct(kind: Kind, rows: int, cols: int, b: Builder, args: Any) -> Non
     weights, row_bytes, scales, x, x_at, length, results, results_at, first = args
     sums = _new_sums(b, rows, cols)
     starts = [b.add(_pointer(b, x, c), x_at) for c in range(cols)]
+    next_tile = b.mul(row_bytes, const(rows))
 
     def step(i: Value, mask: Value | None) -> None:
         scale = simd.load_scale(b, kind, scales, i)
@@ -93,6 +94,8 @@ def _emit_direct(kind: Kind, rows: int, cols: int, b: Builder, args: Any) -> Non
         address = offset(b, weights, i, kind.element_bytes)
         loaded = []
         for _ in range(rows):
+            if mask is None:  # one row is 2-8 KiB: the hardware's prefetch ends with its page
+                simd.prefetch(b, b.add(address, next_tile))
             loaded.append(simd.load_weights(b, kind, address, scale, mask))
             address = b.add(address, row_bytes)
         _accumulate(b, sums, loaded, columns)
