@@ -41,29 +41,39 @@ def build_batch(
     absorbed: Sequence[ScheduledRequest], naive: Sequence[ScheduledRequest], block_size: int
 ) -> Batch:
     """The tensors of a step: the tokens of the absorbed items, then those of the naive ones."""
-    items = [*absorbed, *naive]
     token_ids: list[int] = []
-    positions, slots, chunks = [], [], []
-    for index, item in enumerate(items):
+    positions: list[int] = []
+    slots: list[int] = []
+    chunks: list[Chunk] = []
+    for item in absorbed:
+        request, first = item.request, item.request.num_computed_tokens
+        if item.num_tokens == 1:  # plain integers: a decode step is made of these
+            token_ids.append(request.token_ids[first])
+            positions.append(first)
+            block, offset = divmod(first, block_size)
+            slots.append(request.block_ids[block] * block_size + offset)
+        else:
+            stop = first + item.num_tokens
+            token_ids += request.token_ids[first:stop]
+            positions += range(first, stop)
+            slots += slots_of(request, first, stop, block_size).tolist()
+    num_absorbed = len(token_ids)
+    for item in naive:
         request, first = item.request, item.request.num_computed_tokens
         stop, place = first + item.num_tokens, len(token_ids)
+        context = slots_of(request, 0, stop, block_size)
         token_ids += request.token_ids[first:stop]
-        positions.append(np.arange(first, stop, dtype=np.int32))
-        if index < len(absorbed):
-            slots.append(slots_of(request, first, stop, block_size))
-        else:
-            context = slots_of(request, 0, stop, block_size)
-            slots.append(context[first:])
-            chunks.append(Chunk(place, len(token_ids), torch.from_numpy(context)))
-    all_positions = np.concatenate(positions)
-    num_absorbed = sum(item.num_tokens for item in absorbed)
+        positions += range(first, stop)
+        slots += context[first:].tolist()
+        chunks.append(Chunk(place, len(token_ids), torch.from_numpy(context)))
+    all_positions = np.array(positions, np.int32)
     seq_ids = np.repeat(
         np.arange(len(absorbed), dtype=np.int32), [item.num_tokens for item in absorbed]
     )
     return Batch(
         token_ids=torch.tensor(token_ids),
         positions=torch.from_numpy(all_positions),
-        slots=torch.from_numpy(np.concatenate(slots)),
+        slots=torch.tensor(slots),
         num_absorbed=num_absorbed,
         seq_ids=torch.from_numpy(seq_ids),
         context_lens=torch.from_numpy(all_positions[:num_absorbed] + np.int32(1)),

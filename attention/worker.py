@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from attention.compiled import entry_points
 from attention.config import AttentionConfig
 from attention.engine import Engine
 from attention.kv_cache import BlockPool
@@ -67,7 +68,8 @@ def context_length(config: AttentionConfig, model: ModelConfig, num_blocks: int)
 
 
 def build_engine(checkpoint: Checkpoint, moe: MoeClient, config: AttentionConfig) -> Engine:
-    """Weights, cache, model, scheduler and engine of one worker."""
+    """Weights, cache, model, scheduler and engine of one worker; kernels are compiled or loaded."""
+    entry_points()  # now, not in the first request
     model = checkpoint.config
     num_blocks = count_blocks(config, model)
     max_model_len = context_length(config, model, num_blocks)
@@ -122,6 +124,11 @@ class AttentionWorker:
         self._thread = threading.Thread(target=self._loop, name=f"{self._name}-engine", daemon=True)
         self._thread.start()
         return self._server.endpoint
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine thread runs; without it nothing is served any more."""
+        return self._thread is not None and self._thread.is_alive()
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait for the open ones; whether all of them ended in time."""
