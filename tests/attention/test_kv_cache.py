@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.kv_cache import BlockPool, OutOfBlocks, block_hash, root_hash
@@ -97,6 +97,7 @@ def test_releasing_twice_is_an_error() -> None:
         pool.release(blocks)
 
 
+@settings(deadline=None)  # machines are shared
 @given(st.data())
 def test_blocks_are_conserved(data: st.DataObject) -> None:
     pool = BlockPool(6, 2)

@@ -4,7 +4,7 @@ from array import array
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.config import AttentionConfig
@@ -195,6 +195,7 @@ def arrivals(draw: st.DrawFn) -> list[tuple[int, Request]]:
     return found
 
 
+@settings(deadline=None)  # machines are shared
 @given(
     arrivals(),
     st.integers(10, 30),
