@@ -92,8 +92,20 @@ def _site(config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> Si
     return Site(config, secret, directory, _endpoint_for(config), node)
 
 
-class PlacementReplica:
+class Replica:
+    """What all replicas share: Serve calls `__del__` when it stops one."""
+
+    _member: PlacementMember | ExpertMember | RouterMember | AttentionMember | IngressMember
+
+    def __del__(self) -> None:
+        if hasattr(self, "_member"):  # the constructor may have failed
+            self._member.close()
+
+
+class PlacementReplica(Replica):
     """Deployment `Placement`."""
+
+    _member: PlacementMember
 
     def __init__(self, config: ShoalConfig, secret: bytes) -> None:
         endpoint = _endpoint_for(config)(_worker_id("placement"))
@@ -103,45 +115,41 @@ class PlacementReplica:
         """Where the directory listens; the one call that goes through Serve."""
         return self._member.endpoint
 
-    def __del__(self) -> None:
-        self._member.close()
 
-
-class ExpertReplica:
+class ExpertReplica(Replica):
     """Deployment `Experts`."""
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
         configure_threads(config.threads("experts"))
         self._member = ExpertMember(_site(config, secret, placement), _worker_id("experts"))
 
-    def __del__(self) -> None:
-        self._member.close()
 
-
-class RouterReplica:
+class RouterReplica(Replica):
     """Deployment `Router`."""
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
         configure_threads(1)
         self._member = RouterMember(_site(config, secret, placement), _worker_id("router"))
 
-    def __del__(self) -> None:
-        self._member.close()
 
-
-class AttentionReplica:
+class AttentionReplica(Replica):
     """Deployment `Attention`."""
+
+    _member: AttentionMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
         configure_threads(config.threads("attention"))
         self._member = AttentionMember(_site(config, secret, placement), _worker_id("attention"))
 
-    def __del__(self) -> None:
-        self._member.close()
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        self._member.check_health()
 
 
-class IngressReplica(GrpcMethods):
+class IngressReplica(Replica, GrpcMethods):
     """Deployment `Ingress`: HTTP and gRPC."""
+
+    _member: IngressMember
 
     def __init__(
         self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle, tiers: list[Any]
@@ -150,9 +158,10 @@ class IngressReplica(GrpcMethods):
         self._member = IngressMember(_site(config, secret, placement), _worker_id("ingress"))
         self.service = self._member.service
 
+    async def drain(self) -> None:
+        """Take nothing new and return when every open request has ended."""
+        await self.service.drain()
+
     def __serve_build_asgi_app__(self) -> Any:
         # Serve's proxy echoes X-Request-Id itself.
         return self._member.http_app(echo_request_id=False)
-
-    def __del__(self) -> None:
-        self._member.close()

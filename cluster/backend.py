@@ -6,6 +6,7 @@ cache that needs no question to anybody.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ from attention.messages import Stats, Submit, TokenOutput
 from cluster.frontend.backend import Readiness
 from experts.channel.channel import ChannelError
 from experts.messages import Snapshot
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+RECONNECT_PERIOD_S = 0.5
 
 OnOutput = Callable[[TokenOutput], None]
 
@@ -34,40 +40,68 @@ class _Worker:
 
 
 class AttentionPool:
-    """Connections to every attention worker of the latest snapshot. Any thread may call."""
+    """Connections to every attention worker of the latest snapshot. Any thread may call.
+
+    A thread of its own connects, and connects again when a line breaks while the worker is still a
+    member: neither the line to the directory nor a request waits for that.
+    """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-        self._lock = threading.Condition()  # notified when a worker is connected
+        self._lock = threading.Condition()  # notified when members or connections change
+        self._members: dict[str, str] = {}  # worker id -> endpoint
         self._workers: dict[str, _Worker] = {}
         self._owner: dict[str, str] = {}  # request id -> worker id
         self._snapshot: Snapshot | None = None
+        self._was_ready = False
+        self._closing = False
+        self._connector = threading.Thread(target=self._connect_all, name="pool", daemon=True)
+        self._connector.start()
 
     def on_snapshot(self, snapshot: Snapshot) -> None:
-        """Connect to new workers, drop those that left."""
-        endpoints = {
-            worker.worker_id: worker.endpoint for worker in snapshot.workers_of("attention")
-        }
+        """Learn who is there."""
+        members = {worker.worker_id: worker.endpoint for worker in snapshot.workers_of("attention")}
         with self._lock:
-            self._snapshot = snapshot
-            gone = [self._workers.pop(name) for name in set(self._workers) - set(endpoints)]
-            new = {name: endpoints[name] for name in set(endpoints) - set(self._workers)}
-        for worker in gone:
-            worker.client.close()
-        for name, endpoint in new.items():
-            try:
-                client = AttentionClient(endpoint, self._secret)
-            except ChannelError:
-                continue  # it died meanwhile: the next snapshot will say so
+            self._snapshot, self._members = snapshot, members
+            self._was_ready = self._was_ready or snapshot.ready
+            self._lock.notify_all()
+
+    def _connect_all(self) -> None:
+        while True:
             with self._lock:
-                self._workers[name] = _Worker(client)
-                self._lock.notify_all()
+                self._lock.wait(RECONNECT_PERIOD_S)
+                if self._closing:
+                    return
+                members = dict(self._members)
+                lost = [
+                    self._workers.pop(name)
+                    for name, worker in list(self._workers.items())
+                    if name not in members or worker.client.closed
+                ]
+            for worker in lost:
+                worker.client.close()
+            for name, endpoint in members.items():
+                if name not in self._workers:
+                    self._connect(name, endpoint)
+
+    def _connect(self, name: str, endpoint: str) -> None:
+        try:
+            client = AttentionClient(endpoint, self._secret, CONNECT_TIMEOUT_S)
+        except ChannelError as error:  # tried again, unless the next snapshot says it is gone
+            logger.info("attention worker %s: %s", name, error)
+            return
+        with self._lock:
+            self._workers[name] = _Worker(client)
+            self._lock.notify_all()
 
     def wait_connected(self, timeout_s: float) -> None:
         """Return when there is a worker to submit to. Raises TimeoutError."""
         with self._lock:
-            if not self._lock.wait_for(lambda: bool(self._workers), timeout_s):
+            if not self._lock.wait_for(lambda: bool(self._connected()), timeout_s):
                 raise TimeoutError(f"no attention worker connected within {timeout_s} s")
+
+    def _connected(self) -> list[str]:
+        return [name for name, worker in self._workers.items() if not worker.client.closed]
 
     def submit(self, submit: Submit, on_output: OnOutput) -> None:
         """Start a request; its outputs come to `on_output` from another thread.
@@ -75,7 +109,7 @@ class AttentionPool:
         Raises NoWorker.
         """
         with self._lock:
-            alive = [name for name, worker in self._workers.items() if not worker.client.closed]
+            alive = self._connected()
             if not alive:
                 raise NoWorker("no attention worker is connected")
             name = min(alive, key=lambda name: (self._workers[name].load, name))
@@ -122,22 +156,29 @@ class AttentionPool:
         return self._snapshot
 
     def ready(self) -> Readiness:
-        """Whether requests can be served and, if not, how far the start is."""
-        snapshot = self._snapshot
+        """Whether requests can be served and, if not, how far the start is.
+
+        Once everything was there, losing an expert worker or a router does not make it unready:
+        requests wait for the replacement.
+        """
+        with self._lock:
+            snapshot, connected = self._snapshot, bool(self._connected())
+            was_ready = self._was_ready
         if snapshot is None:
             return Readiness(False, "waiting for placement")
-        if not snapshot.ready:
+        if not was_ready:
             return Readiness(False, snapshot.stage, *_progress(snapshot))
-        if not self._workers:
+        if not connected:
             return Readiness(False, "connecting to the attention workers")
-        return Readiness(True, "ready")
+        return Readiness(True, snapshot.stage if not snapshot.ready else "ready")
 
     def close(self) -> None:
         """Close all connections; open requests end with an error."""
         with self._lock:
-            workers = list(self._workers.values())
-            self._workers.clear()
-        for worker in workers:
+            self._closing = True
+            self._lock.notify_all()
+        self._connector.join()
+        for worker in self._workers.values():
             worker.client.close()
 
 

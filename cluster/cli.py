@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.config import ConfigError, ShoalConfig, merge, parse_config, read_config_file
+from cluster.config import (
+    ConfigError,
+    ShoalConfig,
+    StartFailed,
+    merge,
+    parse_config,
+    read_config_file,
+)
 from cluster.console import stderr, stdout
 from cluster.http_client import ApiClient, ApiError
 from experts.errors import CheckpointError
@@ -62,9 +69,11 @@ def user_errors() -> Iterator[None]:
     except (ConfigError, CheckpointError) as error:
         stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    except ApiError as error:
+    except (ApiError, StartFailed) as error:
         stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(3) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def settings(
@@ -180,6 +189,7 @@ def run(
         if temperature is not None:
             params["temperature"] = temperature
         with running(chosen, inline=inline, dashboard=False) as server:
+            server.signals.interrupt_on_first()
             client = ApiClient(server.url)
             if prompt is not None:
                 _answer(client, [{"role": "user", "content": prompt}], params)

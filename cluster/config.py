@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A setting that cannot be used; str() is one line: field, value, what to do."""
 
 
+class StartFailed(Exception):
+    """Ray or a deployment did not come up; str() is one line."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

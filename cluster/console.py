@@ -96,6 +96,10 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
+    def interrupt_on_first(self) -> None:
+        """From here on the first Ctrl-C raises KeyboardInterrupt, for code that waits for input."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         (self.second if self.first.is_set() else self.first).set()
 

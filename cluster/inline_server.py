@@ -7,7 +7,7 @@ import time
 
 import uvicorn
 
-from cluster.config import ShoalConfig
+from cluster.config import ConfigError, ShoalConfig
 from cluster.inline import InlineCluster
 
 
@@ -40,6 +40,8 @@ class InlineServer:
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.01)
+        if not self._server.started:
+            raise ConfigError(f"listen.http_port = {listen.http_port}: cannot listen there")
 
     def drain(self) -> None:
         """Stop listening; uvicorn lets open requests finish."""

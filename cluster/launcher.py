@@ -15,6 +15,8 @@ from typing import Any
 from cluster import serve_proxy
 from cluster.config import ConfigError, ShoalConfig
 
+logger = logging.getLogger(__name__)
+
 APP_NAME = "shoal"
 FREE_PORTS = range(20_000, 30_000)
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
@@ -121,6 +123,10 @@ class LocalCluster:
         """Take the application and Serve down: requests in flight may finish first."""
         from ray import serve
 
+        try:
+            serve.get_app_handle(APP_NAME).drain.remote().result()
+        except Exception as error:  # an ingress that is gone has nothing left to finish
+            logger.warning("cannot drain: %s", error)
         serve.shutdown()
 
     def stop(self) -> None:

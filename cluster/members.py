@@ -176,9 +176,15 @@ class AttentionMember:
         self._line = DirectoryClient(site.directory, site.secret, register, board.publish)
         self._line.start()
 
+    def check_health(self) -> None:
+        """Raises RuntimeError when the engine has ended: nothing is served then."""
+        if not self.worker.alive:
+            raise RuntimeError("the engine thread has ended")
+
     def close(self) -> None:
-        self._line.close()
+        """The worker first: its last step may need the experts, which the line tells of."""
         self.worker.close()
+        self._line.close()
         self._moe.close()
 
 
@@ -188,7 +194,14 @@ def _way_to_the_experts(
     settings = site.config.router_worker
     if site.config.router.mode == "inline":
         return RouterWorker.open(checkpoint, board, site.secret, settings, name=worker_id)
-    return RouterClient(board, site.secret, worker_id, site.node, deadline_s=settings.deadline_s)
+    return RouterClient(
+        board,
+        site.secret,
+        worker_id,
+        site.node,
+        deadline_s=settings.deadline_s,
+        router_timeout_s=settings.deadline_s,  # it may wait so long for lost experts
+    )
 
 
 class IngressMember:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, ShoalConfig
 from cluster.console import stderr
 from experts.config import ModelConfig
 from experts.errors import CheckpointError
@@ -59,8 +59,20 @@ def check_model(folder: Path) -> ModelConfig:
     checkpoint = Checkpoint.open(folder)
     for shapes in (attention_tensor_shapes, gate_tensor_shapes, expert_tensor_shapes):
         checkpoint.require(shapes(checkpoint.config))
+    checkpoint.check_scales()
     Tokenizer(folder)
     return checkpoint.config
+
+
+def check_engine(config: ShoalConfig) -> None:
+    """Check the engine's settings against the model. Raises ConfigError."""
+    from attention.worker import context_length, count_blocks
+
+    model = ModelConfig.load(config.model)
+    try:
+        context_length(config.engine, model, count_blocks(config.engine, model))
+    except ValueError as error:
+        raise ConfigError(f"attention.engine: {error}") from None
 
 
 def verify_model(folder: Path) -> str:

@@ -10,14 +10,16 @@ from typing import Protocol
 
 import typer
 
-from cluster.config import ConfigError, ShoalConfig
+from cluster.config import ConfigError, ShoalConfig, StartFailed
 from cluster.console import Stage, Stages, StopSignals, stderr, stop_signals
 from cluster.http_client import ApiClient, ApiError
 from cluster.launcher import LocalCluster, check_ports, free_port
-from cluster.model_store import check_model
+from cluster.model_store import check_engine, check_model
+from experts.errors import CheckpointError
 
 READY_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 60.0
+START_CANCEL_S = 15.0
 
 
 class Launch(Protocol):
@@ -52,6 +54,7 @@ def running(
     a signal on the way up.
     """
     check_model(config.model)
+    check_engine(config)
     config = _with_ports(config)
     check_ports(config)
     with stop_signals() as signals:
@@ -62,6 +65,7 @@ def running(
             yield RunningServer(_url(config), launch.dashboard_url, signals)
             _until_second_signal(launch.drain, signals)
         finally:
+            starter.done.wait(START_CANCEL_S)  # Ray cannot be stopped while it comes up
             launch.stop()
             starter.release()
 
@@ -121,7 +125,7 @@ def _wait_until_ready(starter: _Starter, config: ShoalConfig, signals: StopSigna
         if signals.first.is_set():
             raise typer.Exit(130)
         if starter.failure:
-            raise starter.failure
+            raise _as_one_line(starter.failure)
         if not starter.done.is_set():
             return Stage(starter.launch.stage)
         return _readiness(client)
@@ -129,6 +133,14 @@ def _wait_until_ready(starter: _Starter, config: ShoalConfig, signals: StopSigna
     with Stages() as stages:
         if not stages.wait(poll, READY_TIMEOUT_S):
             raise ConfigError(f"not ready after {READY_TIMEOUT_S:.0f} s: see `shoal doctor`")
+
+
+def _as_one_line(error: BaseException) -> BaseException:
+    """Our own errors as they are; what Ray raises as its last line, which names the cause."""
+    if isinstance(error, ConfigError | CheckpointError):
+        return error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return StartFailed(f"the cluster did not start: {lines[-1]}; see the logs in /tmp/ray")
 
 
 def _readiness(client: ApiClient) -> Stage | None:

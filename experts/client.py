@@ -225,7 +225,7 @@ class ExpertClient:
             self._unsend(line, hop, Fault.FAILED, str(error))
         except ChannelTimeout as error:
             if line.connection.closed:
-                self._lose(line, Fault.TIMEOUT, str(error))
+                self._lose(line, Fault.LOST, str(error))
             else:
                 self._unsend(line, hop, Fault.OVERLOADED, str(error))
         except ChannelError as error:

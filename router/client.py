@@ -208,7 +208,7 @@ class RouterClient:
             line.in_flight[frame.request_id] = part
             try:
                 line.connection.send(frame, max(0.001, min(part.due_s, deadline_s) - now_s))
-            except ChannelError as error:
+            except (ChannelError, FrameError) as error:
                 self._fail(line, str(error))
             else:
                 return True

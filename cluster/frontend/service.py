@@ -36,6 +36,7 @@ from cluster.frontend.request import ModelInfo, Prompt, build_request, context_e
 from cluster.tokenizer import Tokenizer
 
 _RETRY_LOADING_S = 5
+_DRAIN_POLL_S = 0.05
 _THREAD_FROM_CHARS = 16_384
 """Longer texts are tokenised in a thread: the event loop has other streams to feed."""
 
@@ -65,6 +66,7 @@ class InferenceService:
         self._strict_params = strict_params
         self._clock = clock
         self.ledger = RequestLedger(clock)
+        self._draining = False
         self._admission = Admission(self.limits.max_open_sequences, clock)
 
     # ---- generating
@@ -126,6 +128,12 @@ class InferenceService:
         """Sequences that wait or run for this front end."""
         return self._admission.num_open
 
+    async def drain(self) -> None:
+        """Take nothing new and return when what is open has ended."""
+        self._draining = True
+        while self._admission.num_open:
+            await asyncio.sleep(_DRAIN_POLL_S)
+
     def check_model(self, name: str | None) -> None:
         """No name means the one model. Raises NotFound with the names there are."""
         names = self.model.names
@@ -145,6 +153,10 @@ class InferenceService:
     def _admit(self, body: SamplingFields, timeout_s: float | None) -> float | None:
         """The checks that cost nothing. Returns the moment of the deadline, if there is one."""
         started = self._clock()
+        if self._draining:
+            raise Unavailable(
+                "The server is shutting down.", code="draining", retry_after_s=_RETRY_LOADING_S
+            )
         ready = self.readiness()
         if not ready.ready:
             raise Unavailable(

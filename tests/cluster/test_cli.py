@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -71,6 +73,15 @@ def test_a_truncated_checkpoint_never_starts(
     assert "Traceback" not in result.stderr
 
 
+def test_an_engine_that_cannot_be_built_never_starts(
+    tmp_path: Path, checkpoint_dir: Callable[[str], Path]
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("attention: {engine: {kv_cache_bytes: 10}}")
+    result = shoal("serve", str(checkpoint_dir("v3")), "--config", str(settings))
+    assert result.returncode == 2 and "kv_cache_bytes" in result.stderr
+
+
 def test_a_taken_port_is_named(checkpoint_dir: Callable[[str], Path]) -> None:
     import socket
 
@@ -93,12 +104,23 @@ def processes_of(server: subprocess.Popen[str], url: str) -> list[psutil.Process
     return found
 
 
+def ask_for_stream(url: str, num_tokens: int) -> http.client.HTTPConnection:
+    host, port = url.removeprefix("http://").split(":")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    body |= {"max_tokens": num_tokens, "ignore_eos": True}
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    return connection
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_serve_prints_a_curl_that_works_and_stops_without_leftovers(
+def test_serve_prints_a_curl_that_works_and_drains_without_leftovers(
     stop: signal.Signals, checkpoint_dir: Callable[[str], Path]
 ) -> None:
     ports = ("--http-port", str(free_port()), "--grpc-port", str(free_port()))
+    url = f"http://127.0.0.1:{ports[1]}"
     process = subprocess.Popen(
         [*SHOAL, "serve", str(checkpoint_dir("v3")), "--no-dashboard", *ports],
         stdout=subprocess.PIPE,
@@ -111,8 +133,12 @@ def test_serve_prints_a_curl_that_works_and_stops_without_leftovers(
             curl = next(line for line in process.stdout if line.startswith("curl "))
             answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, timeout=60)
             assert '"finish_reason"' in answer.stdout, answer.stderr
-            children = processes_of(process, f"http://127.0.0.1:{ports[1]}")
-            process.send_signal(stop)
+            children = processes_of(process, url)
+            with closing(ask_for_stream(url, 200)) as connection:
+                stream = connection.getresponse()
+                stream.readline()
+                process.send_signal(stop)
+                assert stream.read().strip().endswith(b"data: [DONE]")
             process.communicate(timeout=60)
             assert process.returncode == 0
             assert psutil.wait_procs(children, timeout=10)[1] == []
