@@ -90,7 +90,7 @@ def _element_bytes(job):
     return 4 if read_i64(job, CACHE_KIND) == 0 else 2
 
 
-@njit
+@njit(inline="always")
 def _gather_query(job, token, query, pointers):
     """The token's heads as rows of c + r floats, and pointers to them."""
     latent, rope = read_i64(job, LATENT), read_i64(job, ROPE)
@@ -103,7 +103,7 @@ def _gather_query(job, token, query, pointers):
         write_i64(pointers, head, row)
 
 
-@njit
+@njit(inline="always")
 def _point_to_rows(job, token, start, length, rows):
     """Addresses of the cached rows of context positions start..start + length - 1."""
     block_size = read_i64(job, BLOCK_SIZE)
@@ -116,7 +116,7 @@ def _point_to_rows(job, token, start, length, rows):
         write_i64(rows, i, read_i64(job, CACHE) + slot * row_bytes)
 
 
-@njit
+@njit(inline="always")
 def _score(job, rows, start, length, query_pointers, score_pointers):
     """scores[h][i] = query[h] . rows[i]; up to TILE_ROWS - 1 scores past the end may be written."""
     block_size, num_heads = read_i64(job, BLOCK_SIZE), read_i64(job, NUM_HEADS)
@@ -148,7 +148,7 @@ def _largest_tile(tile, num_heads):
     return tile
 
 
-@njit
+@njit(inline="always")
 def _mix(job, rows, length, score_pointers, result_pointers):
     """results[h] = sum of scores[h][i] * latent of rows[i]."""
     kind, latent = read_i64(job, CACHE_KIND), read_i64(job, LATENT)

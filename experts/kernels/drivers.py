@@ -118,7 +118,7 @@ def _first_bad_pair(row_ids, num_rows, slot_ids, num_slots, slots, count):
     return -1
 
 
-@njit
+@njit(inline="always")
 def _slot_range(slot_ids, count):
     """(lowest slot, number of slots from there to the highest); (0, 0) without pairs.
 
@@ -132,7 +132,7 @@ def _slot_range(slot_ids, count):
     return lowest, highest - lowest + 1
 
 
-@njit
+@njit(inline="always")
 def _group(starts, slots, num_slots, table, columns, group_starts):
     """Active slots -> table [SLOT_COLUMNS, columns], group_starts; returns how many there are."""
     group = 0
@@ -147,7 +147,7 @@ def _group(starts, slots, num_slots, table, columns, group_starts):
     return group
 
 
-@njit
+@njit(inline="always")
 def _sum_pairs(starts, order, pair_rows, num_rows, hidden, out):
     """out[t] = 0 + the pair rows of row t, added in the order of the pairs."""
     for row in range(num_rows):
