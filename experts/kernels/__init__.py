@@ -6,5 +6,6 @@ drivers.py      entry points: a linear layer, a layer of experts, one call each
 jobs.py         what the threads do together: blocks of outputs, then gate and factors
 product.py      blocks that fit the caches                    tiles.py  the inner loops in registers
 elementwise.py  gate, scale, add                              simd.py   16 lanes in LLVM IR
-memory.py       raw addresses and an atomic counter
+memory.py       raw addresses and an atomic counter            jit.py   small loops
+finite.py       looks for NaN and infinity in rows
 """
