@@ -73,6 +73,7 @@ class LocalCluster:
         os.environ.update(serve_proxy.environment(self._config.listen.host))
         os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers share the cores: no spinning
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
         from ray import serve

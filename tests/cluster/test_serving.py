@@ -174,20 +174,49 @@ def test_a_client_that_goes_away_frees_its_blocks(server: Server) -> None:
     assert min(seconds_to_free_after_hanging_up(server) for _ in range(3)) < 0.5
 
 
+def grpc_stream(channel: grpc.Channel, seed: int) -> Any:
+    """A Chat call through the reflected service; its messages come as they are read."""
+    service, _ = reflected(channel)
+    method = service.methods_by_name["Chat"]
+    request_class = message_factory.GetMessageClass(method.input_type)
+    reply_class = message_factory.GetMessageClass(method.output_type)
+    request = request_class()
+    request.messages.add(role="user", content="Hello")
+    request.sampling.seed = seed
+    request.sampling.max_tokens = 40
+    request.sampling.ignore_eos = True
+    call = channel.unary_stream(
+        "/shoal.v1.Inference/Chat",
+        request_serializer=request_class.SerializeToString,
+        response_deserializer=reply_class.FromString,
+    )
+    return call(request, timeout=60)
+
+
 def test_sixteen_mixed_streams_with_cancellations_return_every_block(server: Server) -> None:
+    """Ten over HTTP and six over gRPC, all started before any is read; every third gives up."""
     server.wait_idle()
-    connections = [open_stream(server, seed, 40) for seed in range(16)]
     finished = 0
-    for number, connection in enumerate(connections):
-        response = connection.getresponse()
-        if number % 3 == 0:  # gone after the first chunk
-            response.readline()
-        else:
-            lines = [line for line in response.read().split(b"\n\n") if line.strip()]
-            assert lines[-1].strip() == b"data: [DONE]"
-            finished += 1
-        response.close()
-        connection.close()
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        calls = [grpc_stream(channel, seed) for seed in range(6)]
+        connections = [open_stream(server, seed, 40) for seed in range(10)]
+        for number, call in enumerate(calls):
+            if number % 3 == 0:  # gone after the first message
+                next(call)
+                call.cancel()
+            else:
+                assert sum(len(reply.delta.token_ids) for reply in call) == 40
+                finished += 1
+        for number, connection in enumerate(connections):
+            response = connection.getresponse()
+            if number % 3 == 0:
+                response.readline()
+            else:
+                lines = [line for line in response.read().split(b"\n\n") if line.strip()]
+                assert lines[-1].strip() == b"data: [DONE]"
+                finished += 1
+            response.close()
+            connection.close()
     assert finished == 10
     server.wait_idle()
 
