@@ -1,0 +1,1 @@
+"""The training text: dialogues of a small closed world, one module a domain, drawn without end."""
