@@ -121,17 +121,3 @@ def collate(rows: list[list[Encoded]], length: int) -> Batch:
     mask = (owner[:, :, None] == owner[:, None, :]).tril().unsqueeze(1)
     return Batch(ids[:, :-1].contiguous(), targets, domains[:, 1:], mask)
 
-
-def copying_batch(recipe: Recipe, step: int, vocab_size: int, num_special: int) -> Batch:
-    """Random tokens of a small alphabet, repeated with a random period; graded from the repeat on."""
-    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + step)
-    length = recipe.length // 2
-    rows = recipe.rows
-    alphabet = torch.randperm(vocab_size - num_special, generator=generator)[:256] + num_special
-    periods = torch.randint(8, length // 2, (rows,), generator=generator)
-    draws = alphabet[torch.randint(256, (rows, length + 1), generator=generator)]
-    places = torch.arange(length + 1)
-    ids = draws.gather(1, places % periods[:, None])
-    targets = torch.where(places >= periods[:, None], ids, IGNORED)[:, 1:]
-    empty = torch.empty(0)
-    return Batch(ids[:, :-1].contiguous(), targets, torch.zeros_like(targets), empty)

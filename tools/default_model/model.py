@@ -16,7 +16,12 @@ from experts.config import ModelConfig
 from router.gate import GateSpec, select_experts_torch
 
 
-HEAD_SCALE = float(__import__('os').environ.get('HF','0.03'))
+HEAD_SCALE = 0.02  # of the head's first values, which are the embedding's: a token first predicts itself
+
+
+SHARED = 8.0  # length of the direction that all embeddings share; a whole embedding is about 16
+FAST_PAIRS = 4  # rope pairs that tell neighbours apart
+SHARPNESS = 7.0
 
 
 class RmsNorm(nn.Module):
@@ -183,13 +188,6 @@ class DeepseekV3(nn.Module):
             x = layer(x, self.angles[: ids.shape[1]], mask)
         return x
 
-    def attend_only(self, ids: Tensor) -> Tensor:
-        """`forward` without the MLPs: what the copying lessons train."""
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = x + layer.self_attn(layer.input_layernorm(x), self.angles[: ids.shape[1]], None)
-        return x
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states of the last layer [..., d] -> [..., vocab]."""
         return self.lm_head(self.norm(hidden))
@@ -214,7 +212,31 @@ class DeepseekV3(nn.Module):
             nn.init.normal_(weight, std=1e-3 if silent else weight.shape[-1] ** -0.5)
         nn.init.normal_(self.embed_tokens.weight, std=1.0)
         self.lm_head.weight.copy_(self.embed_tokens.weight * HEAD_SCALE)
-        self.embed_tokens.weight *= float(__import__('os').environ.get('ES','1'))
+        self._begin_with_previous_token_head()
+
+    def _begin_with_previous_token_head(self) -> None:
+        """Let the first head of the first layer look one token back.
+
+        Copying needs two steps, "what came before me" and "where did I see it before". Training
+        finds the second in minutes once the first is there, and neither in an hour without.
+        All embeddings share a direction; its key and query are constant patterns over the fast
+        rope pairs, the query turned back by one position.
+        """
+        attention, c = self.layers[0].self_attn, self.config
+        shared = torch.full((c.hidden_size,), SHARED / c.hidden_size**0.5)
+        self.embed_tokens.weight += shared
+        reader = shared / shared.norm()
+        pattern = torch.zeros(c.qk_rope_head_dim // 2, dtype=torch.complex64)
+        pattern[:FAST_PAIRS] = SHARPNESS
+        latent, nope = c.kv_lora_rank, c.qk_nope_head_dim
+        rms = (1 + SHARED**2 / c.hidden_size) ** 0.5
+        key = torch.view_as_real(pattern).flatten() * rms / SHARED
+        attention.kv_a_proj_with_mqa.weight[latent:] = key[:, None] * reader
+        attention.q_a_proj.weight[0] = reader
+        query = torch.view_as_real(pattern * self.angles[1].conj()).flatten() * rms / SHARED
+        attention.q_b_proj.weight[: nope + c.qk_rope_head_dim] = 0.0
+        attention.q_b_proj.weight[nope : nope + c.qk_rope_head_dim, 0] = query
+        nn.init.normal_(attention.o_proj.weight[:, : c.v_head_dim], std=c.hidden_size**-0.5)
 
 
 def _linear(num_in: int, num_out: int) -> nn.Linear:

@@ -71,8 +71,6 @@ class Recipe:
     """Sequences a step."""
     length: int = 256
     """Tokens a sequence; dialogues are packed and do not see each other."""
-    copy_steps: int = 600
-    """Steps before these: attention alone learns to copy, on repeated random tokens."""
     matrix_lr: float = 0.02
     """Muon, the matrices of the layers."""
     vector_lr: float = 3e-3
