@@ -8,13 +8,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Annotated  # noqa: E402
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
 
-import torch  # noqa: E402
-import typer  # noqa: E402
-from rich.progress import (  # noqa: E402
+import torch
+import typer
+from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
@@ -22,20 +22,27 @@ from rich.progress import (  # noqa: E402
     TimeRemainingColumn,
 )
 
-from default_model.settings import CONFIG, Recipe  # noqa: E402
-from default_model.training import Trainer  # noqa: E402
-from default_model.vocabulary import load_tokenizer, train_tokenizer  # noqa: E402
+from default_model.export import export as write_files
+from default_model.settings import CONFIG, Recipe
+from default_model.training import CHECKPOINT, Trainer, load_model
+from default_model.vocabulary import load_tokenizer, train_tokenizer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Run = Annotated[Path, typer.Option(help="Folder of the run: tokenizer, checkpoint, log.")]
+SHIPPED = Path(__file__).parent.parent / "cluster/models/shoal-tiny"
 DEFAULT_RUN = Path("build/default-model")
+
+
+@app.callback()
+def main() -> None:
+    """Train, export and grade the model that ships with Shoal."""
 
 
 @app.command()
 def train(
     run: Run = DEFAULT_RUN,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 4,096 tokens.")] = Recipe.steps,
-    seed: Annotated[int, typer.Option(help="Of the data and of the first weights.")] = Recipe.seed,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 4,096 tokens.")] = Recipe().steps,
+    seed: Annotated[int, typer.Option(help="Of data and first weights.")] = Recipe().seed,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
 ) -> None:
@@ -57,6 +64,17 @@ def train(
         except KeyboardInterrupt:
             trainer.save()
             raise typer.Exit(130) from None
+
+
+@app.command()
+def export(
+    run: Run = DEFAULT_RUN,
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")] = SHIPPED,
+) -> None:
+    """Write the run's model as a checkpoint folder: fp8 weights, tokenizer, configs."""
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    num_bytes = write_files(load_model(run / CHECKPOINT), tokenizer, out)
+    typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB of weights")
 
 
 def _progress() -> Progress:

@@ -63,7 +63,7 @@ def test_tokens_are_those_of_the_reference(preset: str, params: SamplingParams, 
 
 def workload(count: int, seed: int = 0) -> list[Any]:
     """Requests of mixed sizes and parameters, some with a common prefix."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     common = [rng.randrange(17, 273) for _ in range(24)]
     found = []
     for index in range(count):
@@ -265,7 +265,7 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(rig: RigOf) -> None:
 
 
 def test_aborts_at_random_points_return_all_blocks(rig: RigOf) -> None:
-    rng = random.Random(3)  # noqa: S311
+    rng = random.Random(3)
     engine = rig("v2lite").engine(num_kv_blocks=40, max_model_len=100, max_num_batched_tokens=16)
     waiting = workload(24, seed=1)
     answers = Answers(engine)

@@ -84,7 +84,7 @@ def test_callers_notice_nothing(
     def call(i: int) -> None:
         client, rng = (
             RouterClient(routers.board, SECRET, f"a{i}", deadline_s=60.0),
-            random.Random(i),  # noqa: S311
+            random.Random(i),
         )
         try:
             while not storm_over.is_set():
@@ -103,7 +103,7 @@ def test_callers_notice_nothing(
     threads = [threading.Thread(target=call, args=(i,)) for i in range(NUM_CALLERS)]
     for thread in threads:
         thread.start()
-    rng = random.Random(7)  # noqa: S311
+    rng = random.Random(7)
     for _ in range(NUM_DISRUPTIONS):
         disrupt(pool, routers, rng)
         for semaphore in calls:  # everybody gets an answer before the next blow

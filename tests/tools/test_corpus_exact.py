@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+
 from default_model.corpus import arithmetic, code, facts, french
 from default_model.corpus.base import Dialogue, is_held_out
 

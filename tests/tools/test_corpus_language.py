@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pytest
+
 from default_model.corpus import chat, reading, stories, words
 from default_model.corpus.base import Dialogue, is_held_out
 

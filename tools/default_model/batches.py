@@ -120,4 +120,3 @@ def collate(rows: list[list[Encoded]], length: int) -> Batch:
     owner = owner[:, :-1]
     mask = (owner[:, :, None] == owner[:, None, :]).tril().unsqueeze(1)
     return Batch(ids[:, :-1].contiguous(), targets, domains[:, 1:], mask)
-

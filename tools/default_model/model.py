@@ -16,14 +16,6 @@ from experts.config import ModelConfig
 from router.gate import GateSpec, select_experts_torch
 
 
-HEAD_SCALE = 0.02  # of the head's first values, which are the embedding's: a token first predicts itself
-
-
-SHARED = 8.0  # length of the direction that all embeddings share; a whole embedding is about 16
-FAST_PAIRS = 4  # rope pairs that tell neighbours apart
-SHARPNESS = 7.0
-
-
 class RmsNorm(nn.Module):
     """x / rms(x) * weight over the last axis."""
 
@@ -53,7 +45,7 @@ class Attention(nn.Module):
         self.o_proj = _linear(heads * c.v_head_dim, c.hidden_size)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, T, d], angles [T, rope/2] complex, mask [B, 1, T, T] (None: causal) -> [B, T, d]."""
+        """x [B, T, d], angles [T, rope/2] complex, mask [B, 1, T, T] or None: causal."""
         c = self.config
         batch, length, _ = x.shape
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
@@ -179,7 +171,6 @@ class DeepseekV3(nn.Module):
         self.next_token = NextToken(c)
         cos, sin = rope_table(c, c.max_position_embeddings).chunk(2, dim=1)
         self.register_buffer("angles", torch.complex(cos, sin), persistent=False)
-        self._init_weights()
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids [B, T] -> hidden states before the final norm [B, T, d]."""
@@ -201,42 +192,6 @@ class DeepseekV3(nn.Module):
     def gates(self) -> list[Gate]:
         """The gates of the main MoE layers, then the next-token module's."""
         return [module for module in self.modules() if isinstance(module, Gate)]
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """Unit embeddings; blocks that begin near zero; a head that begins as the embedding."""
-        for name, weight in self.named_parameters():
-            if weight.dim() < 2:
-                continue
-            silent = name.endswith(("o_proj.weight", "down_proj.weight", "experts_down"))
-            nn.init.normal_(weight, std=1e-3 if silent else weight.shape[-1] ** -0.5)
-        nn.init.normal_(self.embed_tokens.weight, std=1.0)
-        self.lm_head.weight.copy_(self.embed_tokens.weight * HEAD_SCALE)
-        self._begin_with_previous_token_head()
-
-    def _begin_with_previous_token_head(self) -> None:
-        """Let the first head of the first layer look one token back.
-
-        Copying needs two steps, "what came before me" and "where did I see it before". Training
-        finds the second in minutes once the first is there, and neither in an hour without.
-        All embeddings share a direction; its key and query are constant patterns over the fast
-        rope pairs, the query turned back by one position.
-        """
-        attention, c = self.layers[0].self_attn, self.config
-        shared = torch.full((c.hidden_size,), SHARED / c.hidden_size**0.5)
-        self.embed_tokens.weight += shared
-        reader = shared / shared.norm()
-        pattern = torch.zeros(c.qk_rope_head_dim // 2, dtype=torch.complex64)
-        pattern[:FAST_PAIRS] = SHARPNESS
-        latent, nope = c.kv_lora_rank, c.qk_nope_head_dim
-        rms = (1 + SHARED**2 / c.hidden_size) ** 0.5
-        key = torch.view_as_real(pattern).flatten() * rms / SHARED
-        attention.kv_a_proj_with_mqa.weight[latent:] = key[:, None] * reader
-        attention.q_a_proj.weight[0] = reader
-        query = torch.view_as_real(pattern * self.angles[1].conj()).flatten() * rms / SHARED
-        attention.q_b_proj.weight[: nope + c.qk_rope_head_dim] = 0.0
-        attention.q_b_proj.weight[nope : nope + c.qk_rope_head_dim, 0] = query
-        nn.init.normal_(attention.o_proj.weight[:, : c.v_head_dim], std=c.hidden_size**-0.5)
 
 
 def _linear(num_in: int, num_out: int) -> nn.Linear:

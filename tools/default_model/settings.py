@@ -58,7 +58,7 @@ CONFIG: dict[str, Any] = {
         "weight_block_size": [128, 128],
     },
 }
-"""`config.json` as it ships. DeepSeek-V3's ratios: half of the groups, two experts a chosen group."""
+"""`config.json` as it ships. V3's ratios: half of the groups, two experts in each chosen one."""
 
 
 @dataclass(frozen=True, slots=True)

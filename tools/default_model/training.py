@@ -17,6 +17,7 @@ from torch import Tensor
 
 from default_model.batches import IGNORED, Batch, Batches
 from default_model.corpus.domains import DOMAINS
+from default_model.first_weights import set_first_weights
 from default_model.model import DeepseekV3
 from default_model.optimizer import Optimizers
 from default_model.settings import Recipe, model_config
@@ -59,7 +60,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self._folder, self._recipe, self._device = folder, recipe, device
         self._batches = Batches(tokenizer, recipe)
-        self.model = DeepseekV3(model_config()).to(device)
+        self.model = DeepseekV3(model_config())
+        set_first_weights(self.model)
+        self.model.to(device)
         self._optimizers = Optimizers(self.model, recipe)
         self.averages = Averages()
         self.step, self.num_tokens, self.train_s = 0, 0, 0.0
@@ -152,6 +155,13 @@ class Trainer:
             file.write(json.dumps(self.figures()) + "\n")
 
 
+def load_model(checkpoint: Path) -> DeepseekV3:
+    """The model of a run's checkpoint, on the CPU."""
+    model = DeepseekV3(model_config())
+    model.load_state_dict(torch.load(checkpoint, map_location="cpu")["model"])
+    return model.eval()
+
+
 def lr_scale(recipe: Recipe, step: int) -> float:
     """Linear warm-up, constant, linear fall over the last `decay_share` of the steps."""
     left = (recipe.steps - step) / (recipe.steps * recipe.decay_share)
@@ -159,7 +169,7 @@ def lr_scale(recipe: Recipe, step: int) -> float:
 
 
 def bias_speed(recipe: Recipe, step: int) -> float:
-    """gamma of the balance: full for a tenth of the steps, then a third of it, frozen at the end."""
+    """gamma of the balance: full for a tenth of the steps, then a third, frozen at the end."""
     if step >= recipe.steps * (1 - recipe.bias_frozen_share):
         return 0.0
     early = step < recipe.steps / 10

@@ -1,4 +1,4 @@
-"""What a domain of the corpus gives: one dialogue a draw, with its right answer where there is one."""
+"""What a domain of the corpus gives: a dialogue a draw, with its right answer if there is one."""
 
 from __future__ import annotations
 
