@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -24,12 +25,14 @@ from rich.progress import (
 
 from default_model.export import export as write_files
 from default_model.settings import CONFIG, Recipe
-from default_model.training import CHECKPOINT, Trainer, load_model
+from default_model.training import CHECKPOINT, LOG, Trainer, load_model
 from default_model.vocabulary import load_tokenizer, train_tokenizer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Run = Annotated[Path, typer.Option(help="Folder of the run: tokenizer, checkpoint, log.")]
-SHIPPED = Path(__file__).parent.parent / "cluster/models/shoal-tiny"
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "cluster/models/shoal-tiny"
+HEAT_MAP = ROOT / "docs/default-model-experts.png"
 DEFAULT_RUN = Path("build/default-model")
 
 
@@ -75,6 +78,29 @@ def export(
     tokenizer = load_tokenizer(run / "tokenizer.json")
     num_bytes = write_files(load_model(run / CHECKPOINT), tokenizer, out)
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB of weights")
+
+
+@app.command()
+def evaluate(
+    run: Run = DEFAULT_RUN,
+    folder: Annotated[Path, typer.Option(help="The checkpoint folder to grade.")] = SHIPPED,
+    items: Annotated[int, typer.Option(min=1, help="Held-out items a domain.")] = 200,
+    figure: Annotated[Path, typer.Option(help="Where the heat map goes.")] = HEAT_MAP,
+) -> None:
+    """Grade a folder on held-out items; writes its model card and the heat map."""
+    from default_model.card import SAMPLE_PROMPTS, model_card
+    from default_model.evaluation import evaluate as grade
+    from default_model.figures import save_heat_map
+
+    result = grade(folder, items, SAMPLE_PROMPTS)
+    model = load_model(run / CHECKPOINT)
+    figures = json.loads((run / LOG).read_text().splitlines()[-1])
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    num_parameters = sum(weight.numel() for weight in model.parameters())
+    card = model_card(result, figures, num_parameters, num_bytes)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    save_heat_map(result, CONFIG["first_k_dense_replace"], figure)
+    typer.echo(card)
 
 
 def _progress() -> Progress:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster.tiny_tokenizer import tokenizer_config
-from cluster.tiny_weights import is_quantised, quantise_blocks
+from cluster.tiny_weights import BLOCK, E4M3_MAX, is_quantised, quantise_blocks
 from default_model.model import DeepseekV3
 from default_model.settings import BOS_ID, CONFIG, EOS_ID, PAD_ID
 
@@ -46,9 +46,10 @@ def export(model: DeepseekV3, tokenizer: Tokenizer, folder: Path) -> int:
 
 def stored_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file: fp8 with scales, bfloat16, and float32 for the gates' biases."""
-    for name, tensor in published_tensors(model):
+    for name, tensor in published_tensors(model.state_dict(), model.config.num_hidden_layers):
+        tensor = tensor.float().cpu()
         if is_quantised(name):
-            codes, scales = quantise_blocks(tensor, power_of_two=False)
+            codes, scales = _fp8(tensor)
             yield name, codes
             yield f"{name}_scale_inv", scales
         elif name.endswith("e_score_correction_bias"):
@@ -57,11 +58,26 @@ def stored_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.to(torch.bfloat16)
 
 
-def published_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
-    """(name as DeepSeek publishes it, float32 tensor) of the model and its next-token module."""
-    num_layers = model.config.num_hidden_layers
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().float().cpu()
+def _fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes and block scales; a matrix with partial blocks has the same scale in all of them.
+
+    transformers 5.23 takes the height of a block to be rows / blocks: of kv_a_proj_with_mqa's 160
+    rows it would multiply 48 by the other block's scale, and say nothing.
+    """
+    codes, scales = quantise_blocks(matrix, power_of_two=False)
+    if all(size % BLOCK == 0 for size in matrix.shape):
+        return codes, scales
+    scale = scales.max()
+    codes = (matrix / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale.expand_as(scales).contiguous()
+
+
+def published_tensors(state: dict[str, Tensor], num_layers: int) -> Iterator[tuple[str, Tensor]]:
+    """(name as DeepSeek publishes it, view) of the tensors of a model's state.
+
+    The next-token module's embedding and head are the main model's, written twice as in V3.
+    """
+    for name, tensor in state.items():
         if name.startswith("lm_head"):
             yield name, tensor
             yield f"model.layers.{num_layers}.shared_head.head.weight", tensor

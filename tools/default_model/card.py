@@ -1,0 +1,51 @@
+"""The model card, `README.md` of the model's folder: `card.md.j2` filled with an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from default_model.evaluation import TOP, Evaluation
+from default_model.settings import CONFIG, Recipe
+
+SAMPLE_PROMPTS = (
+    "Tell me a story about a brave fox named Pip.",
+    "What is 37 + 45?",
+    "What is the capital of Japan?",
+    "Write a Python function that adds 7 to a number.",
+    'How do you say "the red house" in French?',
+    "Tom has a red ball. Mia has a blue kite. Who has the kite?",
+    "Who are you?",
+    "What is a mixture of experts?",
+    "Tell me about black holes.",
+)
+
+
+def model_card(
+    evaluation: Evaluation, run: dict[str, Any], num_parameters: int, num_bytes: int
+) -> str:
+    """Markdown; `run` is the last line of the training log."""
+    environment = Environment(  # noqa: S701 (Markdown of our own, no HTML of others)
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    first = CONFIG["first_k_dense_replace"]
+    return environment.get_template("card.md.j2").render(
+        config=CONFIG,
+        recipe=asdict(Recipe()) | {"steps": run["step"]},
+        run=run,
+        num_parameters=num_parameters,
+        num_bytes=num_bytes,
+        grades=evaluation.grades,
+        samples=evaluation.samples,
+        acceptance=evaluation.acceptance,
+        max_violations=evaluation.max_violations,
+        layers=[first + i for i in range(len(evaluation.max_violations))],
+        top=TOP,
+        even_share=TOP / CONFIG["n_routed_experts"],
+    )
