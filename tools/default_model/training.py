@@ -110,7 +110,7 @@ class Trainer:
         os.replace(partial, self._folder / CHECKPOINT)
 
     def _resume(self) -> None:
-        state = torch.load(self._folder / CHECKPOINT, map_location=self._device)
+        state = torch.load(self._folder / CHECKPOINT, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self._optimizers.load_state_dict(state["optimizers"])
         self.averages = Averages(**state["averages"])
@@ -169,19 +169,21 @@ def lr_scale(recipe: Recipe, step: int) -> float:
 
 
 def bias_speed(recipe: Recipe, step: int) -> float:
-    """gamma of the balance: full for a tenth of the steps, then a third, frozen at the end."""
+    """gamma of the balance: it falls with the learning rate and is nothing at the end."""
     if step >= recipe.steps * (1 - recipe.bias_frozen_share):
         return 0.0
-    early = step < recipe.steps / 10
-    return recipe.bias_speed * (1.0 if early else lr_scale(recipe, step) / 3)
+    return recipe.bias_speed * lr_scale(recipe, step)
 
 
 def _smooth(old: float, new: float) -> float:
+    """NaN stands for no figure, and changes none."""
+    if new != new:
+        return old
     return new if old != old else SMOOTHING * old + (1 - SMOOTHING) * new
 
 
 def _by_domain(losses: Tensor, domains: Tensor) -> list[float]:
-    """Mean loss of each domain."""
-    count = torch.bincount(domains, minlength=len(DOMAINS)).clamp_min(1)
+    """Mean loss of each domain, NaN of one that is not in the batch."""
+    count = torch.bincount(domains, minlength=len(DOMAINS))
     total = torch.bincount(domains, losses.detach(), minlength=len(DOMAINS))
     return (total / count).tolist()
