@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import torch
@@ -59,14 +61,21 @@ def train(
     if not vocabulary.exists():
         train_tokenizer(seed, CONFIG["vocab_size"]).save(str(vocabulary))
     trainer = Trainer(run, load_tokenizer(vocabulary), recipe, device)
+    stopped = _stop_on_ctrl_c()
     with _progress() as progress:
         task = progress.add_task("", total=steps, completed=trainer.step)
-        try:
-            for step in trainer.run():
-                progress.update(task, completed=step, description=_describe(trainer))
-        except KeyboardInterrupt:
-            trainer.save()
-            raise typer.Exit(130) from None
+        for step in trainer.run():
+            progress.update(task, completed=step, description=_describe(trainer))
+            if stopped.is_set():
+                trainer.save()
+                raise typer.Exit(130)
+
+
+def _stop_on_ctrl_c() -> Event:
+    """An event that Ctrl-C sets, so that a step is never cut in the middle."""
+    stopped = Event()
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    return stopped
 
 
 @app.command()
