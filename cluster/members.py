@@ -91,9 +91,16 @@ def model_info(config: ShoalConfig) -> ModelInfo:
         config.model_name,
         model.vocab_size,
         context,
-        temperature=float(defaults.get("temperature", 1.0)),
+        temperature=_default_temperature(defaults),
         top_p=float(defaults.get("top_p", 1.0)),
     )
+
+
+def _default_temperature(generation: dict[str, Any]) -> float:
+    """Of requests that name none; `do_sample: false` asks for greedy, which is temperature 0."""
+    if generation.get("do_sample") is False:
+        return 0.0
+    return float(generation.get("temperature", 1.0))
 
 
 class PlacementMember:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.messages import SamplingParams, TokenOutput
+from cluster.config import parse_config
 from cluster.errors import (
     DeadlineExceeded,
     EngineFailed,
@@ -31,6 +35,7 @@ from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.request import GenerateRequest, Prompt
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.members import model_info
 from cluster.tokenizer import Tokenizer
 from tests.fakes import TIMEOUT_S, FakeEngine
 from tests.serving import CONTEXT, EOS, VOCAB_SIZE, ids_of, make_service, write_tokenizer
@@ -94,6 +99,38 @@ def test_defaults(serve: Callable[..., InferenceService]) -> None:
     assert submit.params.seed is not None
     assert submit.deadline_s is None
     assert submit.emitted_ids == []
+
+
+def test_a_greedy_model_samples_only_when_asked(serve: Callable[..., InferenceService]) -> None:
+    engine = FakeEngine(HELLO)
+    service = serve(engine)
+    service.model = replace(service.model, temperature=0.0)
+    run(collect(service.chat(chat_body())))
+    run(collect(service.chat(chat_body(temperature=0.7))))
+    greedy, sampled = (submit.params for submit in engine.submitted)
+    assert (greedy.temperature, greedy.seed) == (0.0, None)
+    assert sampled.temperature == 0.7 and sampled.seed is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({}, 1.0),
+        ({"temperature": 0.3}, 0.3),
+        ({"do_sample": True, "temperature": 0.6}, 0.6),
+        ({"do_sample": False}, 0.0),
+        ({"do_sample": False, "temperature": 0.6}, 0.0),
+    ],
+)
+def test_temperature_that_a_checkpoint_recommends(
+    settings: dict[str, Any],
+    temperature: float,
+    tmp_path: Path,
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    shutil.copy(checkpoint_dir("v3") / "config.json", tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert model_info(parse_config({"model": tmp_path})).temperature == temperature
 
 
 def test_completions_stop_after_16_tokens_unless_told(
