@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import ConfigError, ShoalConfig, parse_config
+from cluster.config import SECRET_VARIABLE, ConfigError, ShoalConfig, parse_config
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.members import (
     AttentionMember,
@@ -30,7 +30,6 @@ from cluster.members import (
 )
 from experts.kernels.runtime import configure_threads
 
-SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 ENDPOINT_TIMEOUT_S = 5.0
 GRACEFUL_SHUTDOWN_S = 30.0
 

@@ -18,6 +18,8 @@ from router.config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
+"""Environment variable with the secret that members of a cluster prove to each other, in hex."""
 
 
 class ConfigError(ValueError):

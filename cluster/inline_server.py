@@ -7,6 +7,7 @@ import time
 
 import uvicorn
 
+from cluster import machine_code
 from cluster.config import ConfigError, ShoalConfig
 from cluster.inline import InlineCluster
 
@@ -15,7 +16,7 @@ class InlineServer:
     """An inline cluster behind HTTP on this machine (gRPC needs Serve's proxy)."""
 
     dashboard_url: str | None = None
-    stage = "starting the workers"
+    stage = "loading"
 
     def __init__(self, config: ShoalConfig) -> None:
         self._config = config
@@ -25,6 +26,10 @@ class InlineServer:
 
     def start(self) -> None:
         """Returns once HTTP answers; weights may still load (see /readyz)."""
+        if machine_code.is_missing():
+            self.stage = machine_code.STAGE
+            machine_code.compile_all()
+        self.stage = "starting the workers"
         self._cluster = InlineCluster(self._config)
         listen = self._config.listen
         self._server = uvicorn.Server(

@@ -12,14 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cluster import serve_proxy
-from cluster.config import ConfigError, ShoalConfig
+from cluster import machine_code, serve_proxy
+from cluster.config import SECRET_VARIABLE, ConfigError, ShoalConfig
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "shoal"
 FREE_PORTS = range(20_000, 30_000)
-SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 GRPC_SERVICERS = (
     "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
@@ -59,6 +58,7 @@ class LocalCluster:
         self._config = config
         self._dashboard = dashboard
         self._sockets = Path(tempfile.mkdtemp(prefix="shoal-"))
+        self._kernels = machine_code.Compilation()
         self.dashboard_url: str | None = None
         self.stage = "starting Ray"
         """What `start` is at, for people."""
@@ -69,7 +69,11 @@ class LocalCluster:
         self.deploy(self._config)
 
     def start_ray(self) -> None:
-        """A Ray of our own, with Serve's proxies: a cluster that happens to run is left alone."""
+        """A Ray of our own, with Serve's proxies: a cluster that happens to run is left alone.
+
+        Missing machine code is compiled meanwhile; `deploy` waits for it.
+        """
+        self._kernels.start()
         os.environ.update(serve_proxy.environment(self._config.listen.host))
         os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -109,6 +113,9 @@ class LocalCluster:
 
         from cluster.app import build_app
 
+        if self._kernels.is_running:
+            self.stage = machine_code.STAGE
+        self._kernels.wait()
         self.stage = "starting the workers"
         if config.runtime_dir is None:
             config = config.model_copy(update={"runtime_dir": self._sockets})
@@ -134,6 +141,7 @@ class LocalCluster:
         """End Ray and all its processes, at once if `drain` was not called."""
         import ray
 
+        self._kernels.stop()
         ray.shutdown()
         shutil.rmtree(self._sockets, ignore_errors=True)
 

@@ -6,6 +6,7 @@
     worker.py    the router of a process                  batcher.py   merges what waits for it
     client.py    how attention calls a router             errors.py    what callers may catch
     weights.py   checkpoint names of the gates            config.py    times, sizes, switches
+    compiled.py  kernels ready before the first token     kernels/     compiled loops
 
 pair: one (token row, logical expert) with its weight; a token has k of them.
 lane: one thread with its own connections to the expert workers.

@@ -20,11 +20,10 @@ from experts.channel.frame import (
 )
 from experts.client import ExpertClient
 from experts.hop import Fault, Hop
-from experts.kernels.finite import all_finite
 from experts.snapshots import SnapshotBoard
 from router.config import RouterConfig
 from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
-from router.exchange import NO_PAIRS, Exchange, ExchangeCounters, OpenHop, Pending
+from router.exchange import Exchange, ExchangeCounters, OpenHop, Pending
 from router.gate import GateSpec, GateWeights, choose
 from router.table import RoutingTable
 
@@ -53,15 +52,6 @@ class Lane:
         self._width = next(iter(gates.values())).weight.shape[1]
         self._max_rows = min(config.max_batch_rows, self._rows_per_frame(limits))
         self._flat_rows = np.repeat(np.arange(self._max_rows), spec.top_k)
-
-    def warm_up(self) -> None:
-        """Compile the kernels now: the first token would wait some seconds for them."""
-        layer, gate = next(iter(self._gates.items()))
-        x = torch.zeros(1, self._width)
-        choose(x, gate, self._spec)
-        all_finite(x.numpy())
-        nothing = Pairs(NO_PAIRS, NO_PAIRS, NO_PAIRS.astype(np.float32))
-        plan_pairs(nothing, self._table.holders(layer), self._table.everyone, self._table.nobody)
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
         """Gate x [T, d] float32 and send it to the experts; x must not change until `finish`.

@@ -22,6 +22,7 @@ from experts.client import ExpertClient
 from experts.health import HopTimer, Quarantine, WorkerHealth
 from experts.snapshots import SnapshotBoard
 from router.batcher import Batcher, MicroBatch
+from router.compiled import compile_kernels
 from router.config import RouterConfig
 from router.errors import ExpertsUnavailable, RouterError
 from router.exchange import ExchangeCounters, Pending
@@ -58,8 +59,8 @@ class RouterWorker:
         self._spec = spec
         self._board = board
         self._client_factory = client_factory
+        compile_kernels()  # the first token would wait some seconds for them
         self._own_lane = self._new_lane()
-        self._own_lane.warm_up()
         self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
         self._lanes: list[Lane] = []
         self._threads: list[threading.Thread] = []

@@ -77,7 +77,8 @@ def _open_inline(spec: Spec) -> System:
 
 def _open_ray(spec: Spec) -> System:
     """A local Ray with the application, and an ingress member more: this process."""
-    from cluster.launcher import APP_NAME, SECRET_VARIABLE, LocalCluster
+    from cluster.config import SECRET_VARIABLE
+    from cluster.launcher import APP_NAME, LocalCluster
     from cluster.members import IngressMember, Site
 
     config = _config(spec)

@@ -139,18 +139,32 @@ def machine_code_folder(*sources: Path) -> Iterator[Path]:
         numba.config.CACHE_DIR = before
 
 
+def cache_folder() -> Path | None:
+    """Where machine code outlives this process: NUMBA_CACHE_DIR, else the user's cache folder;
+    None when that cannot be written."""
+    try:
+        folder = _chosen_cache()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _chosen_cache() -> Path:
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache"
+    return Path(home) / "shoal" / "kernels"
+
+
 def _writable_cache() -> Path:
     """The user's cache folder, or a private one of this process when that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path("~").expanduser() / ".cache")
-    folder = Path(home) / "shoal" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
+    folder = cache_folder()
+    if folder is not None:
+        return folder
     private = Path(tempfile.mkdtemp(prefix="shoal-kernels-"))
-    logger.warning("%s cannot be written: kernels are compiled anew, in %s", folder, private)
+    logger.warning("no cache can be written: kernels are compiled anew, in %s", private)
     return private
 
 
