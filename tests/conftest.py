@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -54,22 +53,8 @@ def hf_model(checkpoint_dir: Callable[[str], Path]) -> Callable[[str], Any]:
 
     @cache
     def model(preset: str) -> Any:
-        import torch
+        from tests.huggingface import load_model
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # transformers and accelerate warn at import and load
-            from transformers import AutoModelForCausalLM
-            from transformers.utils import logging
-
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            loaded = AutoModelForCausalLM.from_pretrained(
-                checkpoint_dir(preset),
-                dtype=torch.float32,
-                attn_implementation="eager",
-                experts_implementation="eager",
-            )
-        # Of an fp8 file only the dequantised matrices come out float32, whatever dtype says.
-        return loaded.eval().float()
+        return load_model(checkpoint_dir(preset))
 
     return model
