@@ -66,7 +66,7 @@ class Recipe:
     """What training does, in steps and tokens; the defaults made the file that ships."""
 
     seed: int = 20261122
-    steps: int = 3600
+    steps: int = 3000
     rows: int = 16
     """Sequences a step."""
     length: int = 256
