@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from default_model.evaluation import TOP, Evaluation
+from default_model.evaluation import TOP, DomainGrade, Evaluation
 from default_model.settings import CONFIG, Recipe
 
 SAMPLE_PROMPTS = (
@@ -41,11 +41,25 @@ def model_card(
         run=run,
         num_parameters=num_parameters,
         num_bytes=num_bytes,
-        grades=evaluation.grades,
+        grades=[_grade_fields(grade) for grade in evaluation.grades],
         samples=evaluation.samples,
         acceptance=evaluation.acceptance,
-        max_violations=evaluation.max_violations,
+        max_violations=[f"{value:.2f}" for value in evaluation.max_violations],
         layers=[first + i for i in range(len(evaluation.max_violations))],
         top=TOP,
-        even_share=TOP / CONFIG["n_routed_experts"],
     )
+
+
+def _grade_fields(grade: DomainGrade) -> dict[str, Any]:
+    """What the tables of the card show of a domain."""
+    even_share = TOP / CONFIG["n_routed_experts"]
+    return {
+        "domain": grade.domain,
+        "loss": grade.loss,
+        "num_items": grade.num_items,
+        "num_right": grade.num_right,
+        "num_ended": grade.num_ended,
+        "num_drafts": grade.num_drafts,
+        "num_accepted": grade.num_accepted,
+        "multiples": [f"{share / even_share:.1f}x" for share in grade.top_shares],
+    }

@@ -111,7 +111,7 @@ def _grade(
 ) -> DomainGrade:
     texts = [_text(tokenizer, answer) for answer in answers]
     right = [d.is_right(text) for d, text in zip(dialogues, texts, strict=True)]
-    loss, loads = _loss_and_loads(model, tokenizer, dialogues)
+    loss, loads = loss_and_loads(model, tokenizer, dialogues)
     drafts = [_count_accepted(model, p, a) for p, a in zip(prompts, answers, strict=True)]
     wrong = [
         (dialogue.turns[-2][1], text)
@@ -131,7 +131,7 @@ def _grade(
     )
 
 
-def _loss_and_loads(
+def loss_and_loads(
     model: DeepseekV3, tokenizer: Tokenizer, dialogues: list[Dialogue]
 ) -> tuple[float, Tensor]:
     """Mean loss of the assistant's tokens, and the share of rows by expert [L, E]."""
