@@ -1,7 +1,7 @@
 """Machine code of all CPU kernels, compiled once on a machine before its workers look for it.
 
-Workers that find none on disk compile it themselves: half a minute of work, most of it in each of the
-four at a first start, all at once.
+Workers that find none on disk compile it themselves: half a minute of work, most of it again in
+each of the four, all at once.
 """
 
 from __future__ import annotations
