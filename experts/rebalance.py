@@ -1,0 +1,163 @@
+"""Move replicas to where the load is, a few at a time: measured loads -> the next table. Pure.
+
+What is optimised: the sum over the layers of the busiest worker's load. A layer is a
+synchronisation point, a token's step waits there for the busiest worker; workers that are even in
+every layer are even in total, not the other way round. The load of a unit is split evenly over its
+replicas.
+
+How: EPLB's greedy, from where the table stands. In the layer with the most to gain, a unit of the
+busiest worker, so that the peak falls furthest, gets a further replica on the lightest worker that
+has a slot, or has a replica moved there or given up. Slots come from the coldest replicas.
+`placement.replan` heals and fills; this module only improves a table that is in place.
+
+Safe when all drops come before the loads, as the roster publishes them: at every moment each unit
+has a holder that held it before the step and holds it after. So a unit that one worker alone holds
+moves in two steps, a copy and then a drop. Slots that end up empty stay so until a step, or
+`replan`, fills them.
+
+A step at V3 size (58 layers of 256 experts, 64 workers) takes 0.6 s of one loaded core at most.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+
+from experts.eplb import balancedness
+from experts.placement import ExpertKey, ExpertSpace, Table, Unit
+from experts.relief import room_for_relief, search
+from experts.slot_board import Action, Loads, SlotBoard
+
+_REAL = 1e-9  # relative; below it a gain is a rounding error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a step may change, and what it must be good for.
+
+    `max_moves`: slots loaded in a step, at most. `min_gain`: share of the busiest worker's load
+    that each change must take off it, and all changes to a layer off the layer's peak.
+    """
+
+    max_moves: int
+    min_gain: float = 0.02
+
+
+@dataclass(frozen=True)
+class Move:
+    """One slot of a worker: the unit it loads (None: left empty), the one it drops first."""
+
+    worker: str
+    gains: Unit | None
+    loses: Unit | None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Balancedness (mean / max of the workers' loads) by layer and of their totals."""
+
+    by_layer: Mapping[int, float]
+    in_total: float
+    objective: float  # sum over the layers of the busiest worker's load
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every worker shall hold, how that differs from now, what it is predicted to bring."""
+
+    table: dict[str, list[ExpertKey]]
+    moves: tuple[Move, ...]
+    before: Balance
+    after: Balance
+
+
+def rebalance(
+    space: ExpertSpace, slots: Mapping[str, int], table: Table, loads: Loads, limits: Limits
+) -> Plan:
+    """One step towards even load; no moves if there is nothing worth one.
+
+    `slots`: worker_id -> number. `loads`: layer -> rows of each logical expert [E], as
+    `LoadCounter.totals`. Workers count as equally fast. Repeated under unchanged loads it comes to
+    rest: every step lowers the objective, or (one load, no slot to be had where it is needed) makes
+    room for a step that does. Units without a holder are left to `replan`. Raises PlacementError.
+    """
+    before = SlotBoard.of_table(space, slots, table, loads)
+    actions: list[Action] = []
+    if limits.max_moves >= space.unit_size:
+        actions = _improve(before, limits) or _make_room(before, limits)
+    after = _apply(before, actions)
+    return Plan(after.table(), tuple(_moves(before, after)), _balance(before), _balance(after))
+
+
+def _apply(board: SlotBoard, actions: Collection[Action]) -> SlotBoard:
+    after = board.next_step()
+    for action in actions:
+        after.apply(action)
+    return after.next_step()
+
+
+def _moves(before: SlotBoard, after: SlotBoard) -> Iterator[Move]:
+    gained: list[list[Unit]] = [[] for _ in before.workers]
+    lost: list[list[Unit]] = [[] for _ in before.workers]
+    for unit, holders in before.holders.items():
+        for worker in set(after.holders[unit]).difference(holders):
+            gained[worker].append(unit)
+        for worker in set(holders).difference(after.holders[unit]):
+            lost[worker].append(unit)
+    for name, gains, loses in zip(before.workers, gained, lost, strict=True):
+        yield from (Move(name, *pair) for pair in zip_longest(gains, loses))
+
+
+def _balance(board: SlotBoard) -> Balance:
+    by_layer = {layer: balancedness(row) for layer, row in board.rows.items()}
+    total = np.sum(list(board.rows.values()), axis=0)
+    return Balance(by_layer, balancedness(total), board.objective)
+
+
+def _improve(start: SlotBoard, limits: Limits) -> list[Action]:
+    """Actions within the budget, [] if they would gain nothing.
+
+    Searched without the budget, so that a layer that has little to gain in all, which is left
+    alone, is told from one that is only begun.
+    """
+    layers = set(start.space.moe_layers)
+    while True:
+        board = start.next_step()
+        found = search(board, layers, limits.min_gain)
+        touched = {layer for layer, _ in found}
+        poor = {
+            layer
+            for layer in touched
+            if start.peak[layer] - board.peak[layer] < limits.min_gain * start.peak[layer]
+        }
+        if not poor:
+            break
+        layers = touched - poor
+    chosen = _within(limits.max_moves // start.space.unit_size, [action for _, action in found])
+    gains = _apply(start, chosen).objective < start.objective * (1 - _REAL)
+    return chosen if gains else []
+
+
+def _within(budget: int, actions: list[Action]) -> list[Action]:
+    """The first actions that load no more than `budget` units."""
+    loads = 0
+    for index, action in enumerate(actions):
+        loads += sum(change.gains is not None for change in action)
+        if loads > budget:
+            return actions[:index]
+    return actions
+
+
+def _make_room(start: SlotBoard, limits: Limits) -> list[Action]:
+    """Where only full workers could take load: copy a cold unit of one to a slot elsewhere.
+
+    The next step drops it there. Accepted only if that step would gain, and no peak rises now.
+    """
+    for layer in sorted(start.rows, key=start.excess, reverse=True):
+        if start.excess(layer) <= limits.min_gain * start.peak[layer]:
+            break
+        copy = room_for_relief(start, layer, limits.min_gain)
+        if copy:
+            return [copy] if _improve(_apply(start, [copy]), limits) else []
+    return []
