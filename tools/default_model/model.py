@@ -15,6 +15,11 @@ from default_model.grouped import GroupedSwiglu
 from experts.config import ModelConfig
 from router.gate import GateSpec, select_experts_torch
 
+PEAK_ROWS = 2
+"""Sequences of a batch in which the largest attention scores are looked for."""
+FASTEST_SHRINK = 0.95
+"""Of a head's scores in one step; faster, the layers after it could not follow."""
+
 
 class RmsNorm(nn.Module):
     """x / rms(x) * weight over the last axis."""
@@ -36,6 +41,7 @@ class Attention(nn.Module):
         if c.q_lora_rank is None:
             raise ValueError("this trainer makes models with q_lora_rank")
         self.config, heads = c, c.num_attention_heads
+        self.peaks = torch.zeros(heads)  # largest scores of the last pass, by head
         self.q_a_proj = _linear(c.hidden_size, c.q_lora_rank)
         self.q_a_layernorm = RmsNorm(c.q_lora_rank, c.rms_norm_eps)
         self.q_b_proj = _linear(c.q_lora_rank, heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))
@@ -57,10 +63,29 @@ class Attention(nn.Module):
         k_pe = _turn(k_pe.unsqueeze(2), angles).expand(-1, -1, c.num_attention_heads, -1)
         q = torch.cat([q_nope, _turn(q_pe, angles)], dim=-1).transpose(1, 2)
         k = torch.cat([k_nope, k_pe], dim=-1).transpose(1, 2)
+        if self.training:
+            self.peaks = _peaks(q[:PEAK_ROWS].detach(), k[:PEAK_ROWS].detach(), mask)
         mixed = F.scaled_dot_product_attention(
             q, k, v.transpose(1, 2), attn_mask=mask, is_causal=mask is None
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def clip_scores(self, limit: float) -> None:
+        """Shrink the query and key weights of heads whose scores passed `limit` (QK-clip, Kimi K2).
+
+        Muon's steps do not shrink, so scores would grow until every head looks at one token with
+        all its weight and learns nothing more. The rope key is shared by the heads and stays.
+        """
+        c = self.config
+        factor = (limit / self.peaks.clamp_min(limit)).clamp_min(FASTEST_SHRINK)
+        factor = factor.view(-1, 1, 1)  # [H, 1, 1]
+        heads, nope = c.num_attention_heads, c.qk_nope_head_dim
+        query = self.q_b_proj.weight.view(heads, -1, self.q_b_proj.in_features)
+        query[:, :nope] *= factor.sqrt()
+        query[:, nope:] *= factor
+        key = self.kv_b_proj.weight.view(heads, -1, self.kv_b_proj.in_features)
+        key[:, :nope] *= factor.sqrt()
 
 
 class Mlp(nn.Module):
@@ -189,6 +214,10 @@ class DeepseekV3(nn.Module):
         drafted = self.next_token.draft(hidden, self.embed_tokens(next_ids), angles, mask)
         return self.lm_head(drafted)
 
+    def attentions(self) -> list[Attention]:
+        """Of the main layers, then of the next-token module."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def gates(self) -> list[Gate]:
         """The gates of the main MoE layers, then the next-token module's."""
         return [module for module in self.modules() if isinstance(module, Gate)]
@@ -202,3 +231,11 @@ def _turn(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate interleaved pairs: x [B, T, H, r] by angles [T, r/2] complex."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * angles[:, None]).flatten(-2)
+
+
+def _peaks(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Largest score of each head [H]; q, k [B, H, T, r], mask [B, 1, T, T] or None: causal."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask[: len(q)], -torch.inf).amax(dim=(0, 2, 3))

@@ -66,7 +66,7 @@ class Recipe:
     """What training does, in steps and tokens; the defaults made the file that ships."""
 
     seed: int = 20261122
-    steps: int = 3000
+    steps: int = 3200
     rows: int = 16
     """Sequences a step."""
     length: int = 256
@@ -79,7 +79,13 @@ class Recipe:
     warmup_steps: int = 60
     decay_share: float = 0.25
     """The last part of the steps, in which the learning rate falls linearly to nothing."""
+    max_score: float = 30.0
+    """Attention scores above this shrink their head's query and key weights."""
     weight_decay: float = 0.01
+    turn_gates_at: float = 0.5
+    """Share of the steps after which the gates are turned toward the domains, once."""
+    turn_strength: float = 0.7
+    """Logits that a domain's own experts gain per standard deviation of its direction."""
     mtp_from: float = 0.5
     """Share of the steps after which the next-token module trains too."""
     mtp_weight: float = 0.3

@@ -18,6 +18,7 @@ from torch import Tensor
 from default_model.batches import IGNORED, Batch, Batches
 from default_model.corpus.domains import DOMAINS
 from default_model.first_weights import set_first_weights
+from default_model.gate_turn import turn_gates
 from default_model.model import DeepseekV3
 from default_model.optimizer import Optimizers
 from default_model.settings import Recipe, model_config
@@ -27,6 +28,7 @@ LOG = "log.jsonl"
 CHECKPOINT_EVERY_S = 120.0
 REPORT_EVERY = 20
 SMOOTHING = 0.95
+NUM_TURN_BATCHES = 8
 MTP_ROWS = 4
 """One row of this many trains the next-token module before the learning rate falls."""
 
@@ -74,6 +76,8 @@ class Trainer:
         saved_at = time.monotonic()
         while self.step < self._recipe.steps:
             started = time.monotonic()
+            if self.step == round(self._recipe.turn_gates_at * self._recipe.steps):
+                self._turn_gates()
             self._train_step()
             self.train_s += time.monotonic() - started
             if self.step % REPORT_EVERY == 0:
@@ -93,6 +97,7 @@ class Trainer:
             "train_s": round(self.train_s),
             "loss": losses,
             "mtp_loss": round(self.averages.mtp_loss, 4),
+            "max_score": round(max(float(a.peaks.max()) for a in self.model.attentions()), 1),
             "max_vio": [round(x, 2) for x in self.averages.max_violations()],
         }
 
@@ -117,6 +122,11 @@ class Trainer:
         for name in ("step", "num_tokens", "train_s"):
             setattr(self, name, state[name])
 
+    def _turn_gates(self) -> None:
+        unseen = (self._recipe.steps + i for i in range(NUM_TURN_BATCHES))
+        batches = [self._batches.batch(step).to(self._device) for step in unseen]
+        turn_gates(self.model, batches, self._recipe.turn_strength)
+
     def _train_step(self) -> None:
         batch = self._batches.batch(self.step).to(self._device)
         with torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
@@ -126,6 +136,8 @@ class Trainer:
         (losses.mean() + self._recipe.mtp_weight * mtp_loss).backward()
         self._optimizers.step(lr_scale(self._recipe, self.step))
         loads = [gate.load for gate in self.model.gates()]
+        for attention in self.model.attentions():
+            attention.clip_scores(self._recipe.max_score)
         for gate in self.model.gates():
             gate.balance(bias_speed(self._recipe, self.step))
         self.averages.update(_by_domain(losses, domains), mtp_loss.item(), loads)
