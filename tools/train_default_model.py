@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.progress import (
 
 from default_model.export import export as write_files
 from default_model.settings import CONFIG, Recipe
-from default_model.training import CHECKPOINT, LOG, Trainer, load_model
+from default_model.training import RecipeChanged, Trainer, load_run
 from default_model.vocabulary import load_tokenizer, train_tokenizer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -35,7 +34,7 @@ Run = Annotated[Path, typer.Option(help="Folder of the run: tokenizer, checkpoin
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "cluster/models/shoal-tiny"
 HEAT_MAP = ROOT / "docs/default-model-experts.png"
-DEFAULT_RUN = Path("build/default-model")
+DEFAULT_RUN = ROOT / "runs/default-model"
 
 
 @app.callback()
@@ -55,13 +54,17 @@ def train(
     recipe = replace(Recipe(), steps=steps, seed=seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
     torch.set_num_threads(threads or os.cpu_count() or 1)
     run.mkdir(parents=True, exist_ok=True)
     vocabulary = run / "tokenizer.json"
     if not vocabulary.exists():
         train_tokenizer(seed, CONFIG["vocab_size"]).save(str(vocabulary))
-    trainer = Trainer(run, load_tokenizer(vocabulary), recipe, device)
-    stopped = _stop_on_ctrl_c()
+    try:
+        trainer = Trainer(run, load_tokenizer(vocabulary), recipe, device)
+    except RecipeChanged as error:
+        raise typer.BadParameter(str(error)) from None
+    stopped = _stop_on_signal()
     with _progress() as progress:
         task = progress.add_task("", total=steps, completed=trainer.step)
         for step in trainer.run():
@@ -71,10 +74,11 @@ def train(
                 raise typer.Exit(130)
 
 
-def _stop_on_ctrl_c() -> Event:
-    """An event that Ctrl-C sets, so that a step is never cut in the middle."""
+def _stop_on_signal() -> Event:
+    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in the middle."""
     stopped = Event()
-    signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
     return stopped
 
 
@@ -85,13 +89,13 @@ def export(
 ) -> None:
     """Write the run's model as a checkpoint folder: fp8 weights, tokenizer, configs."""
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    num_bytes = write_files(load_model(run / CHECKPOINT), tokenizer, out)
+    model, story = load_run(run)
+    num_bytes = write_files(model, tokenizer, story, out)
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB of weights")
 
 
 @app.command()
 def evaluate(
-    run: Run = DEFAULT_RUN,
     folder: Annotated[Path, typer.Option(help="The checkpoint folder to grade.")] = SHIPPED,
     items: Annotated[int, typer.Option(min=1, help="Held-out items a domain.")] = 200,
     figure: Annotated[Path, typer.Option(help="Where the heat map goes.")] = HEAT_MAP,
@@ -102,11 +106,7 @@ def evaluate(
     from default_model.figures import save_heat_map
 
     result = grade(folder, items, SAMPLE_PROMPTS)
-    model = load_model(run / CHECKPOINT)
-    figures = json.loads((run / LOG).read_text().splitlines()[-1])
-    num_bytes = (folder / "model.safetensors").stat().st_size
-    num_parameters = sum(weight.numel() for weight in model.parameters())
-    card = model_card(result, figures, num_parameters, num_bytes)
+    card = model_card(result, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     save_heat_map(result, CONFIG["first_k_dense_replace"], figure)
     typer.echo(card)

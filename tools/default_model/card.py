@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from default_model.evaluation import TOP, DomainGrade, Evaluation
-from default_model.settings import CONFIG, Recipe
+from default_model.export import TRAINING
+from default_model.restore import restore
+from default_model.settings import CONFIG
 
 SAMPLE_PROMPTS = (
     "Tell me a story about a brave fox named Pip.",
@@ -24,10 +26,8 @@ SAMPLE_PROMPTS = (
 )
 
 
-def model_card(
-    evaluation: Evaluation, run: dict[str, Any], num_parameters: int, num_bytes: int
-) -> str:
-    """Markdown; `run` is the last line of the training log."""
+def model_card(evaluation: Evaluation, folder: Path) -> str:
+    """Markdown about the checkpoint in `folder`, from its evaluation and its own files."""
     environment = Environment(  # noqa: S701 (Markdown of our own, no HTML of others)
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -37,10 +37,9 @@ def model_card(
     first = CONFIG["first_k_dense_replace"]
     return environment.get_template("card.md.j2").render(
         config=CONFIG,
-        recipe=asdict(Recipe()) | {"steps": run["step"]},
-        run=run,
-        num_parameters=num_parameters,
-        num_bytes=num_bytes,
+        run=json.loads((folder / TRAINING).read_text(encoding="utf-8")),
+        num_parameters=sum(weight.numel() for weight in restore(folder).parameters()),
+        num_bytes=(folder / "model.safetensors").stat().st_size,
         grades=[_grade_fields(grade) for grade in evaluation.grades],
         samples=evaluation.samples,
         acceptance=evaluation.acceptance,
@@ -61,5 +60,6 @@ def _grade_fields(grade: DomainGrade) -> dict[str, Any]:
         "num_ended": grade.num_ended,
         "num_drafts": grade.num_drafts,
         "num_accepted": grade.num_accepted,
+        "wrong": grade.wrong,
         "multiples": [f"{share / even_share:.1f}x" for share in grade.top_shares],
     }

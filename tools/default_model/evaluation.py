@@ -24,6 +24,8 @@ from default_model.vocabulary import load_tokenizer
 ROW_TOKENS = 256
 ROWS_AT_ONCE = 32
 TOP = 4
+DRAWS_PER_ITEM = 20
+NUM_WRONG_SHOWN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +75,37 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(folder: Path, num_items: int, sample_prompts: Sequence[str]) -> Evaluation:
-    """Grade a checkpoint folder on `num_items` held-out dialogues of each domain."""
+    """Grade a checkpoint folder on up to `num_items` held-out dialogues of each domain."""
     model, tokenizer = restore(folder), load_tokenizer(folder / "tokenizer.json")
     items = {domain: held_out_dialogues(domain, num_items) for domain in DOMAINS}
     prompts = [prompt_ids(tokenizer, d.turns[:-1]) for part in items.values() for d in part]
     asked = [prompt_ids(tokenizer, [("user", text)]) for text in sample_prompts]
     answers = greedy_answers(folder, prompts + asked)
-    grades = []
-    for number, (domain, dialogues) in enumerate(items.items()):
-        own = slice(number * num_items, (number + 1) * num_items)
+    grades, start = [], 0
+    for domain, dialogues in items.items():
+        own = slice(start, start + len(dialogues))
         grades.append(_grade(model, tokenizer, domain, dialogues, prompts[own], answers[own]))
+        start = own.stop
     texts = [_text(tokenizer, answer) for answer in answers[len(prompts) :]]
     return Evaluation(tuple(grades), tuple(zip(sample_prompts, texts, strict=True)))
 
 
 def held_out_dialogues(domain: str, count: int) -> list[Dialogue]:
-    """The same items at every call."""
-    return [DOMAINS[domain](Random(f"evaluation {domain} {i}"), True) for i in range(count)]
+    """At most `count` different items, the same at every call; a small domain has fewer."""
+    found: dict[tuple[object, ...], Dialogue] = {}
+    for number in range(DRAWS_PER_ITEM * count):
+        dialogue = DOMAINS[domain](Random(f"evaluation {domain} {number}"), True)
+        found.setdefault(tuple(_plain(text) for _, text in dialogue.turns), dialogue)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def _plain(text: str) -> str:
+    """A turn without what `casual` changes: the same question asked politely is the same item."""
+    for greeting in ("Hi! ", "Hello! ", "Hey, ", "Please "):
+        text = text.removeprefix(greeting)
+    return text.rstrip("?.").lower()
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
@@ -127,7 +143,7 @@ def _grade(
         num_drafts=sum(total for _, total in drafts),
         num_accepted=sum(accepted for accepted, _ in drafts),
         loads=loads,
-        wrong=tuple(wrong[:5]),
+        wrong=tuple(wrong[:NUM_WRONG_SHOWN]),
     )
 
 

@@ -26,14 +26,21 @@ GENERATION: dict[str, Any] = {
 """Greedy unless a request says otherwise: most of what this model knows has one right answer."""
 
 
-def export(model: DeepseekV3, tokenizer: Tokenizer, folder: Path) -> int:
-    """Write the checkpoint folder; returns the bytes of `model.safetensors`."""
+TRAINING = "training.json"
+
+
+def export(model: DeepseekV3, tokenizer: Tokenizer, story: dict[str, Any], folder: Path) -> int:
+    """Write the checkpoint folder; returns the bytes of `model.safetensors`.
+
+    `story` is how the model came about (`training.load_run`), kept beside it as `training.json`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
     save_file(dict(stored_tensors(model)), weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors makes files that only their owner may read
     tokenizer.save(str(folder / "tokenizer.json"))
     texts = {
+        TRAINING: story,
         "config.json": CONFIG,
         "generation_config.json": GENERATION,
         "tokenizer_config.json": tokenizer_config(CONFIG["max_position_embeddings"]),

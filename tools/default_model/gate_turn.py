@@ -21,6 +21,8 @@ from default_model.corpus.domains import DOMAINS
 from default_model.model import DeepseekV3, Gate
 from default_model.settings import PAD_ID
 
+TINY = 1e-9
+"""Instead of nothing: of a domain without rows or an expert without them."""
 RIDGE = 0.1
 """Of the mean variance: keeps the least squares from using what hardly varies."""
 
@@ -48,14 +50,14 @@ def domain_directions(inputs: Tensor, domains: Tensor) -> Tensor:
     indicator = F.one_hot(domains, len(DOMAINS)).float()
     moments = centered.T @ (indicator - indicator.mean(dim=0)) / len(inputs)
     solution = torch.linalg.solve(covariance + ridge, moments)  # [d, D]
-    return (solution / (centered @ solution).std(dim=0)).T
+    return (solution / (centered @ solution).std(dim=0).clamp_min(TINY)).T
 
 
 def own_experts(rows: Tensor) -> list[list[int]]:
     """[D, E] rows -> the experts of each domain, by turns its most typical one still free."""
     num_domains, num_experts = rows.shape
-    shares = rows / rows.sum(dim=1, keepdim=True)
-    typical = shares / shares.mean(dim=0)
+    shares = rows / rows.sum(dim=1, keepdim=True).clamp_min(1)
+    typical = shares / shares.mean(dim=0).clamp_min(TINY)
     own: list[list[int]] = [[] for _ in range(num_domains)]
     for _ in range(num_experts // num_domains):
         for domain in range(num_domains):

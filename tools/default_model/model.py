@@ -34,14 +34,16 @@ class RmsNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention, naive form."""
+    """Multi-head latent attention, naive form; `peaks`: largest scores of the last pass [H]."""
+
+    peaks: Tensor
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         if c.q_lora_rank is None:
             raise ValueError("this trainer makes models with q_lora_rank")
         self.config, heads = c, c.num_attention_heads
-        self.peaks = torch.zeros(heads)  # largest scores of the last pass, by head
+        self.register_buffer("peaks", torch.zeros(heads), persistent=False)
         self.q_a_proj = _linear(c.hidden_size, c.q_lora_rank)
         self.q_a_layernorm = RmsNorm(c.q_lora_rank, c.rms_norm_eps)
         self.q_b_proj = _linear(c.q_lora_rank, heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))
@@ -105,18 +107,19 @@ class Gate(nn.Module):
     """Scores, and the bias that only chooses; `load` counts the last pass's rows by expert."""
 
     e_score_correction_bias: Tensor
+    load: Tensor
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.spec = GateSpec.of(c)
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
-        self.load = torch.zeros(c.n_routed_experts)
+        self.register_buffer("load", torch.zeros(c.n_routed_experts), persistent=False)
         self.topk_ids = torch.empty(0, c.num_experts_per_tok, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, d] -> ids [T, k] and weights [T, k]."""
-        logits = F.linear(x.float(), self.weight.float())
+        logits = F.linear(x, self.weight)
         ids, weights = select_experts_torch(logits, self.e_score_correction_bias, self.spec)
         self.topk_ids = ids
         self.load = torch.bincount(ids.flatten(), minlength=len(self.weight)).float()
@@ -237,5 +240,6 @@ def _peaks(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """Largest score of each head [H]; q, k [B, H, T, r], mask [B, 1, T, T] or None: causal."""
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        length = scores.shape[-1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~mask[: len(q)], -torch.inf).amax(dim=(0, 2, 3))

@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
             if weight.grad is None:
                 continue
             state = self.state[weight]
-            momentum = state.setdefault("momentum", torch.zeros_like(weight))
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            momentum = state["momentum"]
             momentum.lerp_(weight.grad, 1 - MOMENTUM)
             ahead = weight.grad.lerp_(momentum, MOMENTUM)
             rows, columns = weight.shape[-2] // group["split"], weight.shape[-1]

@@ -1,4 +1,4 @@
-"""The training loop: resumable, one line of figures every few steps, a checkpoint every minutes."""
+"""The training loop: resumable, figures every few steps, a checkpoint every two minutes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,18 @@ LOG = "log.jsonl"
 CHECKPOINT_EVERY_S = 120.0
 REPORT_EVERY = 20
 SMOOTHING = 0.95
+PROGRESS = ("step", "num_tokens", "train_s", "gates_turned")
 NUM_TURN_BATCHES = 8
 MTP_ROWS = 4
 """One row of this many trains the next-token module before the learning rate falls."""
+
+
+class RecipeChanged(ValueError):
+    """A run cannot go on under another recipe: `other` is name -> (now, in the checkpoint)."""
+
+    def __init__(self, folder: Path, other: dict[str, tuple[object, object]]) -> None:
+        text = ", ".join(f"{name} = {now} (was {was})" for name, (now, was) in other.items())
+        super().__init__(f"{folder} holds a run of another recipe: {text}: choose another --run")
 
 
 @dataclass(slots=True)
@@ -67,7 +76,7 @@ class Trainer:
         self.model.to(device)
         self._optimizers = Optimizers(self.model, recipe)
         self.averages = Averages()
-        self.step, self.num_tokens, self.train_s = 0, 0, 0.0
+        self.step, self.num_tokens, self.train_s, self.gates_turned = 0, 0, 0.0, False
         if (folder / CHECKPOINT).exists():
             self._resume()
 
@@ -76,7 +85,7 @@ class Trainer:
         saved_at = time.monotonic()
         while self.step < self._recipe.steps:
             started = time.monotonic()
-            if self.step == round(self._recipe.turn_gates_at * self._recipe.steps):
+            if self.step >= self._recipe.turn_gates_at * self._recipe.steps:
                 self._turn_gates()
             self._train_step()
             self.train_s += time.monotonic() - started
@@ -108,7 +117,7 @@ class Trainer:
             "optimizers": self._optimizers.state_dict(),
             "averages": asdict(self.averages),
             "recipe": asdict(self._recipe),
-            **{name: getattr(self, name) for name in ("step", "num_tokens", "train_s")},
+            **{name: getattr(self, name) for name in PROGRESS},
         }
         partial = self._folder / f"{CHECKPOINT}.partial"
         torch.save(state, partial)
@@ -116,23 +125,41 @@ class Trainer:
 
     def _resume(self) -> None:
         state = torch.load(self._folder / CHECKPOINT, map_location="cpu")
+        other = {
+            name: (value, state["recipe"].get(name))
+            for name, value in asdict(self._recipe).items()
+            if value != state["recipe"].get(name) and name != "steps"
+        }
+        if other:
+            raise RecipeChanged(self._folder, other)
         self.model.load_state_dict(state["model"])
         self._optimizers.load_state_dict(state["optimizers"])
         self.averages = Averages(**state["averages"])
-        for name in ("step", "num_tokens", "train_s"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Drop the lines of steps that the checkpoint has not seen: they come again."""
+        log = self._folder / LOG
+        if log.exists():
+            lines = log.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            log.write_text("".join(f"{line}\n" for line in kept))
 
     def _turn_gates(self) -> None:
+        if self.gates_turned:
+            return
+        self.gates_turned = True
         unseen = (self._recipe.steps + i for i in range(NUM_TURN_BATCHES))
         batches = [self._batches.batch(step).to(self._device) for step in unseen]
         turn_gates(self.model, batches, self._recipe.turn_strength)
 
     def _train_step(self) -> None:
         batch = self._batches.batch(self.step).to(self._device)
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
-            hidden = self.model(batch.ids, batch.mask)
-            losses, domains = self._losses(hidden, batch)
-            mtp_loss = self._mtp_loss(hidden, batch)
+        hidden = self.model(batch.ids, batch.mask)
+        losses, domains = self._losses(hidden, batch)
+        mtp_loss = self._mtp_loss(hidden, batch)
         (losses.mean() + self._recipe.mtp_weight * mtp_loss).backward()
         self._optimizers.step(lr_scale(self._recipe, self.step))
         loads = [gate.load for gate in self.model.gates()]
@@ -167,11 +194,13 @@ class Trainer:
             file.write(json.dumps(self.figures()) + "\n")
 
 
-def load_model(checkpoint: Path) -> DeepseekV3:
-    """The model of a run's checkpoint, on the CPU."""
+def load_run(folder: Path) -> tuple[DeepseekV3, dict[str, Any]]:
+    """The model of a run, on the CPU, and how it came about: recipe, steps, tokens, seconds."""
+    state = torch.load(folder / CHECKPOINT, map_location="cpu")
     model = DeepseekV3(model_config())
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu")["model"])
-    return model.eval()
+    model.load_state_dict(state["model"])
+    story = {name: state[name] for name in ("recipe", "step", "num_tokens", "train_s")}
+    return model.eval(), story
 
 
 def lr_scale(recipe: Recipe, step: int) -> float:

@@ -62,5 +62,5 @@ def pronouns(kind: str, name: str) -> Pronouns:
 
 
 def made_up_name(rng: Random) -> str:
-    """A name that no table has, so that a model learns to copy names it never saw."""
+    """A name of syllables, mostly one that no table has: names of any kind have to be copied."""
     return rng.choice(_STARTS) + rng.choice(_MIDDLES) + rng.choice(_ENDS)
