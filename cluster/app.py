@@ -155,10 +155,11 @@ class IngressReplica(Replica, GrpcMethods):
     ) -> None:
         # The tiers are bound so that Serve starts them; requests reach them over channels.
         self._member = IngressMember(_site(config, secret, placement), _worker_id("ingress"))
-        self.service = self._member.service
+        self.service, self.loads = self._member.service, self._member.loads
 
     async def drain(self) -> None:
         """Take nothing new and return when every open request has ended."""
+        self.loads.close()
         await self.service.drain()
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -50,6 +50,8 @@ class InlineServer:
 
     def drain(self) -> None:
         """Stop listening; uvicorn lets open requests finish."""
+        if self._cluster is not None:
+            self._cluster.ingress.loads.close()  # watches have no end of their own
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join()

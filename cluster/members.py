@@ -21,6 +21,7 @@ from starlette.responses import Response
 from attention.worker import AttentionWorker, context_length, count_blocks
 from cluster.backend import AttentionPool
 from cluster.config import ShoalConfig
+from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.http_guard import json_response
 from cluster.frontend.http_server import build_app
 from cluster.frontend.request import ModelInfo
@@ -30,7 +31,7 @@ from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.directory import Directory
 from experts.directory_client import DirectoryClient
-from experts.messages import Assign, Register, Role
+from experts.messages import Assign, LoadReport, Register, Role
 from experts.placement import ExpertSpace, slots_needed
 from experts.roster import RosterRules
 from experts.snapshots import SnapshotBoard
@@ -137,12 +138,19 @@ class ExpertMember:
             site.secret,
             site.register("experts", worker_id, endpoint, slots),
             on_assign=self._assign,
+            load_source=self._load,
         )
         self._line.start()
 
     def _assign(self, assign: Assign) -> None:
         report = partial(self._line.report_holding, epoch=assign.epoch)
         self.worker.hold(assign.experts, assign.epoch, report)
+
+    def _load(self) -> LoadReport:
+        counter = self.worker.load_counter
+        return LoadReport(
+            window_s=counter.window_s, rows=tuple(map(tuple, counter.totals().values()))
+        )
 
     def close(self) -> None:
         """Leave first, so that nobody sends any more, then finish what is in the queue."""
@@ -225,11 +233,12 @@ class IngressMember:
         )
         register = site.register("ingress", worker_id, "")
         self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
+        self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
         self._line.start()
 
     def http_app(self, *, echo_request_id: bool = True) -> FastAPI:
         """The HTTP API, with the state of the cluster at /status."""
-        app = build_app(self.service, echo_request_id=echo_request_id)
+        app = build_app(self.service, self.loads, echo_request_id=echo_request_id)
 
         @app.get("/status")
         async def status() -> Response:
@@ -265,5 +274,6 @@ class IngressMember:
         self.pool.wait_connected(timeout_s)
 
     def close(self) -> None:
+        self.loads.close()
         self._line.close()
         self.pool.close()

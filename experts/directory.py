@@ -22,13 +22,18 @@ from collections.abc import Callable
 
 from experts.channel.channel import ChannelClosed, ChannelError, Connection, FrameError, Server
 from experts.channel.frame import Frame, Status, reply_to
+from experts.load import LoadBoard
 from experts.messages import (
+    ClusterLoadReply,
     Holding,
+    LoadReport,
+    LoadRequest,
     MessageError,
     Ping,
     Pong,
     Register,
     Snapshot,
+    WorkerRows,
     decode,
     encode,
 )
@@ -101,6 +106,8 @@ class Directory:
         self._clock = clock
         self._lock = threading.Lock()
         self._roster = Roster(rules)
+        self._space = rules.space
+        self._loads = LoadBoard(len(rules.space.moe_layers), rules.space.num_experts)
         self._published = self._roster.snapshot
         self._members: dict[Connection, _Member] = {}
         self._last_tick_s = clock()
@@ -190,6 +197,10 @@ class Directory:
             self._register(message, connection)
         elif isinstance(message, Holding):
             self._hold(message, connection)
+        elif isinstance(message, LoadReport):
+            self._take_load(message, connection)
+        elif isinstance(message, LoadRequest):
+            return encode(self._cluster_load(connection), frame.request_id)
         else:
             raise MessageError(f"control message: {message.type} is for workers only")
         return None
@@ -201,6 +212,7 @@ class Directory:
             older = [m for m in self._members.values() if m.worker_id == register.worker_id]
             for member in older:  # its connection is dead, we just have not noticed
                 del self._members[member.connection]
+            self._loads.drop(register.worker_id)
             now_s = self._clock()
             newcomer = _Member(register.worker_id, connection, now_s)
             self._members[connection] = newcomer
@@ -212,17 +224,48 @@ class Directory:
 
     def _hold(self, holding: Holding, connection: Connection) -> None:
         with self._lock:
-            member = self._members.get(connection)
-            if member is None:
-                raise MessageError("control message: holding: register first")
+            member = self._member_of(connection, holding.type)
             self._roster.hold(member.worker_id, holding.experts)
             self._settle()
+
+    def _take_load(self, report: LoadReport, connection: Connection) -> None:
+        with self._lock:
+            member = self._member_of(connection, report.type)
+            try:
+                self._loads.put(member.worker_id, report.window_s, report.rows)
+            except ValueError as error:
+                raise MessageError(f"control message: {report.type}: {error}") from None
+
+    def _cluster_load(self, connection: Connection) -> ClusterLoadReply:
+        with self._lock:
+            self._member_of(connection, "load_request")
+            snapshot = self._published
+            live = [worker.worker_id for worker in snapshot.workers_of("experts")]
+            load = self._loads.total(live)
+        return ClusterLoadReply(
+            epoch=snapshot.epoch,
+            window_s=load.window_s,
+            layers=self._space.moe_layers,
+            rows=tuple(map(tuple, load.rows.tolist())),
+            workers=tuple(
+                WorkerRows(worker_id=worker, rows=tuple(rows.tolist()))
+                for worker, rows in load.rows_by_worker.items()
+            ),
+        )
+
+    def _member_of(self, connection: Connection, message: str) -> _Member:
+        """Caller holds the lock."""
+        member = self._members.get(connection)
+        if member is None:
+            raise MessageError(f"control message: {message}: register first")
+        return member
 
     def _remove(self, connection: Connection) -> _Member | None:
         """Caller holds the lock, and closes what it gets after releasing it."""
         member = self._members.pop(connection, None)
         if member is not None:
             self._roster.leave(member.worker_id)
+            self._loads.drop(member.worker_id)
         return member
 
     def _forgive(self, now_s: float) -> None:

@@ -2,20 +2,32 @@
 
 One thread connects, registers with what the worker holds, pings and receives, for as long as the
 worker lives; when the line breaks it starts over, with growing pauses. A second thread runs
-`on_assign`, which may take minutes, so that loading never looks like death.
+`on_assign`, which may take minutes, so that loading never looks like death. Any thread may ask for
+the cluster's load.
 """
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
 
-from experts.channel.channel import ChannelError, ChannelTimeout, Connection, connect
+from experts.channel.channel import (
+    ChannelClosed,
+    ChannelError,
+    ChannelTimeout,
+    Connection,
+    connect,
+)
 from experts.channel.frame import Frame, Status
 from experts.messages import (
     Assign,
+    ClusterLoadReply,
     Holding,
+    LoadReport,
+    LoadRequest,
     MessageError,
     Ping,
     Pong,
@@ -33,6 +45,7 @@ MAX_PAUSE_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
 SEND_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 2.0
 MISSED_PINGS = 3
 
 
@@ -44,6 +57,7 @@ class DirectoryClient:
     `on_assign(assign)` runs in a thread of its own, one at a time; of several that came meanwhile
     only the newest is run, and one that raises is run again after `retry_assign_s`. It should load
     and then call `report_holding`; during a long load also about once a second.
+    `load_source()` gives an expert worker's load; with each ping it is told if it has changed.
     """
 
     def __init__(
@@ -53,6 +67,7 @@ class DirectoryClient:
         register: Register,
         on_snapshot: Callable[[Snapshot], None] | None = None,
         on_assign: Callable[[Assign], None] | None = None,
+        load_source: Callable[[], LoadReport] | None = None,
         *,
         ping_interval_s: float = 1.0,
         retry_assign_s: float = 2.0,
@@ -63,6 +78,7 @@ class DirectoryClient:
         self._register = register
         self._on_snapshot = on_snapshot
         self._on_assign = on_assign
+        self._load_source = load_source
         self._ping_interval_s = ping_interval_s
         self._retry_assign_s = retry_assign_s
         self._clock = clock
@@ -71,6 +87,8 @@ class DirectoryClient:
         self._line: Connection | None = None
         self._snapshot: Snapshot | None = None
         self._assign: Assign | None = None
+        self._questions: dict[int, Future[ClusterLoadReply]] = {}  # by request id
+        self._question_ids = itertools.count(1)
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._last_error = ""
@@ -127,6 +145,24 @@ class DirectoryClient:
                     message = Holding(epoch=epoch, experts=self._holds)
                     self._line.send(encode(message), SEND_TIMEOUT_S)
 
+    def ask_load(self, timeout_s: float = LOAD_TIMEOUT_S) -> ClusterLoadReply:
+        """What all expert workers computed lately. Raises ChannelError without an answer in time.
+
+        Not from `on_snapshot`, whose thread receives the answer.
+        """
+        question, answer = next(self._question_ids), Future[ClusterLoadReply]()
+        try:
+            with self._line_lock:
+                if self._line is None:
+                    raise ChannelClosed("no line to the directory")
+                self._questions[question] = answer
+                self._line.send(encode(LoadRequest(), question), timeout_s)
+            return answer.result(timeout_s)
+        except TimeoutError:
+            raise ChannelTimeout(f"no answer of the directory within {timeout_s} s") from None
+        finally:
+            self._questions.pop(question, None)
+
     def _wait(self, test: Callable[[Snapshot], bool], timeout_s: float | None) -> Snapshot | None:
         def found() -> bool:
             return self._snapshot is not None and test(self._snapshot)
@@ -176,15 +212,20 @@ class DirectoryClient:
             if self._line is not None:
                 self._line.close()
             self._line = None
+            for answer in list(self._questions.values()):
+                with contextlib.suppress(InvalidStateError):  # it came just before
+                    answer.set_exception(ChannelClosed("the line to the directory broke"))
 
     def _serve(self, line: Connection) -> None:
         """Receive and ping until the line breaks, which raises."""
         last_heard_s = self._clock()
         next_ping_s = last_heard_s
+        told: LoadReport | None = None
         while not self._closing.is_set():
             now_s = self._clock()
             if now_s >= next_ping_s:
                 line.send(encode(Ping()), SEND_TIMEOUT_S)
+                told = self._tell_load(line, told)
                 next_ping_s = now_s + self._ping_interval_s
             try:
                 frame = line.receive(timeout_s=max(0.0, next_ping_s - now_s))
@@ -194,6 +235,15 @@ class DirectoryClient:
                 continue
             last_heard_s = self._clock()
             self._take(frame)
+
+    def _tell_load(self, line: Connection, told: LoadReport | None) -> LoadReport | None:
+        """Send the load unless it is the one that this line was `told`; returns it."""
+        if self._load_source is None:
+            return None
+        report = self._load_source()
+        if report != told:
+            line.send(encode(report), SEND_TIMEOUT_S)
+        return report
 
     def _take(self, frame: Frame) -> None:
         if frame.status is not Status.OK:
@@ -205,6 +255,10 @@ class DirectoryClient:
             with self._changed:
                 self._assign = message
                 self._changed.notify_all()
+        elif isinstance(message, ClusterLoadReply):
+            answer = self._questions.get(frame.request_id)
+            if answer is not None:  # nobody waits for a late one
+                answer.set_result(message)
         elif not isinstance(message, Pong):
             raise MessageError(f"control message: {message.type} is for the directory only")
 

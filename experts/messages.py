@@ -1,7 +1,9 @@
 """Control messages between the workers and the directory: JSON bodies of CONTROL frames.
 
-    worker    -> directory   Register (first), Holding (after a load), Ping
-    directory -> worker      Assign (expert workers only), Snapshot (at every change), Pong
+    worker    -> directory   Register (first), Holding (after a load), Ping, LoadReport (expert
+                             workers, about once a second while it changes), LoadRequest
+    directory -> worker      Assign (expert workers only), Snapshot (at every change), Pong,
+                             ClusterLoadReply (to each LoadRequest, with its request id)
 
 What arrives is checked in full (types, bounds, no unknown field) before anything reads it.
 An expert is named by (layer, expert id), never by a slot: a stale table can then miss an expert
@@ -27,6 +29,10 @@ ExpertId = Annotated[int, Field(ge=0, lt=1 << 16)]
 ExpertKey = tuple[LayerId, ExpertId]
 ExpertKeys = Annotated[tuple[ExpertKey, ...], Field(max_length=MAX_EXPERTS_PER_MESSAGE)]
 HoldersOfExpert = Annotated[tuple[WorkerId, ...], Field(max_length=MAX_WORKERS)]
+RowCount = Annotated[int, Field(ge=0, lt=1 << 40)]  # sums over all workers and experts fit int64
+RowsOfLayer = Annotated[tuple[RowCount, ...], Field(max_length=1 << 16)]
+SumOfRows = Annotated[tuple[Count, ...], Field(max_length=1 << 16)]
+WindowS = Annotated[float, Field(gt=0, le=86_400.0, allow_inf_nan=False)]
 HoldersOfLayer = Annotated[tuple[HoldersOfExpert, ...], Field(max_length=1 << 16)]
 
 
@@ -120,7 +126,57 @@ class Pong(_Message):
     type: Literal["pong"] = "pong"
 
 
-Message = Register | Assign | Holding | Snapshot | Ping | Pong
+class LoadReport(_Message):
+    """Rows that an expert worker computed within its window; of one worker the newest counts.
+
+    `rows` [L][E]: by position of the layer among the model's MoE layers and by expert id. V3: 58 x
+    256, at most 0.1 MB while a count has 6 digits.
+    """
+
+    type: Literal["load_report"] = "load_report"
+    window_s: WindowS
+    rows: Annotated[tuple[RowsOfLayer, ...], Field(max_length=1 << 16)]
+
+
+class LoadRequest(_Message):
+    """Any member asks what all expert workers computed; answered by a ClusterLoadReply."""
+
+    type: Literal["load_request"] = "load_request"
+
+
+class WorkerRows(_Message):
+    """Rows of one expert worker by layer [L]."""
+
+    worker_id: WorkerId
+    rows: SumOfRows
+
+
+class ClusterLoadReply(_Message):
+    """The newest reports of the live expert workers, added up.
+
+    `rows` [L][E] and each worker's rows [L] go by position in `layers`; a worker that has not
+    reported yet has zeros. `epoch` is that of the published holders.
+    """
+
+    type: Literal["cluster_load"] = "cluster_load"
+    epoch: Count
+    window_s: WindowS
+    layers: Annotated[tuple[LayerId, ...], Field(max_length=1 << 16)]
+    rows: Annotated[tuple[SumOfRows, ...], Field(max_length=1 << 16)]
+    workers: Annotated[tuple[WorkerRows, ...], Field(max_length=MAX_WORKERS)]
+
+
+Message = (
+    Register
+    | Assign
+    | Holding
+    | Snapshot
+    | Ping
+    | Pong
+    | LoadReport
+    | LoadRequest
+    | ClusterLoadReply
+)
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

@@ -15,6 +15,7 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health_pb2_grpc
 
+from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.frontend.http_server import build_app
 from cluster.frontend.limits import Limits
@@ -56,10 +57,15 @@ def make_service(
 
 
 @contextmanager
-def http_server(service: InferenceService) -> Iterator[str]:
+def http_server(service: InferenceService, loads: LoadWatch | None = None) -> Iterator[str]:
     """The service behind uvicorn on a free port; gives the base URL."""
     config = uvicorn.Config(
-        build_app(service), host="127.0.0.1", port=0, lifespan="off", ws="none", log_level="error"
+        build_app(service, loads),
+        host="127.0.0.1",
+        port=0,
+        lifespan="off",
+        ws="none",
+        log_level="error",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -79,14 +85,16 @@ def http_server(service: InferenceService) -> Iterator[str]:
 class _Methods(GrpcMethods):
     """The mixin as a deployment would inherit it."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, loads: LoadWatch | None) -> None:
         self.service = service
+        if loads is not None:
+            self.loads = loads
 
 
 class _Adapter:
     """Calls the mixin's methods as Ray Serve's proxy does: by name, with `grpc_context`."""
 
-    STREAMS = ("Generate", "Chat", "Watch")
+    STREAMS = ("Generate", "Chat", "Watch", "WatchLoad")
 
     def __init__(self, methods: GrpcMethods) -> None:
         self._methods = methods
@@ -106,7 +114,7 @@ class _Adapter:
 
 
 @contextmanager
-def grpc_server(service: InferenceService) -> Iterator[str]:
+def grpc_server(service: InferenceService, loads: LoadWatch | None = None) -> Iterator[str]:
     """The service behind grpc.aio on a free port, in a thread; gives the address."""
     address: list[str] = []
     started = threading.Event()
@@ -114,7 +122,7 @@ def grpc_server(service: InferenceService) -> Iterator[str]:
 
     async def serve() -> None:
         server = grpc.aio.server()
-        adapter = _Adapter(_Methods(service))
+        adapter = _Adapter(_Methods(service, loads))
         inference_pb2_grpc.add_InferenceServicer_to_server(adapter, server)
         health_pb2_grpc.add_HealthServicer_to_server(adapter, server)
         address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")

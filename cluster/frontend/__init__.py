@@ -12,6 +12,7 @@ backend.py       the engine as the service sees it
 responses.py     Deltas to OpenAI objects            streaming.py  and to server-sent events
 http_server.py   routes (http_guard.py: request ids, header bounds, last-resort errors;
                  json_body.py: bytes to JSON, guarded; api_docs.py: bodies in /openapi.json)
+expert_load.py   rows, replicas and holders of every expert: read or watched
 grpc_server.py   methods (grpc_messages.py: messages to bodies; grpc_errors.py: statuses)
 
 A choice is one answer (n of them a prompt); a sequence is one choice as the engine sees it.

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from cluster.frontend.choice import Delta, Likely, TokenText
+from cluster.frontend.expert_load import ExpertLoad
 from cluster.frontend.generation import Usage
 from cluster.frontend.openai import (
     ChatCompletionRequest,
@@ -79,6 +80,31 @@ def usage_message(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+    )
+
+
+def load_message(load: ExpertLoad) -> pb.ExpertLoad:
+    """Rows, holders and balance of every layer."""
+    return pb.ExpertLoad(
+        model=load.model,
+        epoch=load.epoch,
+        window_s=load.reply.window_s,
+        workers=[
+            pb.WorkerLoad(worker_id=worker.worker_id, rows=sum(worker.rows))
+            for worker in load.reply.workers
+        ],
+        layers=[
+            pb.LayerLoad(
+                layer=layer,
+                balancedness=load.balance[i].workers,
+                expert_balancedness=load.balance[i].experts,
+                experts=[
+                    pb.ExpertRows(expert=expert, rows=rows, replicas=len(holders), holders=holders)
+                    for expert, rows, holders in load.experts(i)
+                ],
+            )
+            for i, layer in enumerate(load.reply.layers)
+        ],
     )
 
 

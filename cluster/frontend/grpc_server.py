@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2 as health
 
 from cluster.errors import InternalError, NotFound, RequestTooLarge, ShoalError, quote
+from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.generation import Generation
 from cluster.frontend.grpc_errors import REQUEST_ID_KEY, GrpcContext, set_error
 from cluster.frontend.grpc_messages import (
@@ -27,6 +28,7 @@ from cluster.frontend.grpc_messages import (
     completion_body,
     delta_message,
     detokenize_body,
+    load_message,
     tokenize_body,
     usage_message,
 )
@@ -41,9 +43,10 @@ HEALTH_POLL_S = 1.0
 
 
 class InferenceMethods:
-    """shoal.v1.Inference. A mixin: the class that inherits it sets `service`."""
+    """shoal.v1.Inference. A mixin: the class that inherits it sets `service` and `loads`."""
 
     service: InferenceService
+    loads: LoadWatch
 
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
@@ -92,6 +95,20 @@ class InferenceMethods:
             return pb.DetokenizeResponse(text=self.service.detokenize(detokenize_body(request)))
 
         return await self._unary(request, grpc_context, pb.DetokenizeResponse, reply)
+
+    async def WatchLoad(
+        self, request: pb.WatchLoadRequest, grpc_context: GrpcContext
+    ) -> AsyncIterator[pb.ExpertLoad]:
+        """What every expert computed lately, now and every `interval_s` seconds."""
+        request_id = self._begin(grpc_context)
+        interval_s = request.interval_s if request.HasField("interval_s") else None
+        try:
+            async with aclosing(self.loads.watch(interval_s)) as watch:
+                async for load in watch:
+                    yield await asyncio.to_thread(load_message, load)
+        except Exception as error:
+            told = set_error(grpc_context, _known(error, request_id), request_id)
+            yield pb.ExpertLoad(error=told)
 
     async def _stream(
         self,

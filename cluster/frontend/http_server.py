@@ -13,6 +13,7 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError, quote
 from cluster.frontend.api_docs import DocumentedApp, body_of
 from cluster.frontend.choice import Delta
+from cluster.frontend.expert_load import LoadWatch, add_expert_load
 from cluster.frontend.generation import Generation
 from cluster.frontend.http_guard import HttpGuard, error_response, json_response
 from cluster.frontend.json_body import read_json
@@ -30,9 +31,14 @@ from cluster.frontend.streaming import StreamResponse, next_delta, stream_events
 MAX_IGNORED_NAMED = 16
 
 
-def build_app(service: InferenceService, *, echo_request_id: bool = True) -> FastAPI:
-    """All routes. `echo_request_id=False` where a proxy in front already answers X-Request-Id, as
-    Ray Serve's does."""
+def build_app(
+    service: InferenceService, loads: LoadWatch | None = None, *, echo_request_id: bool = True
+) -> FastAPI:
+    """All routes; those of the experts' load if `loads` is given.
+
+    `echo_request_id=False` where a proxy in front already answers X-Request-Id, as Ray Serve's
+    does.
+    """
     app = DocumentedApp(
         title="Shoal",
         version=version("shoal-serve"),
@@ -47,6 +53,8 @@ def build_app(service: InferenceService, *, echo_request_id: bool = True) -> Fas
     _add_tokens(app, service)
     _add_models(app, service)
     _add_state(app, service)
+    if loads is not None:
+        add_expert_load(app, loads, service.limits)
     return app
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -35,7 +35,38 @@ class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
-class StreamResponse(EventSourceResponse):
+class EventStream(EventSourceResponse):
+    """Server-sent events that are kept alive; a client that takes none is dropped.
+
+    `name` is for the log.
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        limits: Limits,
+        name: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            events,
+            headers={"Cache-Control": "no-store", **(headers or {})},
+            media_type="text/event-stream",
+            ping=limits.ping_interval_s,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            sep="\n",
+            send_timeout=limits.slow_client_s,
+        )
+        self._name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except TimeoutError:  # of send: the client reads nothing any more
+            logger.info("%s: slow client dropped", self._name)
+
+
+class StreamResponse(EventStream):
     """An event stream that closes its generation however it ends, even before it began."""
 
     def __init__(
@@ -46,23 +77,13 @@ class StreamResponse(EventSourceResponse):
         limits: Limits,
         headers: dict[str, str],
     ) -> None:
-        super().__init__(
-            events,
-            headers={"Cache-Control": "no-store", **headers},
-            media_type="text/event-stream",
-            ping=limits.ping_interval_s,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            sep="\n",
-            send_timeout=limits.slow_client_s,
-        )
+        super().__init__(events, limits, f"request {generation.request.request_id}", headers)
         self._generation = generation
         self._first = first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except TimeoutError:  # of send: the client reads nothing any more
-            logger.info("request %s: slow client dropped", self._generation.request.request_id)
         finally:
             self._first.cancel()
             self._generation.close()

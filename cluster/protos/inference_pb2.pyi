@@ -292,3 +292,57 @@ class DetokenizeResponse(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
     def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("interval_s",)
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    interval_s: float
+    def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
+
+class ExpertRows(_message.Message):
+    __slots__ = ("expert", "rows", "replicas", "holders")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    expert: int
+    rows: int
+    replicas: int
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, expert: _Optional[int] = ..., rows: _Optional[int] = ..., replicas: _Optional[int] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("layer", "balancedness", "expert_balancedness", "experts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    balancedness: float
+    expert_balancedness: float
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertRows]
+    def __init__(self, layer: _Optional[int] = ..., balancedness: _Optional[float] = ..., expert_balancedness: _Optional[float] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ...) -> None: ...
+
+class WorkerLoad(_message.Message):
+    __slots__ = ("worker_id", "rows")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    rows: int
+    def __init__(self, worker_id: _Optional[str] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class ExpertLoad(_message.Message):
+    __slots__ = ("model", "epoch", "window_s", "workers", "layers", "error")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    epoch: int
+    window_s: float
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    error: Error
+    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., window_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...

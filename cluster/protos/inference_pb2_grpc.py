@@ -54,6 +54,11 @@ class InferenceStub:
                 request_serializer=cluster_dot_protos_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=cluster_dot_protos_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/shoal.v1.Inference/WatchLoad',
+                request_serializer=cluster_dot_protos_dot_inference__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=cluster_dot_protos_dot_inference__pb2.ExpertLoad.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -85,6 +90,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoad(self, request, context):
+        """What every expert computed lately, now and every interval_s seconds, until the client leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +119,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=cluster_dot_protos_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=cluster_dot_protos_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=cluster_dot_protos_dot_inference__pb2.WatchLoadRequest.FromString,
+                    response_serializer=cluster_dot_protos_dot_inference__pb2.ExpertLoad.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +234,33 @@ class Inference:
             '/shoal.v1.Inference/Detokenize',
             cluster_dot_protos_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             cluster_dot_protos_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.v1.Inference/WatchLoad',
+            cluster_dot_protos_dot_inference__pb2.WatchLoadRequest.SerializeToString,
+            cluster_dot_protos_dot_inference__pb2.ExpertLoad.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,19 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from experts.channel.channel import ChannelClosed, Server, connect
+from experts.channel.channel import (
+    ChannelClosed,
+    ChannelError,
+    ChannelTimeout,
+    Connection,
+    Server,
+    connect,
+)
 from experts.channel.frame import Frame, Kind, Status
 from experts.directory import Directory
 from experts.directory_client import DirectoryClient
 from experts.messages import (
     Assign,
+    ClusterLoadReply,
     Holding,
+    LoadReport,
+    LoadRequest,
     Message,
     Ping,
     Pong,
     Register,
     Role,
     Snapshot,
+    WorkerRows,
     decode,
     encode,
 )
@@ -176,6 +187,8 @@ def test_newcomer_of_the_same_id_takes_the_place(world: World) -> None:
     [
         (Holding(epoch=0, experts=[]), "register first"),
         (Pong(), "pong is for workers only"),
+        (LoadRequest(), "load_request: register first"),
+        (LoadReport(window_s=60.0, rows=[[0] * 4] * 2), "load_report: register first"),
     ],
 )
 def test_messages_out_of_place_are_refused(world: World, message: Message, words: str) -> None:
@@ -194,6 +207,65 @@ def test_garbage_is_refused_and_costs_nothing(world: World) -> None:
     connection = world.join("a")
     reply = world.directory.handle(Frame(kind=Kind.CONTROL, body=b"\x00{"), connection)
     assert reply is not None and reply.status is Status.FAILED
+    assert world.members() == ["a"]
+
+
+def report(first: list[int], second: list[int], window_s: float = 60.0) -> LoadReport:
+    return LoadReport(window_s=window_s, rows=(tuple(first), tuple(second)))
+
+
+def load_of(world: World, asker: FakeConnection) -> ClusterLoadReply:
+    reply = world.directory.handle(encode(LoadRequest(), 77), asker)
+    assert reply is not None and reply.request_id == 77
+    answer = decode(reply)
+    assert isinstance(answer, ClusterLoadReply)
+    return answer
+
+
+def test_loads_of_the_live_workers_are_added_up(world: World) -> None:
+    a, b, asker = world.join("a"), world.join("b"), world.join("i", "ingress")
+    assert world.say(a, report([9, 9, 9, 9], [9, 9, 9, 9])) is None
+    world.say(a, report([1, 0, 0, 2], [0, 5, 0, 0]))  # the newest counts
+    assert load_of(world, asker).workers[1].rows == (0, 0)  # b has said nothing yet
+    world.say(b, report([10, 0, 0, 0], [0, 0, 0, 1], window_s=30.0))
+    load = load_of(world, asker)
+    assert load.layers == SPACE.moe_layers
+    assert load.rows == ((11, 0, 0, 2), (0, 5, 0, 1))
+    assert load.workers == (
+        WorkerRows(worker_id="a", rows=(3, 5)),
+        WorkerRows(worker_id="b", rows=(10, 1)),
+    )
+    assert (load.window_s, load.epoch) == (60.0, world.directory.snapshot.epoch)
+
+
+def test_load_of_a_worker_goes_with_it(world: World) -> None:
+    a, b, asker = world.join("a"), world.join("b"), world.join("i", "ingress")
+    for worker in (a, b):
+        world.say(worker, report([1, 1, 1, 1], [2, 2, 2, 2]))
+    world.directory.connection_closed(a)
+    load = load_of(world, asker)
+    assert load.rows == ((1, 1, 1, 1), (2, 2, 2, 2))
+    assert [worker.worker_id for worker in load.workers] == ["b"]
+
+    world.join("a")  # a new process of the same name has computed nothing
+    assert load_of(world, asker).rows == ((1, 1, 1, 1), (2, 2, 2, 2))
+    world.join("b")  # takes the place of b, whose connection has not ended yet
+    assert load_of(world, asker).rows == ((0, 0, 0, 0), (0, 0, 0, 0))
+
+
+def test_load_of_a_silent_worker_is_dropped(world: World) -> None:
+    quiet, asker = world.join("a"), world.join("i", "ingress")
+    world.say(quiet, report([1, 1, 1, 1], [1, 1, 1, 1]))
+    world.pass_time(3.5, asker)
+    assert load_of(world, asker).workers == ()
+
+
+@pytest.mark.parametrize("rows", [[], [[0] * 4], [[0] * 4, [0] * 5], [[0] * 4] * 3])
+def test_load_of_another_shape_is_refused(world: World, rows: list[list[int]]) -> None:
+    worker = world.join("a")
+    reply = world.say(worker, LoadReport(window_s=60.0, rows=rows))
+    assert reply is not None and reply.status is Status.FAILED
+    assert "load_report: rows of" in reply.text and "not (2, 4)" in reply.text
     assert world.members() == ["a"]
 
 
@@ -306,6 +378,93 @@ def test_client_waits_for_a_directory_that_is_not_there_yet(cluster: Cluster) ->
     with pytest.raises(TimeoutError, match="waiting for expert workers 0/2"):
         seen.wait_ready(0.01)
     assert seen.snapshot is snapshot
+
+
+class Reporter:
+    """An expert worker whose load a test sets; counts what the directory is told of it."""
+
+    def __init__(self, cluster: Cluster, directory: Directory) -> None:
+        self.load = report([1, 2, 3, 4], [0, 0, 0, 0])
+        self.told = self.asked = 0
+        take = directory._take_load
+
+        def take_counted(message: LoadReport, connection: Connection) -> None:
+            self.told += 1
+            take(message, connection)
+
+        directory._take_load = take_counted  # type: ignore[method-assign]
+        self.client = DirectoryClient(
+            lambda: cluster.endpoint,
+            SECRET,
+            register("a"),
+            load_source=self.source,
+            ping_interval_s=0.02,
+        )
+        cluster.stack.callback(self.client.close)
+        self.client.start()
+
+    def source(self) -> LoadReport:
+        self.asked += 1
+        return self.load.model_copy()
+
+
+def wait_load(client: DirectoryClient, rows: tuple[tuple[int, ...], ...]) -> None:
+    """Ask until the answer is this; a line that is being made anew may fail meanwhile."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    found: object = None
+    while found != rows:
+        assert time.monotonic() < deadline_s, found
+        with contextlib.suppress(ChannelError):
+            found = client.ask_load(PATIENCE_S).rows
+
+
+def test_a_load_is_told_when_it_changes_and_to_every_new_directory(cluster: Cluster) -> None:
+    first = cluster.serve()
+    seen = cluster.add("i", "ingress")
+    wait_until(seen, lambda s: ids(s) == ["i"])
+    reporter = Reporter(cluster, first)
+    wait_load(seen, ((1, 2, 3, 4), (0, 0, 0, 0)))
+    asked = reporter.asked
+    while reporter.asked < asked + 3:
+        time.sleep(0.005)
+    assert reporter.told == 1
+    reporter.load = report([1, 2, 3, 5], [0, 0, 0, 1])
+    wait_load(seen, ((1, 2, 3, 5), (0, 0, 0, 1)))
+    assert reporter.told == 2
+
+    first.close()
+    cluster.endpoint += "2"
+    cluster.serve()
+    wait_load(seen, ((1, 2, 3, 5), (0, 0, 0, 1)))
+
+
+def test_asking_for_the_load_without_a_directory_fails_at_once() -> None:
+    client = DirectoryClient(lambda: "inproc:nobody-listens", SECRET, register("i", "ingress"))
+    client.start()
+    with pytest.raises(ChannelClosed, match="no line to the directory"):
+        client.ask_load(PATIENCE_S)
+    client.close()
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_asking_a_directory_that_does_not_answer(tmp_path: Path, hangs_up: bool) -> None:
+    endpoint, joined = f"unix:{tmp_path}/d.sock", threading.Event()
+
+    def handle(frame: Frame, connection: Connection) -> None:
+        message = decode(frame)
+        if isinstance(message, LoadRequest) and hangs_up:
+            connection.close()
+        joined.set()
+
+    silent = Server(endpoint, handle, SECRET)
+    silent.start()
+    client = DirectoryClient(lambda: endpoint, SECRET, register("i", "ingress"))
+    client.start()
+    assert joined.wait(PATIENCE_S)
+    with pytest.raises(ChannelClosed if hangs_up else ChannelTimeout):
+        client.ask_load(PATIENCE_S if hangs_up else 0.05)
+    client.close()
+    silent.close()
 
 
 def test_source_of_the_endpoint_may_fail() -> None:

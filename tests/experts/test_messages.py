@@ -6,13 +6,17 @@ from pydantic import BaseModel, ValidationError
 from experts.channel.frame import Frame, Kind
 from experts.messages import (
     Assign,
+    ClusterLoadReply,
     Holding,
+    LoadReport,
+    LoadRequest,
     MessageError,
     Ping,
     Pong,
     Register,
     Snapshot,
     WorkerInfo,
+    WorkerRows,
     decode,
     encode,
 )
@@ -34,6 +38,15 @@ EVERY_KIND = [
     SNAPSHOT,
     Ping(),
     Pong(),
+    LoadReport(window_s=60.0, rows=[[0, 7], [3, 1 << 39]]),
+    LoadRequest(),
+    ClusterLoadReply(
+        epoch=4,
+        window_s=60.0,
+        layers=[1, 2],
+        rows=[[0, 7], [3, 1]],
+        workers=[WorkerRows(worker_id="experts-0", rows=[7, 4])],
+    ),
 ]
 
 
@@ -70,6 +83,14 @@ def test_snapshot_answers_who_holds_and_who_lives() -> None:
         (b'{"type":"assign","epoch":1,"experts":[[1]]}', "assign.experts.0.1: Field required"),
         (b'{"type":"assign","epoch":1,"experts":[[1,70000]]}', "assign.experts.0.1: "),
         (b'{"type":"holding","epoch":1}', "holding.experts: Field required"),
+        (b'{"type":"load_report","window_s":60}', "load_report.rows: Field required"),
+        (b'{"type":"load_report","window_s":0,"rows":[]}', "load_report.window_s: "),
+        (b'{"type":"load_report","window_s":1e999,"rows":[]}', "load_report.window_s: "),
+        (b'{"type":"load_report","window_s":60,"rows":[[-1]]}', "load_report.rows.0.0: "),
+        (b'{"type":"load_report","window_s":60,"rows":[[1.5]]}', "load_report.rows.0.0: "),
+        (b'{"type":"load_report","window_s":60,"rows":[[0],[true]]}', "load_report.rows.1.0: "),
+        (b'{"type":"load_report","window_s":60,"rows":[[1099511627776]]}', "load_report.rows.0.0"),
+        (b'{"type":"load_request","of":"me"}', "load_request.of: Extra inputs"),
         (
             json.dumps({"type": "register", **INFO, "node": "n", "worker_id": "a\nb"}).encode(),
             "register.worker_id: ",
@@ -94,3 +115,9 @@ def test_hostile_values_do_not_reach_the_error_text() -> None:
 def test_a_batch_frame_is_not_a_message() -> None:
     with pytest.raises(MessageError, match="EXPERT_BATCH, expected CONTROL"):
         decode(Frame(kind=Kind.EXPERT_BATCH))
+
+
+def test_load_of_v3_is_a_small_message() -> None:
+    """58 layers of 256 experts with six digits each: a tenth of a megabyte a second and worker."""
+    report = LoadReport(window_s=60.0, rows=[[999_999] * 256] * 58)
+    assert len(encode(report).body) < 110_000
