@@ -5,6 +5,7 @@ errors.py        every error a client can see and its HTTP status, gRPC code and
 tokenizer.py     text to token ids and back; chat_template.py renders conversations
 frontend/        the OpenAI HTTP API and the gRPC API over one InferenceService
 protos/          shoal.v1 and the code generated from it
+generation_defaults.py  the sampling that a checkpoint recommends
 machine_code.py  compiles the CPU kernels once, before the workers look for them
 app.py           binds the plain worker classes to Ray Serve; the only such file
 cli.py           the `shoal` command

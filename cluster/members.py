@@ -7,7 +7,6 @@ knows which of the two it is.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from cluster.frontend.http_guard import json_response
 from cluster.frontend.http_server import build_app
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
+from cluster.generation_defaults import GenerationDefaults
 from cluster.tokenizer import Tokenizer
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
@@ -86,22 +86,14 @@ def model_info(config: ShoalConfig) -> ModelInfo:
     """What requests are checked against: the model's files and the engine's cache."""
     model = ModelConfig.load(config.model)
     context = context_length(config.engine, model, count_blocks(config.engine, model))
-    file = config.model / "generation_config.json"
-    defaults = json.loads(file.read_bytes()) if file.exists() else {}
+    defaults = GenerationDefaults.load(config.model)
     return ModelInfo(
         config.model_name,
         model.vocab_size,
         context,
-        temperature=_default_temperature(defaults),
-        top_p=float(defaults.get("top_p", 1.0)),
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
     )
-
-
-def _default_temperature(generation: dict[str, Any]) -> float:
-    """Of requests that name none; `do_sample: false` asks for greedy, which is temperature 0."""
-    if generation.get("do_sample") is False:
-        return 0.0
-    return float(generation.get("temperature", 1.0))
 
 
 class PlacementMember:

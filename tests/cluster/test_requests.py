@@ -35,8 +35,10 @@ from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.request import GenerateRequest, Prompt
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.generation_defaults import GenerationDefaults
 from cluster.members import model_info
 from cluster.tokenizer import Tokenizer
+from experts.errors import CheckpointError
 from tests.fakes import TIMEOUT_S, FakeEngine
 from tests.serving import CONTEXT, EOS, VOCAB_SIZE, ids_of, make_service, write_tokenizer
 
@@ -120,6 +122,8 @@ def test_a_greedy_model_samples_only_when_asked(serve: Callable[..., InferenceSe
         ({"do_sample": True, "temperature": 0.6}, 0.6),
         ({"do_sample": False}, 0.0),
         ({"do_sample": False, "temperature": 0.6}, 0.0),
+        ({"temperature": None}, 1.0),
+        ({"temperature": 2}, 2.0),
     ],
 )
 def test_temperature_that_a_checkpoint_recommends(
@@ -131,6 +135,36 @@ def test_temperature_that_a_checkpoint_recommends(
     shutil.copy(checkpoint_dir("v3") / "config.json", tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     assert model_info(parse_config({"model": tmp_path})).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("settings", "top_p"), [({}, 1.0), ({"top_p": None}, 1.0), ({"top_p": 0.9}, 0.9)]
+)
+def test_top_p_that_a_checkpoint_recommends(
+    settings: dict[str, Any], top_p: float, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert GenerationDefaults.load(tmp_path).top_p == top_p
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize(
+    "value", ['"0.6"', "true", "[1]", "{}", "NaN", "Infinity", "1" + "0" * 400]
+)
+def test_a_recommendation_that_is_no_number_is_refused(
+    field: str, value: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_text(f'{{"do_sample": false, "{field}": {value}}}')
+    with pytest.raises(CheckpointError) as refused:
+        GenerationDefaults.load(tmp_path)
+    assert refused.value.file == str(file) and f"a number as {field}" in str(refused.value)
+
+
+def test_recommendations_that_are_no_json_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("temperature: 1")
+    with pytest.raises(CheckpointError, match="generation_config.json: expected valid JSON"):
+        GenerationDefaults.load(tmp_path)
 
 
 def test_completions_stop_after_16_tokens_unless_told(
