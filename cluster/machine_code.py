@@ -11,17 +11,21 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import attention.kernels
 import experts.kernels
 import router.kernels
 from cluster.config import StartFailed
+from experts.errors import one_line
 
 logger = logging.getLogger(__name__)
 
 STAGE = "compiling CPU kernels, once on this machine"
+NOTHING_KEPT = "no compiler, or no folder to keep its code in"
 
 
 def is_missing() -> bool:
@@ -47,8 +51,17 @@ def compile_all() -> bool:
     if entry_points() is None or folder is None:
         return False
     compile_kernels()
-    (folder / _mark()).touch()
+    _write_mark(folder)
     return True
+
+
+def _write_mark(folder: Path) -> None:
+    """In place of those of earlier sources and compilers."""
+    mark = folder / _mark()
+    mark.touch()
+    for other in folder.glob("complete-*"):
+        if other != mark:
+            other.unlink(missing_ok=True)
 
 
 def _mark() -> str:
@@ -69,18 +82,23 @@ class Compilation:
     """Compiles what is missing, in a process of its own: it can be stopped and its memory goes."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._last_words = LastLine()
         self._stopped = False
 
     def start(self) -> None:
         """Begin, if anything is missing."""
         if is_missing():
             self._process = subprocess.Popen(  # noqa: S603 - this module
-                [sys.executable, "-m", __name__],
+                # -P: a folder named `cluster` where the user stands is not ours.
+                [sys.executable, "-P", "-m", __name__],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
             )
+            self._last_words.read(self._process.stderr)
 
     @property
     def is_running(self) -> bool:
@@ -91,10 +109,12 @@ class Compilation:
 
         Raises StartFailed after `stop`.
         """
-        if self._process is not None and self._process.wait() != 0:
-            logger.info("kernels are not compiled ahead: exit code %d", self._process.returncode)
+        exit_code = self._process.wait() if self._process is not None else 0
         if self._stopped:
             raise StartFailed("stopped while it compiled")
+        if exit_code != 0:
+            reason = self._last_words.wait() or f"exit code {exit_code}"
+            logger.warning("kernels are not compiled ahead: %s", one_line(reason))
 
     def stop(self) -> None:
         """End it at once."""
@@ -104,5 +124,31 @@ class Compilation:
             self._process.wait()
 
 
+class LastLine:
+    """Reads a pipe to its end, so that no writer waits, and keeps the last line with text."""
+
+    def __init__(self) -> None:
+        self._line = ""
+        self._thread: threading.Thread | None = None
+
+    def read(self, pipe: IO[str] | None) -> None:
+        """Read in the background, and close; None has no lines."""
+        if pipe is None:
+            return
+        self._thread = threading.Thread(target=self._read, args=(pipe,), daemon=True)
+        self._thread.start()
+
+    def _read(self, pipe: IO[str]) -> None:
+        with pipe:
+            for line in pipe:
+                self._line = line.strip() or self._line
+
+    def wait(self) -> str:
+        """The line, once the pipe has ended."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._line
+
+
 if __name__ == "__main__":
-    sys.exit(0 if compile_all() else 1)
+    sys.exit(None if compile_all() else NOTHING_KEPT)

@@ -66,23 +66,72 @@ def test_nothing_is_compiled_where_torch_computes_or_no_cache_can_be_kept(
     assert not machine_code.is_missing()
 
 
-def test_a_compilation_that_fails_stops_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_replaces_older_ones_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "complete-0123456789abcdef").touch()
+    (tmp_path / "kernel.nbi").touch()
+    machine_code._write_mark(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {machine_code._mark(), "kernel.nbi"}
+
+
+@pytest.fixture
+def start_script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], machine_code.Compilation]:
+    """`start_script("exit 1")`: a compilation that runs these lines in place of Python."""
+
+    def start(lines: str) -> machine_code.Compilation:
+        script = tmp_path / "python"
+        script.write_text(f"#!/bin/sh\n{lines}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(machine_code, "is_missing", lambda: True)
+        monkeypatch.setattr(sys, "executable", str(script))
+        compilation = machine_code.Compilation()
+        compilation.start()
+        return compilation
+
+    return start
+
+
+StartScript = Callable[[str], machine_code.Compilation]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("printf 'Traceback:\\nOSError: disk full\\n\\n' >&2; exit 1", "OSError: disk full"),
+        ("exit 3", "exit code 3"),
+        ("yes 'more than a pipe holds' | head -n 20000 >&2; echo end >&2; exit 1", "end"),
+    ],
+    ids=["stderr", "silent", "long"],
+)
+def test_a_compilation_that_fails_stops_no_start_and_says_why(
+    lines: str, reason: str, start_script: StartScript, caplog: pytest.LogCaptureFixture
+) -> None:
+    compilation = start_script(lines)
+    compilation.wait()
+    assert not compilation.is_running
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"kernels are not compiled ahead: {reason}")
+    ]
+
+
+def test_a_folder_of_the_user_does_not_hide_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shoal's own compilation is what runs there, and finds nothing to compile."""
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "__init__.py").write_text("raise SystemExit('not yours')")
     monkeypatch.setattr(machine_code, "is_missing", lambda: True)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setenv("SHOAL_KERNELS", "torch")
+    monkeypatch.chdir(tmp_path)
     compilation = machine_code.Compilation()
     compilation.start()
     compilation.wait()
-    assert not compilation.is_running
+    assert caplog.messages == [f"kernels are not compiled ahead: {machine_code.NOTHING_KEPT}"]
 
 
-def test_a_compilation_can_be_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    forever = tmp_path / "forever"
-    forever.write_text("#!/bin/sh\nexec sleep 600\n")
-    forever.chmod(0o755)
-    monkeypatch.setattr(machine_code, "is_missing", lambda: True)
-    monkeypatch.setattr(sys, "executable", str(forever))
-    compilation = machine_code.Compilation()
-    compilation.start()
+def test_a_compilation_can_be_stopped(start_script: StartScript) -> None:
+    compilation = start_script("exec sleep 600")
     assert compilation.is_running
     compilation.stop()
     assert not compilation.is_running
