@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from default_model import vocabulary
 from default_model.export import export
 from default_model.model import DeepseekV3
-from default_model.settings import CONFIG, model_config
+from default_model.settings import CONFIG, Recipe, model_config
 
 TINY = {
     "vocab_size": 512,
@@ -26,6 +27,8 @@ TINY = {
 }
 """The widths that decide about partial fp8 blocks are those of the model that ships."""
 NUM_DIALOGUES = 2100
+STORY = {"recipe": asdict(Recipe()), "step": 3000, "num_tokens": 12_288_000, "train_s": 3600.0}
+"""How the exported model is said to have come about."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def exported(
         nn.init.normal_(model.embed_tokens.weight)
         for gate in model.gates():
             nn.init.normal_(gate.e_score_correction_bias, std=0.1)
-        export(model, tokenizer, folder)
+        export(model, tokenizer, STORY, folder)
     return model, folder
 
 

@@ -16,7 +16,14 @@ from tokenizers import Tokenizer
 from default_model import training
 from default_model.model import Gate
 from default_model.settings import Recipe, model_config
-from default_model.training import Averages, Trainer, bias_speed, load_model, lr_scale
+from default_model.training import (
+    Averages,
+    RecipeChanged,
+    Trainer,
+    bias_speed,
+    load_run,
+    lr_scale,
+)
 
 NewTrainer = Callable[..., Trainer]
 
@@ -112,8 +119,17 @@ def test_the_checkpoint_holds_the_model_that_was_trained(
 ) -> None:
     trainer = new_trainer(tmp_path, steps=1)
     list(trainer.run())
-    loaded = load_model(tmp_path / training.CHECKPOINT).state_dict()
-    torch.testing.assert_close(loaded, trainer.model.state_dict(), rtol=0, atol=0)
+    model, story = load_run(tmp_path)
+    torch.testing.assert_close(model.state_dict(), trainer.model.state_dict(), rtol=0, atol=0)
+    assert (story["step"], story["num_tokens"], story["recipe"]["rows"]) == (1, 2 * 64, 2)
+
+
+def test_a_run_goes_on_under_its_own_recipe_only(new_trainer: NewTrainer, tmp_path: Path) -> None:
+    """More steps are no other recipe."""
+    list(new_trainer(tmp_path, steps=1).run())
+    assert new_trainer(tmp_path, steps=3).step == 1
+    with pytest.raises(RecipeChanged, match=r"rows = 3 \(was 2\)"):
+        new_trainer(tmp_path, steps=1, rows=3)
 
 
 def test_the_next_token_module_waits_for_its_turn(new_trainer: NewTrainer, tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from random import Random
 
 import pytest
 from tokenizers import Tokenizer
 
+from cluster.model_store import default_model
 from cluster.tiny_tokenizer import SPECIAL_TOKENS
 from default_model.corpus.domains import DOMAINS
-from default_model.settings import Recipe
+from default_model.settings import CONFIG, Recipe
 from default_model.vocabulary import train_tokenizer
 
 CORPUS_DIGEST = "2d668df691a07da5"
@@ -67,3 +69,10 @@ def test_the_corpus_is_the_one_that_was_trained_on() -> None:
         rng = Random(f"corpus {Recipe().seed} {number}")
         digest.update(repr(samplers[number % len(samplers)](rng, False)).encode())
     assert digest.hexdigest()[:16] == CORPUS_DIGEST
+
+
+@pytest.mark.slow
+def test_the_tokenizer_that_ships_is_the_one_of_the_recipe() -> None:
+    made = train_tokenizer(Recipe().seed, CONFIG["vocab_size"])
+    shipped = (default_model() / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(made.to_str()) == json.loads(shipped)
