@@ -49,6 +49,7 @@ def check_model(folder: Path) -> ModelConfig:
     Raises CheckpointError; nothing has been started then.
     """
     from attention.weights import attention_tensor_shapes
+    from cluster.generation_defaults import GenerationDefaults
     from cluster.tokenizer import Tokenizer
     from experts.checkpoint import Checkpoint
     from experts.weights import expert_tensor_shapes
@@ -61,6 +62,7 @@ def check_model(folder: Path) -> ModelConfig:
         checkpoint.require(shapes(checkpoint.config))
     checkpoint.check_scales()
     Tokenizer(folder)
+    GenerationDefaults.load(folder)
     return checkpoint.config
 
 

@@ -37,6 +37,7 @@ from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from cluster.generation_defaults import GenerationDefaults
 from cluster.members import model_info
+from cluster.model_store import check_model
 from cluster.tokenizer import Tokenizer
 from experts.errors import CheckpointError
 from tests.fakes import TIMEOUT_S, FakeEngine
@@ -159,6 +160,15 @@ def test_a_recommendation_that_is_no_number_is_refused(
     with pytest.raises(CheckpointError) as refused:
         GenerationDefaults.load(tmp_path)
     assert refused.value.file == str(file) and f"a number as {field}" in str(refused.value)
+
+
+def test_a_bad_recommendation_stops_the_start(
+    tmp_path: Path, checkpoint_dir: Callable[[str], Path]
+) -> None:
+    folder = shutil.copytree(checkpoint_dir("v3"), tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": "warm"}')
+    with pytest.raises(CheckpointError, match="expected a number as temperature, found 'warm'"):
+        check_model(folder)
 
 
 def test_recommendations_that_are_no_json_are_refused(tmp_path: Path) -> None:
