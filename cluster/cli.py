@@ -37,7 +37,7 @@ app.add_typer(model_app, name="model")
 
 ModelArgument = Annotated[
     Path | None,
-    typer.Argument(help="Checkpoint folder; without one a small random model is made and served."),
+    typer.Argument(help="Checkpoint folder; without one, the tiny model that ships with Shoal."),
 ]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML with any setting; flags win over it.")
@@ -84,7 +84,7 @@ def settings(
     router_mode: str | None = None,
     **more: Any,
 ) -> ShoalConfig:
-    """File and flags as one checked configuration; the default model is made if none is named."""
+    """File and flags as one checked configuration, with the default model if none is named."""
     from cluster.model_store import default_model
 
     data = read_config_file(config) if config else {}
@@ -96,8 +96,7 @@ def settings(
         **more,
     }
     data = merge(data, _given(flags))
-    if "model" not in data:
-        data["model"] = str(default_model())
+    data.setdefault("model", str(default_model()))
     return parse_config(data)
 
 
@@ -143,7 +142,9 @@ def serve(
 
 
 def _print_ready(config: ShoalConfig, url: str, dashboard_url: str | None, inline: bool) -> None:
-    body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    from cluster.model_store import EXAMPLE_PROMPT
+
+    body = {"messages": [{"role": "user", "content": EXAMPLE_PROMPT}], "max_tokens": 256}
     stdout.print(f"ready: {config.model_name}", style="bold green", markup=False)
     stdout.print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "

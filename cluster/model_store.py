@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cluster.config import ConfigError, ShoalConfig
-from cluster.console import stderr
 from experts.config import ModelConfig
 from experts.errors import CheckpointError
 
-DEFAULT_PRESET = "v3"
-
-
-def cache_dir() -> Path:
-    """Where Shoal keeps what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal"
+EXAMPLE_PROMPT = "Tell me a story about a brave fox named Pip."
+"""A first request that the default model answers well."""
 
 
 def default_model() -> Path:
-    """The seeded random model that is served when none is named; made at the first use."""
-    from cluster.tiny_checkpoint import write_checkpoint
-
-    folder = cache_dir() / f"random-{DEFAULT_PRESET}"
-    if not (folder / "config.json").exists():
-        write_checkpoint(folder, DEFAULT_PRESET)
-    stderr.print(
-        f"No model named: serving random weights ({folder}); the answers are noise. "
-        "Name a checkpoint folder to get sense.",
-        soft_wrap=True,
-        markup=False,
-    )
-    return folder
+    """The model that is served when none is named: part of the package, trained by
+    tools/train_default_model.py."""
+    return Path(__file__).parent / "models" / "shoal-tiny"
 
 
 def split_model_and_prompt(words: list[str]) -> tuple[Path | None, str | None]:
     """`[MODEL] [PROMPT]`: a first word that is a folder is the model, the rest is the prompt."""
-    if words and Path(words[0]).is_dir():
+    if words and _is_folder(words[0]):
         return Path(words[0]), " ".join(words[1:]) or None
     if len(words) > 1 and ("/" in words[0] or words[0].startswith(".")):
         raise ConfigError(f"model = {words[0]!r}: no such folder")
     return None, " ".join(words) or None
+
+
+def _is_folder(word: str) -> bool:
+    try:
+        return Path(word).is_dir()
+    except (OSError, ValueError):  # longer than any path, or with a zero byte: a prompt
+        return False
 
 
 def check_model(folder: Path) -> ModelConfig:

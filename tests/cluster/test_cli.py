@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from cluster.launcher import free_port
+from cluster.model_store import split_model_and_prompt
 
 SHOAL = [sys.executable, "-m", "cluster"]
 
@@ -42,6 +43,12 @@ def test_make_tiny_then_verify_then_run_inline(tmp_path: Path) -> None:
     first, second = shoal(*arguments), shoal(*arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout != "\n"
+
+
+def test_a_prompt_may_be_longer_than_any_path(tmp_path: Path) -> None:
+    prompt = "tell me more " * 1000
+    assert split_model_and_prompt([prompt]) == (None, prompt)
+    assert split_model_and_prompt([str(tmp_path), prompt]) == (tmp_path, prompt)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_default_model import app
 from typer.testing import CliRunner, Result
 
 from cluster.model_store import check_model
 from default_model import vocabulary
 from default_model.training import CHECKPOINT
 from tests.tools.conftest import NUM_DIALOGUES, TINY
+from train_default_model import app
 
 pytestmark = pytest.mark.usefixtures("tiny")
 STEPS = 2

@@ -21,7 +21,6 @@ from default_model.restore import restore
 from default_model.settings import BOS_ID, EOS_ID, PAD_ID
 from default_model.vocabulary import load_tokenizer
 
-ROW_TOKENS = 256
 ROWS_AT_ONCE = 32
 TOP = 4
 DRAWS_PER_ITEM = 20
@@ -154,7 +153,9 @@ def loss_and_loads(
     total, count, loads = 0.0, 0, torch.zeros(0)
     encoded = [encode(tokenizer, dialogue) for dialogue in dialogues]
     for start in range(0, len(encoded), ROWS_AT_ONCE):
-        batch = collate([[one] for one in encoded[start : start + ROWS_AT_ONCE]], ROW_TOKENS)
+        part = encoded[start : start + ROWS_AT_ONCE]
+        longest = max(len(one.ids) for one in part)
+        batch = collate([[one] for one in part], longest - 1)
         hidden = model(batch.ids, batch.mask)
         graded = batch.targets != IGNORED
         losses = F.cross_entropy(

@@ -91,8 +91,8 @@ class Recipe:
     mtp_weight: float = 0.3
     bias_speed: float = 0.01
     """gamma of b += gamma * sign(mean - load); a third of it lost the balance after 450 steps."""
-    bias_frozen_share: float = 0.03
-    """The last part of the steps, in which the biases no longer move."""
+    settle_passes: int = 100
+    """Passes after the last step in which only the biases move, ever more slowly."""
 
 
 def model_config() -> ModelConfig:

@@ -28,10 +28,10 @@ LOG = "log.jsonl"
 CHECKPOINT_EVERY_S = 120.0
 REPORT_EVERY = 20
 SMOOTHING = 0.95
-PROGRESS = ("step", "num_tokens", "train_s", "gates_turned")
+PROGRESS = ("step", "num_tokens", "train_s", "gates_turned", "biases_settled")
 NUM_TURN_BATCHES = 8
 MTP_ROWS = 4
-"""One row of this many trains the next-token module before the learning rate falls."""
+"""One row of this many trains the next-token module."""
 
 
 class RecipeChanged(ValueError):
@@ -76,7 +76,8 @@ class Trainer:
         self.model.to(device)
         self._optimizers = Optimizers(self.model, recipe)
         self.averages = Averages()
-        self.step, self.num_tokens, self.train_s, self.gates_turned = 0, 0, 0.0, False
+        self.step, self.num_tokens, self.train_s = 0, 0, 0.0
+        self.gates_turned = self.biases_settled = False
         if (folder / CHECKPOINT).exists():
             self._resume()
 
@@ -95,6 +96,7 @@ class Trainer:
                 self.save()
                 saved_at = time.monotonic()
             yield self.step
+        self._settle_biases()
         self.save()
 
     def figures(self) -> dict[str, Any]:
@@ -155,6 +157,19 @@ class Trainer:
         batches = [self._batches.batch(step).to(self._device) for step in unseen]
         turn_gates(self.model, batches, self._recipe.turn_strength)
 
+    @torch.no_grad()
+    def _settle_biases(self) -> None:
+        """Balance the finished gates: while they trained, the biases followed a moving target."""
+        passes = min(self._recipe.settle_passes, self._recipe.steps) * (not self.biases_settled)
+        for number in range(passes):
+            unseen = self._recipe.steps + NUM_TURN_BATCHES + number
+            batch = self._batches.batch(unseen).to(self._device)
+            hidden = self.model(batch.ids, batch.mask)
+            self.model.draft_logits(hidden[:, :-1], batch.ids[:, 1:], batch.mask[:, :, :-1, :-1])
+            for gate in self.model.gates():
+                gate.balance(self._recipe.bias_speed * (1 - number / passes))
+        self.biases_settled = True
+
     def _train_step(self) -> None:
         batch = self._batches.batch(self.step).to(self._device)
         hidden = self.model(batch.ids, batch.mask)
@@ -181,8 +196,7 @@ class Trainer:
     def _mtp_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         if self.step < self._recipe.mtp_from * self._recipe.steps:
             return hidden.new_zeros(())
-        falling = lr_scale(self._recipe, self.step) < 1
-        rows = slice(None) if falling else slice(None, None, MTP_ROWS)
+        rows = slice(None, None, MTP_ROWS)
         next_ids, mask = batch.ids[rows, 1:], batch.mask[rows, :, :-1, :-1]
         targets = batch.targets[rows, 1:]
         logits = self.model.draft_logits(hidden[rows, :-1], next_ids, mask)
@@ -210,9 +224,7 @@ def lr_scale(recipe: Recipe, step: int) -> float:
 
 
 def bias_speed(recipe: Recipe, step: int) -> float:
-    """gamma of the balance: it falls with the learning rate and is nothing at the end."""
-    if step >= recipe.steps * (1 - recipe.bias_frozen_share):
-        return 0.0
+    """gamma of the balance: it falls with the learning rate."""
     return recipe.bias_speed * lr_scale(recipe, step)
 
 
