@@ -15,14 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.autoscaling.policy import (
-    Decision,
-    Memory,
-    PoolState,
-    Report,
-    decide_attention,
-    decide_experts,
-)
+from cluster.autoscaling.policy import decide_attention, decide_experts
+from cluster.autoscaling.pool import Decision, Memory, PoolState, Report
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling, Scaling
 from cluster.autoscaling.stats import MAX_KEYS, AttentionStats, ExpertStats, WorkerStats
 

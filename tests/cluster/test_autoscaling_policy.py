@@ -15,16 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaling.policy import (
-    Crowded,
-    Decision,
-    Memory,
-    PoolState,
-    Report,
-    coverage,
-    decide_attention,
-    decide_experts,
-)
+from cluster.autoscaling.policy import coverage, decide_attention, decide_experts
+from cluster.autoscaling.pool import Crowded, Decision, Memory, PoolState, Report
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling
 from cluster.autoscaling.stats import ExpertStats
 

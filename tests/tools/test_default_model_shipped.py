@@ -54,9 +54,9 @@ def test_load_is_balanced_over_the_mix(loads: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_domain_has_experts_of_its_own(loads: dict[str, torch.Tensor]) -> None:
-    """The four busiest take twice the even share in most (domain, layer) pairs."""
+    """The four busiest take twice the even share in 20 of 21 (domain, layer) pairs."""
     shares = torch.stack([load.topk(4, dim=1).values.sum(dim=1) for load in loads.values()])
-    assert (shares >= TWICE_EVEN).float().mean() > 0.5
+    assert (shares >= TWICE_EVEN).sum() >= 20
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from default_model.answers import greedy_answers
-from default_model.batches import ASSISTANT_ID, IGNORED, USER_ID, collate, encode
-from default_model.corpus.base import Dialogue
+from default_model.batches import ASSISTANT_ID, IGNORED, collate, encode
+from default_model.corpus.base import Dialogue, Role
 from default_model.corpus.domains import DOMAINS
 from default_model.model import DeepseekV3
 from default_model.restore import restore
-from default_model.settings import BOS_ID, EOS_ID, PAD_ID
+from default_model.settings import EOS_ID, PAD_ID
 from default_model.vocabulary import load_tokenizer
 
 ROWS_AT_ONCE = 32
@@ -107,13 +107,9 @@ def _plain(text: str) -> str:
     return text.rstrip("?.").lower()
 
 
-def prompt_ids(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, turns: Sequence[tuple[Role, str]]) -> list[int]:
     """`<bos> (<User> text <Assistant> text <eos>)* <User> text <Assistant>`."""
-    ids = [BOS_ID]
-    for role, text in turns:
-        body = tokenizer.encode(text, add_special_tokens=False).ids
-        ids += [USER_ID, *body] if role == "user" else [ASSISTANT_ID, *body, EOS_ID]
-    return [*ids, ASSISTANT_ID]
+    return [*encode(tokenizer, Dialogue(tuple(turns))).ids, ASSISTANT_ID]
 
 
 def _grade(

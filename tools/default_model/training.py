@@ -160,7 +160,10 @@ class Trainer:
     @torch.no_grad()
     def _settle_biases(self) -> None:
         """Balance the finished gates: while they trained, the biases followed a moving target."""
-        passes = min(self._recipe.settle_passes, self._recipe.steps) * (not self.biases_settled)
+        if self.biases_settled:
+            return
+        self.biases_settled = True
+        passes = min(self._recipe.settle_passes, self._recipe.steps)
         for number in range(passes):
             unseen = self._recipe.steps + NUM_TURN_BATCHES + number
             batch = self._batches.batch(unseen).to(self._device)
@@ -168,7 +171,6 @@ class Trainer:
             self.model.draft_logits(hidden[:, :-1], batch.ids[:, 1:], batch.mask[:, :, :-1, :-1])
             for gate in self.model.gates():
                 gate.balance(self._recipe.bias_speed * (1 - number / passes))
-        self.biases_settled = True
 
     def _train_step(self) -> None:
         batch = self._batches.batch(self.step).to(self._device)
