@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from experts.channel.frame import (
 from experts.checkpoint import Checkpoint
 from experts.kernels.runtime import warm_up
 from experts.layer import SlotWeights, grouped_swiglu
-from experts.load import LoadCounter
+from experts.load import WINDOW_S, LoadCounter
 from experts.placement import ExpertKey
 from experts.turns import Turns
 from experts.weights import load_expert
@@ -53,6 +53,8 @@ class WorkerCounters:
     not_here: int = 0
     refused: int = 0
     busy_s: float = 0.0
+    queue_us_buckets: list[int] = field(default_factory=lambda: [0] * 33)
+    """Batches by the bit length of the microseconds that they waited for their turn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,18 +80,22 @@ class ExpertWorker:
         num_slots: int,
         *,
         max_batch_rows: int = 4096,
+        load_window_s: float = WINDOW_S,
+        emulated_pairs_per_s: float | None = None,
         limits: FrameLimits = DEFAULT_LIMITS,
     ) -> None:
+        """`emulated_pairs_per_s`: sleep after each batch to be as slow as such a device."""
         config = checkpoint.config
         self.worker_id = worker_id
         self.num_slots = num_slots
         self.epoch = 0  # of the newest assignment that was carried out
         self.counters = WorkerCounters()
         self.channel_counters = ChannelCounters()
-        self.load_counter = LoadCounter(config.moe_layers, config.n_routed_experts)
+        self.load_counter = LoadCounter(config.moe_layers, config.n_routed_experts, load_window_s)
         self._checkpoint = checkpoint
         self._width = config.hidden_size
         self._limits = limits
+        self._emulated_pairs_per_s = emulated_pairs_per_s
         self._slots = SlotWeights(num_slots)
         self._free_slots = list(range(num_slots))
         self._slot_of: dict[ExpertKey, int] = {}
@@ -224,6 +230,7 @@ class ExpertWorker:
         ready = [batch for batch in batches if self._find_slots(batch, begun_s)]
         if ready:
             results = self._run(ready)
+            self._emulate(ready, begun_s)
             busy_s = time.monotonic() - begun_s
             for batch, rows in zip(ready, results, strict=True):
                 batch.reply = reply_to(batch.request, rows)
@@ -236,6 +243,13 @@ class ExpertWorker:
                 queue_us = int((begun_s - batch.request.received_s) * 1e6)
                 batch.reply.queue_us = min(max(0, queue_us), _U32)
                 batch.reply.compute_us = min(compute_us, _U32)
+                self.counters.queue_us_buckets[batch.reply.queue_us.bit_length()] += 1
+
+    def _emulate(self, batches: Sequence[_Batch], begun_s: float) -> None:
+        if self._emulated_pairs_per_s is not None:
+            num_pairs = sum(batch.expert_ids.shape[0] for batch in batches)
+            left_s = begun_s + num_pairs / self._emulated_pairs_per_s - time.monotonic()
+            time.sleep(max(0.0, left_s))
 
     def _find_slots(self, batch: _Batch, now_s: float) -> bool:
         """Map experts to slots; False after setting a reply that is not a result."""

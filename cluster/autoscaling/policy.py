@@ -8,6 +8,7 @@ constant load moves the target one way only. In doubt nothing changes:
 - a worker without a fresh, sane report counts as idle when growing and as full when shrinking,
   and the target is held when too few report;
 - what a worker's averages say soon after the pool changed is the past: both delays start later;
+- a size that somebody asked for by command is kept, whatever the load, within the bounds;
 - a queue that is too long although the workers look idle adds one worker;
 - a pool that was too small comes back only when there is less to do, however idle its successor
   looks: that a queue is gone does not say that it would stay away;
@@ -68,6 +69,8 @@ def _decide_experts(
     stats = _fresh(ExpertStats, state, settings)
     if stats:
         memory = replace(memory, coverage=coverage(stats))
+    if set_by_hand := _by_command(state, settings, memory):
+        return set_by_hand
     if held := _blind(len(stats), state, now_s, settings, memory):
         return held
     queue_ms = sum(one.queue_p95_ms for one in stats) / len(stats)
@@ -95,6 +98,8 @@ def _decide_attention(
     state: PoolState, now_s: float, settings: AttentionScaling, memory: Memory
 ) -> Decision:
     stats = _fresh(AttentionStats, state, settings)
+    if set_by_hand := _by_command(state, settings, memory):
+        return set_by_hand
     if held := _blind(len(stats), state, now_s, settings, memory):
         return held
     capacity_tokens = sum(one.kv_capacity_tokens for one in stats) / len(stats)
@@ -128,6 +133,17 @@ def _fresh(kind: type[AnyStats], state: PoolState, settings: Scaling) -> list[An
     young = (one for one in state.reports.values() if abs(one.age_s) <= settings.max_age_s)
     found = (read_stats(kind, one.values) for one in young)
     return [stats for stats in found if stats is not None]
+
+
+def _by_command(state: PoolState, settings: Scaling, memory: Memory) -> Decision | None:
+    """The size that was asked for, or the present one if only commands change it."""
+    if state.commanded > 0 and state.num_running > 0:
+        wanted = replace(state, target=state.commanded)
+        memory = replace(memory, pool=None, direction=None)
+        return hold(wanted, settings, memory, "command", "that many were asked for")
+    if not settings.follows_load:
+        return Decision(state.target, "fixed", "the size changes by command only", memory)
+    return None
 
 
 def _blind(

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 Cause = Literal[
     "steady",
+    "fixed",
+    "command",
     "load",
     "pressure",
     "spare",
@@ -18,8 +20,8 @@ Cause = Literal[
     "unknown",
     "error",
 ]
-"""Why the target is what it is, for counters: load, pressure (a queue), spare, bounds and coverage
-change it; the others hold it."""
+"""Why the target is what it is, for counters: command, load, pressure (a queue), spare, bounds and
+coverage change it; the others hold it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class PoolState:
     """Workers that have started and are not stopping."""
     reports: Mapping[str, Report] = field(default_factory=dict)
     """By worker."""
+    commanded: int = 0
+    """Workers that somebody asked for (`shoal scale`); 0: nobody did."""
 
 
 @dataclass(frozen=True)

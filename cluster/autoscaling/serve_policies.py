@@ -104,13 +104,18 @@ class _LoadPolicy:
         averages, series = ctx.aggregated_metrics or {}, ctx.raw_metrics or {}
         names = list(cls.stats_type.model_fields)[:MAX_KEYS]
         reports = {}
+        commands = []
         for replica in ctx.running_replicas:
             points = series.get(names[0], {}).get(replica)
+            if said := series.get("commanded_workers", {}).get(replica):
+                commands.append((said[-1].timestamp, int(said[-1].value)))
             if points:
                 values = {n: averages[n][replica] for n in names if replica in averages.get(n, {})}
                 age_s = ctx.current_time - points[-1].timestamp
                 reports[str(replica)] = Report(values, age_s)
-        return PoolState(ctx.target_num_replicas, ctx.current_num_replicas, reports)
+        # Of those that know: the newest word, not an average of the sizes asked for.
+        _, commanded = max((c for c in commands if c[1] >= 0), default=(0.0, 0))
+        return PoolState(ctx.target_num_replicas, ctx.current_num_replicas, reports, commanded)
 
     def _tell(self, ctx: Any, decision: Decision) -> None:
         """Log a change once, and what keeps the target from changing now and then; count all."""

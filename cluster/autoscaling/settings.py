@@ -40,6 +40,8 @@ class Scaling(BaseModel):
     """How often a worker reports (Serve's metrics_interval_s)."""
     window_s: Seconds = 5.0
     """Reports are averaged over so long (Serve's look_back_period_s)."""
+    follows_load: bool = True
+    """False: the size changes by command (`shoal scale`) only."""
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> Self:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from attention.messages import Stats
 
 MAX_KEYS = 16
+UNKNOWN = -1.0
 MIN_INTERVAL_S = 1e-3
 """Readings closer together give the earlier one again: rates over no time are noise."""
 
@@ -34,6 +35,9 @@ class WorkerStats(BaseModel):
         """For `record_autoscaling_stats`. Builtin floats: a numpy integer would turn the replica's
         statistics off for good."""
         return {name: float(getattr(self, name)) for name in type(self).model_fields}
+
+    commanded_workers: Annotated[float, Field(ge=UNKNOWN, le=1e6)] = UNKNOWN
+    """The tier's size that the worker was last told is wanted by command; 0: none is."""
 
 
 class ExpertStats(WorkerStats):
@@ -109,7 +113,7 @@ class ExpertMeter:
         self._last: ExpertStats | None = None
         self._remember(clock())
 
-    def read(self, num_held: int) -> ExpertStats:
+    def read(self, num_held: int, commanded_workers: float = UNKNOWN) -> ExpertStats:
         """The report since the last reading."""
         now_s = self._clock()
         elapsed_s = now_s - self._read_s
@@ -126,6 +130,7 @@ class ExpertMeter:
             num_held=num_held,
             num_slots=self._num_slots,
             num_experts=self._num_experts,
+            commanded_workers=commanded_workers,
         )
         self._remember(now_s)
         return self._last
@@ -146,7 +151,7 @@ class AttentionMeter:
         self._num_tokens = 0
         self._last: AttentionStats | None = None
 
-    def read(self, stats: Stats) -> AttentionStats:
+    def read(self, stats: Stats, commanded_workers: float = UNKNOWN) -> AttentionStats:
         """The report since the last reading."""
         now_s = self._clock()
         elapsed_s = now_s - self._read_s
@@ -161,6 +166,7 @@ class AttentionMeter:
             waiting_requests=stats.num_waiting,
             running_requests=stats.num_running,
             tokens_per_s=max(0, num_tokens - self._num_tokens) / max(elapsed_s, MIN_INTERVAL_S),
+            commanded_workers=commanded_workers,
         )
         self._read_s, self._num_tokens = now_s, num_tokens
         return self._last

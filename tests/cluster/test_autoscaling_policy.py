@@ -112,6 +112,35 @@ def test_a_new_worker_without_work_counts_with_the_others() -> None:
     assert decide(pool(*[worker(0.9)] * 3, worker(0.0, num_held=0), target=5)).target == 5
 
 
+# --- by command ---
+
+
+def test_a_command_is_obeyed_whatever_the_load_and_kept() -> None:
+    state = replace(pool(*[worker(0.9)] * 4), commanded=3)
+    decision = decide(state, PATIENT)
+    assert (decision.target, decision.cause) == (3, "command")
+    again = decide_experts(replace(state, target=3), 100.0, PATIENT, decision.memory)
+    assert (again.target, again.cause) == (3, "command")
+
+
+def test_a_command_stays_within_coverage_and_bounds() -> None:
+    idle = worker(0.0, num_experts=20)
+    assert decide(replace(pool(*[idle] * 4), commanded=1)).target == 3
+    assert decide(replace(pool(*[idle] * 4), commanded=99)).target == PROMPT.max_workers
+
+
+def test_a_command_needs_no_other_metrics() -> None:
+    decision = decide(PoolState(2, 2, {}, commanded=4))
+    assert decision.target == 4
+
+
+def test_a_tier_of_fixed_size_ignores_the_load() -> None:
+    fixed = PROMPT.model_copy(update={"follows_load": False})
+    assert decide(pool(*[worker(1.0)] * 4), fixed).target == 4
+    assert decide(pool(*[worker(0.0)] * 4), fixed).target == 4
+    assert decide(replace(pool(*[worker(0.0)] * 4), commanded=6), fixed).target == 6
+
+
 # --- bounds and coverage ---
 
 

@@ -37,8 +37,9 @@ def serve_config(scaling: Scaling, initial_workers: int = 2) -> AutoscalingConfi
         return AutoscalingConfig(**autoscaling_config(scaling, initial_workers))
 
 
-def expert(busy: float) -> dict[str, float]:
+def expert(busy: float, commanded: float = -1) -> dict[str, float]:
     stats = ExpertStats(
+        commanded_workers=commanded,
         busy_fraction=busy,
         queue_p95_ms=1,
         rows_per_s=1000 * busy,
@@ -213,3 +214,15 @@ def test_the_options_fit_a_deployment() -> None:
     assert autoscaling_config(AttentionScaling(), 1)["policy"]["policy_function"].endswith(
         AttentionLoadPolicy.__name__
     )
+
+
+def test_the_newest_command_counts_and_newcomers_know_none() -> None:
+    config = serve_config(PROMPT)
+    ctx = context([expert(0.5, 0), expert(0.5, 4), expert(0.5)], config)
+    series = ctx.raw_metrics["commanded_workers"]
+    first, second = list(series)[:2]
+    series[first][-1] = TimeStampedValue(NOW_S - 9, 0)
+    series[second][-1] = TimeStampedValue(NOW_S - 1, 4)
+    assert ExpertLoadPolicy.read_state(ctx).commanded == 4
+    target, _ = ExpertLoadPolicy(**PROMPT.model_dump(exclude={"min_workers", "max_workers"}))(ctx)
+    assert target == 4
