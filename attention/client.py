@@ -34,14 +34,14 @@ from experts.channel.frame import Frame, Kind, Status
 logger = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 5.0
-WORKER_LOST = "worker lost"
 
 
 class AttentionClient:
     """One connection to one worker; thread-safe. Callbacks run in its reader thread: keep them
     short.
 
-    Every submitted request gets outputs up to one with a finish_reason, also when the worker dies.
+    Every submitted request gets outputs up to one with a finish_reason; "lost" when the connection
+    ends, by whatever cause: the sequence can be replayed on another worker.
     """
 
     def __init__(self, endpoint: str, secret: bytes, timeout_s: float = 5.0):
@@ -79,7 +79,7 @@ class AttentionClient:
         frame_id, answer = next(self._frame_ids), Future[Stats]()
         with self._lock:
             if self._lost:
-                raise ChannelClosed(WORKER_LOST)
+                raise ChannelClosed("worker lost")
             self._asked[frame_id] = answer
         self._send(StatsRequest(), frame_id)
         try:
@@ -91,7 +91,7 @@ class AttentionClient:
                 self._asked.pop(frame_id, None)
 
     def close(self) -> None:
-        """Leave; open requests end with an error here and are aborted at the worker."""
+        """Leave; open requests end as "lost" here and are aborted at the worker."""
         self._connection.close()
         if threading.current_thread() is not self._reader:
             self._reader.join()
@@ -156,8 +156,8 @@ class AttentionClient:
         for request_id in open_ids:
             self._output(_lost(request_id))
         for answer in asked:
-            answer.set_exception(ChannelClosed(WORKER_LOST))
+            answer.set_exception(ChannelClosed("worker lost"))
 
 
 def _lost(request_id: str) -> TokenOutput:
-    return TokenOutput(request_id=request_id, finish_reason="error", error=WORKER_LOST)
+    return TokenOutput(request_id=request_id, finish_reason="lost")

@@ -207,11 +207,13 @@ def _output(
     stop_reason: int | None = None,
     error: str | None = None,
 ) -> TokenOutput:
-    """A message with what `result` brought, the first time with the logprobs of the prompt."""
+    """A message with what `result` brought, the first time with what concerns the prompt."""
     sampled = result.sampled if result is not None else None
-    prompt_logprobs = None
-    if result is not None and request.wants_prompt_logprobs:
-        prompt_logprobs, request.prompt_logprobs_sent = request.prompt_logprobs, True
+    prompt_logprobs, num_cached_tokens = None, 0
+    if not request.first_output_sent:
+        num_cached_tokens = request.num_cached_tokens
+        if result is not None:
+            prompt_logprobs, request.first_output_sent = request.prompt_logprobs, True
     return TokenOutput(
         request_id=request.request_id,
         token_ids=[] if sampled is None else [sampled.token_id],
@@ -221,5 +223,5 @@ def _output(
         error=error,
         prompt_logprobs=prompt_logprobs,
         num_prompt_tokens=request.num_prompt_tokens,
-        num_cached_tokens=request.num_cached_tokens,
+        num_cached_tokens=num_cached_tokens,
     )

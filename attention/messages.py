@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "lost", "unavailable"]
+"""lost: the worker is gone or drains, the request can be replayed on another. unavailable: experts
+that it needs stayed away past its deadline, or past the router's limit if it has none."""
 MAX_REQUEST_ID_LENGTH = 256
 MAX_LOGPROBS = 128
 """An upper bound of the wire; the front end's own limit is lower."""
@@ -102,12 +104,15 @@ class TokenOutput(Message):
     stop_reason: int | None = None
     """The id of `stop_token_ids` that ended it (in `token_ids` too); None for the model's own."""
     error: str | None = None
-    """For finish_reason "error": one line to show to a client."""
+    """For finish_reason "error" and "unavailable": one line to show to a client."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """In the first output, if asked for: one entry a prompt token, None for the first."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
-    """Prompt tokens whose cache blocks were shared instead of computed."""
+    """Prompt tokens whose cache blocks were shared instead of computed. Only in the first output,
+    and not when a request that has emitted_ids is replayed: adding them up counts each once."""
+    renormalised: bool = False
+    """Some expert of some layer was left out in this output's step, the others' weights scaled."""
 
 
 class StepOutputs(Message):

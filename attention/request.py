@@ -50,7 +50,8 @@ class Request:
     num_published_blocks: int = 0
     counts: TokenCounts | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    prompt_logprobs_sent: bool = False
+    first_output_sent: bool = False
+    """The client has what only the first output tells; a replay with emitted_ids starts so."""
     was_admitted: bool = False
 
     @classmethod
@@ -67,6 +68,7 @@ class Request:
             num_prompt_tokens=num_prompt,
             max_total_tokens=limit,
             deadline_s=deadline_s,
+            first_output_sent=bool(submit.emitted_ids),
         )
         if TokenCounts.needed(params):
             request.counts = TokenCounts(submit.prompt_ids, submit.emitted_ids)
@@ -90,7 +92,7 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.prompt_logprobs is not None and not self.prompt_logprobs_sent
+        return self.prompt_logprobs is not None and not self.first_output_sent
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

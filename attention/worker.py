@@ -131,13 +131,13 @@ class AttentionWorker:
         return self._thread is not None and self._thread.is_alive()
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Refuse new requests and wait for the open ones; whether all of them ended in time."""
+        """Answer new requests with "lost", wait for the open ones; whether all ended in time."""
         self._draining = True
         with self._wake:
             return self._wake.wait_for(lambda: self._idle and not self._inbox, timeout_s)
 
     def close(self) -> None:
-        """Stop after the step under way. Clients see the connection end."""
+        """Stop after the step under way. Clients see the connection end: what is open is lost."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -198,12 +198,16 @@ class AttentionWorker:
         return not self._closing
 
     def _submit(self, submit: Submit, connection: Connection) -> None:
-        if self._draining or submit.request_id in self._owners:
-            text = "the worker is draining" if self._draining else "the request id is in use"
-            refused = TokenOutput(request_id=submit.request_id, finish_reason="error", error=text)
+        request_id = submit.request_id
+        if self._draining:  # lost, not error: another worker can have it
+            self._send(connection, [TokenOutput(request_id=request_id, finish_reason="lost")])
+            return
+        if request_id in self._owners:
+            text = "the request id is in use"
+            refused = TokenOutput(request_id=request_id, finish_reason="error", error=text)
             self._send(connection, [refused])
             return
-        self._owners[submit.request_id] = connection
+        self._owners[request_id] = connection
         self.engine.add(submit)
 
     def _abort(self, request_id: str, connection: Connection) -> None:

@@ -138,7 +138,9 @@ def test_a_prefix_hit_changes_no_token(rig: RigOf) -> None:
     salted = Answers(engine, [submit("d", ids, cache_salt="other")]).run()
     assert again.tokens("b") == salted.tokens("d") == first.tokens("a")
     assert longer.tokens("c")[:6] == first.tokens("a")[6:]
-    cached = [a.last(n).num_cached_tokens for a, n in ((again, "b"), (longer, "c"), (salted, "d"))]
+    cached = [
+        a.outputs[n][0].num_cached_tokens for a, n in ((again, "b"), (longer, "c"), (salted, "d"))
+    ]
     assert cached == [60, 68, 0]
 
 
