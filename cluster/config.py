@@ -14,10 +14,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attention.config import AttentionConfig
+from cluster.autoscaling.settings import AttentionScaling, ExpertScaling
 from router.config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_COMMANDED = 64
+"""Workers that `shoal scale` may ask for in a tier without `scaling`."""
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the secret that members of a cluster prove to each other, in hex."""
 
@@ -38,6 +42,9 @@ class AttentionTier(_Section):
     """The `Attention` deployment."""
 
     num_workers: Count = 1
+    """At the start; from then on as `scaling` and `shoal scale` say."""
+    scaling: AttentionScaling | None = None
+    """None: the size changes by command only."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of one worker; 0 runs it on the CPU. A fraction shares a GPU with another actor."""
     num_threads: Count | None = None
@@ -54,16 +61,40 @@ class RouterTier(_Section):
     worker: RouterConfig = RouterConfig()
 
 
+class Rebalancing(_Section):
+    """Moving replicas to where the load is, while requests run."""
+
+    enabled: bool = True
+    every_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    """Least time between two steps."""
+    max_moves: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    """Slots loaded in a step at most; None: an eighth of the pool's."""
+    min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Part of the busiest worker's load that a change must take off it."""
+
+
 class ExpertTier(_Section):
     """The `Experts` deployment."""
 
     num_workers: Count = 2
+    """At the start; from then on as `scaling` and `shoal scale` say."""
+    scaling: ExpertScaling | None = None
+    """None: the size changes by command only."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     num_threads: Count | None = None
-    redundancy: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    """Spare slots over all workers and layers: they hold second replicas of experts."""
+    redundancy: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    """Slots over all workers and layers that hold second replicas; None: an eighth of the experts."""
     slots_per_worker: Count | None = None
-    """(layer, expert) pairs a worker can hold; None: what num_workers and redundancy need."""
+    """(layer, expert) pairs a worker holds; None: what num_workers and redundancy need."""
+    spare_slots_per_worker: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    """Slots kept for experts whose last holder died or leaves; None: all the model has on the CPU,
+    where a slot is a view of the mapped file, and none on a GPU, where it costs memory."""
+    load_window_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """The load is what the experts computed in so many seconds."""
+    rebalance: Rebalancing = Rebalancing()
+    emulated_pairs_per_s: Annotated[float, Field(gt=0)] | None = None
+    """For experiments: a worker sleeps to be as slow as a device that computes so many (token,
+    expert) pairs a second."""
 
 
 class Listen(_Section):
@@ -89,6 +120,11 @@ class ShoalConfig(_Section):
     router: RouterTier = RouterTier()
     experts: ExpertTier = ExpertTier()
     listen: Listen = Listen()
+    enable_operations: bool | None = None
+    """Routes that change the cluster (`shoal experts`, `shoal scale`); None: only while clients must
+    be on this machine, as there is no authentication yet."""
+    enable_chaos: bool = False
+    """`shoal chaos` may kill and stop workers."""
     channel: Literal["unix", "tcp"] = "unix"
     """Data plane: unix sockets on one machine, tcp across machines."""
     runtime_dir: Path | None = None
@@ -98,6 +134,13 @@ class ShoalConfig(_Section):
     def model_name(self) -> str:
         """What clients call the model."""
         return self.served_model_name or self.model.resolve().name
+
+    @property
+    def operations(self) -> bool:
+        """Whether clients may change the cluster."""
+        if self.enable_operations is not None:
+            return self.enable_operations
+        return self.listen.host in LOOPBACK
 
     @property
     def engine(self) -> AttentionConfig:

@@ -79,7 +79,7 @@ def slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
     tier, space = config.experts, expert_space(model)
     if tier.slots_per_worker is not None:
         return tier.slots_per_worker
-    return slots_needed(space.num_total, tier.num_workers, tier.redundancy, space.unit_size)
+    return slots_needed(space.num_total, tier.num_workers, tier.redundancy or 0, space.unit_size)
 
 
 def model_info(config: ShoalConfig) -> ModelInfo:
@@ -103,7 +103,7 @@ class PlacementMember:
         rules = RosterRules(
             space=expert_space(ModelConfig.load(config.model)),
             expected_experts=config.experts.num_workers,
-            redundancy=config.experts.redundancy,
+            redundancy=config.experts.redundancy or 0,
             needs_router=config.router.mode == "deployment",
         )
         self.directory = Directory(rules)
