@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,8 +43,9 @@ ModelArgument = Annotated[
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML with any setting; flags win over it.")
 ]
-ExpertsOption = Annotated[int | None, typer.Option(help="Expert workers.")]
-AttentionOption = Annotated[int | None, typer.Option(help="Attention workers.")]
+SIZE = "; MIN-MAX scales them with the load."
+ExpertsOption = Annotated[str | None, typer.Option(help="Expert workers" + SIZE)]
+AttentionOption = Annotated[str | None, typer.Option(help="Attention workers" + SIZE)]
 RouterModeOption = Annotated[
     str | None, typer.Option(help="deployment, or inline: gate inside the attention workers.")
 ]
@@ -79,8 +81,8 @@ def user_errors() -> Iterator[None]:
 def settings(
     model: Path | None,
     config: Path | None = None,
-    experts: int | None = None,
-    attention: int | None = None,
+    experts: str | None = None,
+    attention: str | None = None,
     router_mode: str | None = None,
     **more: Any,
 ) -> ShoalConfig:
@@ -90,14 +92,27 @@ def settings(
     data = read_config_file(config) if config else {}
     flags: dict[str, Any] = {
         "model": str(model) if model else None,
-        "experts": {"num_workers": experts},
-        "attention": {"num_workers": attention},
+        "experts": _size("--experts", experts),
+        "attention": _size("--attention", attention),
         "router": {"mode": router_mode},
         **more,
     }
     data = merge(data, _given(flags))
     data.setdefault("model", str(default_model()))
     return parse_config(data)
+
+
+def _size(flag: str, given: str | None) -> dict[str, Any]:
+    """Settings of a tier for "3", or for "2-6": at least two workers, at most six."""
+    if given is None:
+        return {}
+    numbers = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", given, re.ASCII)
+    if numbers is None:
+        raise ConfigError(f"{flag} {given}: expected a number, or two as in {flag} 2-6")
+    low, high = numbers.groups()
+    if high is None:
+        return {"num_workers": int(low)}
+    return {"num_workers": int(low), "scaling": {"min_workers": int(low), "max_workers": int(high)}}
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +134,9 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option()] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API.")] = None,
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard on port 8265.")] = True,
+    enable_chaos: Annotated[
+        bool, typer.Option("--enable-chaos", help="Let `shoal chaos` kill and stop workers.")
+    ] = False,
     inline: InlineOption = False,
 ) -> None:
     """Serve a checkpoint over HTTP and gRPC until Ctrl-C."""
@@ -133,6 +151,7 @@ def serve(
             router_mode,
             deterministic=deterministic,
             served_model_name=served_model_name,
+            enable_chaos=enable_chaos or None,
             listen={"host": host, "http_port": http_port, "grpc_port": grpc_port},
         )
         with running(chosen, inline=inline, dashboard=dashboard) as server:

@@ -20,6 +20,7 @@ from router.config import RouterConfig
 Count = Annotated[int, Field(ge=1, le=4096)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_OURS = "Value error, "  # what pydantic puts before the words of our own validators
 MAX_COMMANDED = 64
 """Workers that `shoal scale` may ask for in a tier without `scaling`."""
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
@@ -168,7 +169,9 @@ def parse_config(data: dict[str, Any]) -> ShoalConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
-        raise ConfigError(f"{field} = {first['input']!r}: {first['msg']}") from None
+        raise ConfigError(
+            f"{field} = {first['input']!r}: {first['msg'].removeprefix(_OURS)}"
+        ) from None
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

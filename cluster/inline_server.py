@@ -19,6 +19,12 @@ class InlineServer:
     stage = "loading"
 
     def __init__(self, config: ShoalConfig) -> None:
+        """Raises ConfigError for what needs processes that come and go."""
+        if config.experts.scaling or config.attention.scaling or config.enable_chaos:
+            raise ConfigError(
+                "--inline: workers of one process can neither scale nor die; leave out the ranges of "
+                "--experts and --attention and --enable-chaos, or serve without --inline"
+            )
         self._config = config
         self._cluster: InlineCluster | None = None
         self._server: uvicorn.Server | None = None
