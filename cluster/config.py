@@ -20,7 +20,6 @@ from router.config import RouterConfig
 Count = Annotated[int, Field(ge=1, le=4096)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_OURS = "Value error, "  # what pydantic puts before the words of our own validators
 MAX_COMMANDED = 64
 """Workers that `shoal scale` may ask for in a tier without `scaling`."""
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
@@ -84,7 +83,7 @@ class ExpertTier(_Section):
     num_gpus: Annotated[float, Field(ge=0)] = 0
     num_threads: Count | None = None
     redundancy: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    """Slots over all workers and layers that hold second replicas; None: an eighth of the experts."""
+    """Slots of the whole pool that hold second replicas; None: an eighth of the experts."""
     slots_per_worker: Count | None = None
     """(layer, expert) pairs a worker holds; None: what num_workers and redundancy need."""
     spare_slots_per_worker: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
@@ -122,8 +121,8 @@ class ShoalConfig(_Section):
     experts: ExpertTier = ExpertTier()
     listen: Listen = Listen()
     enable_operations: bool | None = None
-    """Routes that change the cluster (`shoal experts`, `shoal scale`); None: only while clients must
-    be on this machine, as there is no authentication yet."""
+    """Routes that change the cluster (`shoal experts`, `shoal scale`); None: only if clients must be
+    on this machine, as there is no authentication yet."""
     enable_chaos: bool = False
     """`shoal chaos` may kill and stop workers."""
     channel: Literal["unix", "tcp"] = "unix"
@@ -169,9 +168,8 @@ def parse_config(data: dict[str, Any]) -> ShoalConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
-        raise ConfigError(
-            f"{field} = {first['input']!r}: {first['msg'].removeprefix(_OURS)}"
-        ) from None
+        why = first["msg"].removeprefix("Value error, ")  # pydantic's mark of our own validators
+        raise ConfigError(f"{field} = {first['input']!r}: {why}") from None
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class InlineServer:
         """Raises ConfigError for what needs processes that come and go."""
         if config.experts.scaling or config.attention.scaling or config.enable_chaos:
             raise ConfigError(
-                "--inline: workers of one process can neither scale nor die; leave out the ranges of "
-                "--experts and --attention and --enable-chaos, or serve without --inline"
+                "--inline: workers of one process can neither scale nor die; serve without "
+                "--inline, or leave out --enable-chaos and the ranges of --experts, --attention"
             )
         self._config = config
         self._cluster: InlineCluster | None = None
