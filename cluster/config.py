@@ -121,8 +121,8 @@ class ShoalConfig(_Section):
     experts: ExpertTier = ExpertTier()
     listen: Listen = Listen()
     enable_operations: bool | None = None
-    """Routes that change the cluster (`shoal experts`, `shoal scale`); None: only if clients must be
-    on this machine, as there is no authentication yet."""
+    """Routes that change the cluster (`shoal experts`, `shoal scale`); None: only if clients
+    must be on this machine, as there is no authentication yet."""
     enable_chaos: bool = False
     """`shoal chaos` may kill and stop workers."""
     channel: Literal["unix", "tcp"] = "unix"
