@@ -1,9 +1,12 @@
 """Control messages between the workers and the directory: JSON bodies of CONTROL frames.
 
     worker    -> directory   Register (first), Holding (after a load), Ping, LoadReport (expert
-                             workers, about once a second while it changes), LoadRequest
+                             workers, about once a second while it changes), LoadRequest, Leave
     directory -> worker      Assign (expert workers only), Snapshot (at every change), Pong,
-                             ClusterLoadReply (to each LoadRequest, with its request id)
+                             ClusterLoadReply (to each LoadRequest, with its request id), Released
+                             (to each Leave, in time), Signal
+    any member -> directory  a Command: Drain, Replicate, Rebalance, Scale, Chaos; answered with its
+                             request id by Done, or by status FAILED and one line that says why
 
 What arrives is checked in full (types, bounds, no unknown field) before anything reads it.
 An expert is named by (layer, expert id), never by a slot: a stale table can then miss an expert
@@ -20,6 +23,9 @@ MAX_EXPERTS_PER_MESSAGE = 1 << 18  # Kimi-K2 has 23,040 (60 layers of 384)
 MAX_WORKERS = 4096
 
 Role = Literal["attention", "router", "experts", "ingress"]
+Tier = Literal["experts", "attention"]  # what can be scaled
+ChaosAction = Literal["kill", "stop"]
+ChaosRole = Literal["experts", "router", "attention"]
 WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/#@-]{0,127}$")]
 Endpoint = Annotated[str, Field(max_length=256)]
 NodeName = Annotated[str, Field(max_length=256)]
@@ -33,11 +39,18 @@ RowCount = Annotated[int, Field(ge=0, lt=1 << 40)]  # sums over all workers and 
 RowsOfLayer = Annotated[tuple[RowCount, ...], Field(max_length=1 << 16)]
 SumOfRows = Annotated[tuple[Count, ...], Field(max_length=1 << 16)]
 WindowS = Annotated[float, Field(gt=0, le=86_400.0, allow_inf_nan=False)]
+NumWorkers = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
+Targets = dict[Role, Count]  # workers wanted of a role
+StopS = Annotated[float, Field(gt=0, le=3600.0, allow_inf_nan=False)]
 HoldersOfLayer = Annotated[tuple[HoldersOfExpert, ...], Field(max_length=1 << 16)]
 
 
 class MessageError(ValueError):
     """A control frame that is not a valid message; str() is one line naming the first fault."""
+
+
+class CommandRefused(ValueError):
+    """A command that the directory did not carry out; str() is one line: what, why, what to do."""
 
 
 class _Message(BaseModel):
@@ -53,19 +66,22 @@ class WorkerInfo(_Message):
     pid: Count
     node: NodeName
     num_slots: Count = 0  # expert workers: how many (layer, expert) pairs fit
+    spare_slots: Count = 0  # further ones, only for experts that would have no holder otherwise
 
 
 class Register(WorkerInfo):
     """First message of a connection: this worker is a member for as long as the connection lives.
 
     `seen_epoch` and `seen_version` are the newest that it was told: a restarted directory goes on
-    above them.
+    above them. `seen_scale` is the newest `Snapshot.scale`: it goes on with that of the newest
+    version.
     """
 
     type: Literal["register"] = "register"
     holds: ExpertKeys = ()
     seen_epoch: Count = 0
     seen_version: Count = 0
+    seen_scale: Targets = {}
 
     @property
     def info(self) -> WorkerInfo:
@@ -77,7 +93,7 @@ class Assign(_Message):
     """The full set of experts that the worker shall hold: load the missing, drop the others."""
 
     type: Literal["assign"] = "assign"
-    epoch: Count
+    epoch: Count  # grows with every Assign to anybody
     experts: ExpertKeys
 
 
@@ -94,7 +110,7 @@ class Snapshot(_Message):
 
     `version` grows at every change, `epoch` only when a holder changes.
     `holders[str(layer)][expert]` are the ids of the workers that hold the expert, sorted; () while
-    nobody does.
+    nobody does. `scale`: numbers of workers set by command; an absent role scales by its policy.
     """
 
     type: Literal["snapshot"] = "snapshot"
@@ -104,6 +120,7 @@ class Snapshot(_Message):
     stage: Annotated[str, Field(max_length=512)]  # for people: "loading experts 96/448"
     workers: Annotated[tuple[WorkerInfo, ...], Field(max_length=MAX_WORKERS)] = ()
     holders: Annotated[dict[str, HoldersOfLayer], Field(max_length=1 << 16)] = {}
+    scale: Targets = {}
 
     def workers_of(self, role: Role) -> tuple[WorkerInfo, ...]:
         """Live workers of one role, sorted by id."""
@@ -166,6 +183,75 @@ class ClusterLoadReply(_Message):
     workers: Annotated[tuple[WorkerRows, ...], Field(max_length=MAX_WORKERS)]
 
 
+class Leave(_Message):
+    """An expert worker wants to stop: others shall take over what it alone holds."""
+
+    type: Literal["leave"] = "leave"
+
+
+class Released(_Message):
+    """Nobody needs the worker any more: answers its Leave."""
+
+    type: Literal["released"] = "released"
+
+
+class Drain(_Message):
+    """Hand over all experts of a worker; it stays a member without experts until it registers."""
+
+    type: Literal["drain"] = "drain"
+    worker_id: WorkerId
+
+
+class Replicate(_Message):
+    """At least so many holders of an expert (of its whole group) from now on; 1: as before."""
+
+    type: Literal["replicate"] = "replicate"
+    layer: LayerId
+    expert: ExpertId
+    replicas: NumWorkers
+
+
+class Rebalance(_Message):
+    """One placement step now."""
+
+    type: Literal["rebalance"] = "rebalance"
+
+
+class Scale(_Message):
+    """How many workers the tier shall have; None: as its policy says."""
+
+    type: Literal["scale"] = "scale"
+    role: Tier
+    workers: NumWorkers | None
+
+
+class Chaos(_Message):
+    """Kill a worker, or stop it for a time; None: any one of the role."""
+
+    type: Literal["chaos"] = "chaos"
+    action: ChaosAction
+    role: ChaosRole
+    worker_id: WorkerId | None
+    duration_s: StopS
+
+
+class Done(_Message):
+    """A command was carried out, or begun; `text` is one line for people."""
+
+    type: Literal["done"] = "done"
+    text: Annotated[str, Field(max_length=1024)]
+
+
+class Signal(_Message):
+    """Chaos for the worker that gets it: kill yourself, or stop for `duration_s`."""
+
+    type: Literal["signal"] = "signal"
+    action: ChaosAction
+    duration_s: StopS
+
+
+Command = Drain | Replicate | Rebalance | Scale | Chaos
+COMMANDS = (Drain, Replicate, Rebalance, Scale, Chaos)
 Message = (
     Register
     | Assign
@@ -176,6 +262,11 @@ Message = (
     | LoadReport
     | LoadRequest
     | ClusterLoadReply
+    | Leave
+    | Released
+    | Command
+    | Done
+    | Signal
 )
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
