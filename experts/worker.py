@@ -134,6 +134,14 @@ class ExpertWorker:
         if self._server is not None:
             self._server.close()
 
+    def wait_quiet(self, quiet_s: float = 0.1, timeout_s: float = 2.0) -> None:
+        """Return when no batch has come for `quiet_s`: senders have heard that others hold it."""
+        until_s = time.monotonic() + timeout_s
+        seen = -1
+        while self.counters.batches != seen and time.monotonic() < until_s:
+            seen = self.counters.batches
+            time.sleep(quiet_s)
+
     def drain(self) -> None:
         """Refuse new batches with DRAINING; those in the queue are still computed."""
         self._draining = True

@@ -277,3 +277,26 @@ def test_load_and_work_are_counted(worker: ExpertWorker) -> None:
     assert (counters.batches, counters.rows, counters.pairs) == (1, 2, 3)
     assert counters.busy_s > 0
     assert worker.load_counter.totals()[LAYER][:4] == [1, 0, 0, 2]
+    assert sum(counters.queue_us_buckets) == 1
+
+
+def test_an_emulated_device_takes_its_time(folder: Path) -> None:
+    worker = ExpertWorker(Checkpoint.open(folder), "w0", 4, emulated_pairs_per_s=40.0)
+    worker.hold([(LAYER, 0), (LAYER, 1)])
+    begun_s = time.monotonic()
+    worker.handle(request(rows(1), [(0, 0, 1.0), (0, 1, 1.0)]), NOBODY)
+    assert time.monotonic() - begun_s >= 2 / 40
+    assert worker.counters.busy_s >= 2 / 40
+
+
+def test_quiet_is_when_no_batch_came_for_a_while(worker: ExpertWorker) -> None:
+    sender = threading.Thread(
+        target=lambda: [worker.handle(request(rows(1), [(0, 0, 1.0)]), NOBODY) for _ in range(20)]
+    )
+    sender.start()
+    worker.wait_quiet(quiet_s=0.05)
+    assert worker.counters.batches == 20
+    begun_s = time.monotonic()
+    worker.wait_quiet(quiet_s=0.01, timeout_s=0.5)
+    assert time.monotonic() - begun_s < 0.5
+    sender.join()
