@@ -3,16 +3,17 @@
 One thread connects, registers with what the worker holds, pings and receives, for as long as the
 worker lives; when the line breaks it starts over, with growing pauses. A second thread runs
 `on_assign`, which may take minutes, so that loading never looks like death. Any thread may ask for
-the cluster's load.
+the cluster's load, give a command, or leave.
 """
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, InvalidStateError
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from experts.channel.channel import (
     ChannelClosed,
@@ -25,18 +26,28 @@ from experts.channel.frame import Frame, Status
 from experts.messages import (
     Assign,
     ClusterLoadReply,
+    Command,
+    CommandRefused,
+    Done,
     Holding,
+    Leave,
     LoadReport,
     LoadRequest,
+    Message,
     MessageError,
     Ping,
     Pong,
     Register,
+    Released,
+    Signal,
     Snapshot,
     decode,
     encode,
 )
 from experts.placement import ExpertKey
+from experts.questions import Questions
+
+Answer = TypeVar("Answer", ClusterLoadReply, Done)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +57,8 @@ CONNECT_TIMEOUT_S = 2.0
 SEND_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 LOAD_TIMEOUT_S = 2.0
+COMMAND_TIMEOUT_S = 5.0
+NO_LINE_LIMIT_S = 2.0  # a worker that leaves waits no longer for a directory that is away
 MISSED_PINGS = 3
 
 
@@ -58,6 +71,7 @@ class DirectoryClient:
     only the newest is run, and one that raises is run again after `retry_assign_s`. It should load
     and then call `report_holding`; during a long load also about once a second.
     `load_source()` gives an expert worker's load; with each ping it is told if it has changed.
+    `on_signal(signal)` carries out chaos, in the client's thread; without it signals are ignored.
     """
 
     def __init__(
@@ -69,6 +83,7 @@ class DirectoryClient:
         on_assign: Callable[[Assign], None] | None = None,
         load_source: Callable[[], LoadReport] | None = None,
         *,
+        on_signal: Callable[[Signal], None] | None = None,
         ping_interval_s: float = 1.0,
         retry_assign_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
@@ -79,16 +94,19 @@ class DirectoryClient:
         self._on_snapshot = on_snapshot
         self._on_assign = on_assign
         self._load_source = load_source
+        self._on_signal = on_signal
         self._ping_interval_s = ping_interval_s
         self._retry_assign_s = retry_assign_s
         self._clock = clock
         self._holds = tuple(register.holds)
         self._line_lock = threading.Lock()  # guards _line and _holds while one is told the other
         self._line: Connection | None = None
+        self._no_line_since_s: float | None = clock()
         self._snapshot: Snapshot | None = None
         self._assign: Assign | None = None
-        self._questions: dict[int, Future[ClusterLoadReply]] = {}  # by request id
-        self._question_ids = itertools.count(1)
+        self._assign_epoch = 0  # the newest
+        self._leaving = self._released = False
+        self._questions: Questions[Message] = Questions()
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._last_error = ""
@@ -150,18 +168,50 @@ class DirectoryClient:
 
         Not from `on_snapshot`, whose thread receives the answer.
         """
-        question, answer = next(self._question_ids), Future[ClusterLoadReply]()
-        try:
+        return self._ask(LoadRequest(), ClusterLoadReply, timeout_s)
+
+    def command(self, message: Command, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        """Have the directory do something; returns its one line of text.
+
+        Raises CommandRefused with its reason, ChannelError without an answer in time (it may have
+        been carried out nevertheless). Not from `on_snapshot`.
+        """
+        return self._ask(message, Done, timeout_s).text
+
+    def leave(self, timeout_s: float) -> bool:
+        """Ask to be released and wait for it; True once others hold what this worker alone held.
+
+        False when the time is over, or there was no directory for NO_LINE_LIMIT_S. Keep computing
+        meanwhile, and for a moment after: callers may still have the last snapshot.
+        """
+        deadline_s = self._clock() + timeout_s
+        with self._line_lock:
+            self._leaving = True
+            if self._line is not None:
+                with contextlib.suppress(ChannelError):
+                    self._line.send(encode(Leave()), SEND_TIMEOUT_S)
+        with self._changed:
+            while not self._released and not self._closing.is_set():
+                end_s = deadline_s
+                if self._no_line_since_s is not None:
+                    end_s = min(end_s, self._no_line_since_s + NO_LINE_LIMIT_S)
+                left_s = end_s - self._clock()
+                if left_s <= 0:
+                    break
+                self._changed.wait(left_s)
+            return self._released
+
+    def _ask(self, message: BaseModel, answer_type: type[Answer], timeout_s: float) -> Answer:
+        def send(question: int) -> None:
             with self._line_lock:
                 if self._line is None:
                     raise ChannelClosed("no line to the directory")
-                self._questions[question] = answer
-                self._line.send(encode(LoadRequest(), question), timeout_s)
-            return answer.result(timeout_s)
-        except TimeoutError:
-            raise ChannelTimeout(f"no answer of the directory within {timeout_s} s") from None
-        finally:
-            self._questions.pop(question, None)
+                self._line.send(encode(message, question), timeout_s)
+
+        reply = self._questions.ask(send, timeout_s)
+        if not isinstance(reply, answer_type):
+            raise MessageError(f"control message: {reply.type} is no answer to this question")
+        return reply
 
     def _wait(self, test: Callable[[Snapshot], bool], timeout_s: float | None) -> Snapshot | None:
         def found() -> bool:
@@ -200,21 +250,31 @@ class DirectoryClient:
             register = self._register.model_copy(
                 update={
                     "holds": self._holds,
-                    "seen_epoch": newest.epoch if newest else 0,
+                    "seen_epoch": max(newest.epoch if newest else 0, self._assign_epoch),
                     "seen_version": newest.version if newest else 0,
+                    "seen_scale": newest.scale if newest else {},
                 }
             )
             line.send(encode(register), SEND_TIMEOUT_S)
+            if self._leaving:
+                line.send(encode(Leave()), SEND_TIMEOUT_S)
+        self._note_line(None)
         return line
+
+    def _note_line(self, no_line_since_s: float | None) -> None:
+        """For those who wait in `leave`."""
+        with self._changed:
+            self._no_line_since_s = no_line_since_s
+            self._changed.notify_all()
 
     def _hang_up(self) -> None:
         with self._line_lock:
             if self._line is not None:
                 self._line.close()
             self._line = None
-            for answer in list(self._questions.values()):
-                with contextlib.suppress(InvalidStateError):  # it came just before
-                    answer.set_exception(ChannelClosed("the line to the directory broke"))
+        self._questions.fail_all(ChannelClosed("the line to the directory broke"))
+        if self._no_line_since_s is None:
+            self._note_line(self._clock())
 
     def _serve(self, line: Connection) -> None:
         """Receive and ping until the line breaks, which raises."""
@@ -247,20 +307,44 @@ class DirectoryClient:
 
     def _take(self, frame: Frame) -> None:
         if frame.status is not Status.OK:
-            raise MessageError(f"refused by the directory: {frame.text}")
+            if not frame.request_id:
+                raise MessageError(f"refused by the directory: {frame.text}")
+            self._questions.fail(frame.request_id, CommandRefused(frame.text))
+            return
         message = decode(frame)
         if isinstance(message, Snapshot):
             self._take_snapshot(message)
         elif isinstance(message, Assign):
+            self._take_assign(message)
+        elif isinstance(message, ClusterLoadReply | Done):
+            self._questions.answer(frame.request_id, message)
+        elif isinstance(message, Released):
             with self._changed:
-                self._assign = message
+                self._released = self._leaving
                 self._changed.notify_all()
-        elif isinstance(message, ClusterLoadReply):
-            answer = self._questions.get(frame.request_id)
-            if answer is not None:  # nobody waits for a late one
-                answer.set_result(message)
+        elif isinstance(message, Signal):
+            self._take_signal(message)
         elif not isinstance(message, Pong):
             raise MessageError(f"control message: {message.type} is for the directory only")
+
+    def _take_assign(self, assign: Assign) -> None:
+        """From now on only what it names is held for certain: the rest may go at any moment."""
+        with self._line_lock:
+            kept = set(assign.experts)
+            self._holds = tuple(key for key in self._holds if key in kept)
+            self._assign_epoch = assign.epoch
+        with self._changed:
+            self._assign = assign
+            self._changed.notify_all()
+
+    def _take_signal(self, signal: Signal) -> None:
+        if self._on_signal is None:
+            logger.warning("signal %s ignored: nobody carries it out here", signal.action)
+            return
+        try:
+            self._on_signal(signal)
+        except Exception:  # the owner's bug must not cost the membership
+            logger.exception("on_signal failed: %s", signal.action)
 
     def _take_snapshot(self, snapshot: Snapshot) -> None:
         with self._changed:
