@@ -7,6 +7,8 @@ frontend/        the OpenAI HTTP API and the gRPC API over one InferenceService
 protos/          shoal.v1 and the code generated from it
 generation_defaults.py  the sampling that a checkpoint recommends
 machine_code.py  compiles the CPU kernels once, before the workers look for them
+autoscaling/     how many workers a tier should have
+chaos.py         a worker kills or stops itself when told to, for tests
 app.py           binds the plain worker classes to Ray Serve; the only such file
 cli.py           the `shoal` command
 """

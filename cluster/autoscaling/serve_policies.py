@@ -57,6 +57,7 @@ class _LoadPolicy:
     decide: Callable[[PoolState, float, Any, Memory], Decision]
 
     def __init__(self, **settings: Any) -> None:
+        logger.setLevel(logging.INFO)  # decisions are told however quiet Serve itself is
         self._memory = Memory()
         self._clock = time.monotonic
         self._logged = 0, 0  # target before and after
