@@ -1,0 +1,187 @@
+"""`shoal serve` as a process of its own, and everything it started, to look at and to harm.
+
+It has its own Ray: what these tests do to a cluster must not reach the tests that share one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.launcher import free_port
+from tests.cluster.conftest import Server, wait_ready
+
+MARK = "SHOAL_CHAOS_RUN"
+"""Environment variable that every process of a deployment inherits."""
+REPLICA_TITLE = "ray::ServeReplica:shoal:"
+CONNECTED = "03"  # state of a socket in /proc/net/unix
+START_TIMEOUT_S = 180.0
+WHOLE_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 90.0
+POLL_S = 0.1
+
+Worker = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A running `shoal serve`."""
+
+    server: Server
+    settings: dict[str, Any]
+    folder: Path
+    mark: str
+
+    # ---- what the cluster says
+
+    def workers(self, role: str) -> list[Worker]:
+        """Live members of a role, as the ingress knows them."""
+        return [w for w in self.server.get("/status")["workers"] if w["role"] == role]
+
+    def engines(self) -> list[dict[str, Any]]:
+        """Statistics of the attention workers."""
+        found: list[dict[str, Any]] = self.server.get("/status")["engines"]
+        return found
+
+    def missing(self) -> str:
+        """What a cluster at full strength has and this one lacks, in words; "" when whole."""
+        status = self.server.get("/status")
+        if not status["ready"] or not status["stage"].startswith("ready"):
+            return str(status["stage"])
+        roles = Counter(worker["role"] for worker in status["workers"])
+        wanted = {
+            "experts": self.settings["experts"]["num_workers"],
+            "router": self.settings["router"]["num_workers"],
+            "attention": self.settings["attention"]["num_workers"],
+            "ingress": 1,
+        }
+        if dict(roles) != wanted or len(status["engines"]) != wanted["attention"]:
+            return f"{dict(roles)}, {len(status['engines'])} engines"
+        empty = [w for w in status["workers"] if w["num_experts"] != w["num_slots"]]
+        return f"slots of {[w['worker_id'] for w in empty]} not filled" if empty else ""
+
+    def wait_whole(self, timeout_s: float = WHOLE_TIMEOUT_S) -> float:
+        """Seconds until every worker is there again with all its experts."""
+        return until(lambda: self.missing(), timeout_s, "not at full strength")
+
+    def wait_idle(self, timeout_s: float = 20.0) -> None:
+        """Every KV block of every attention worker is free."""
+
+        def held() -> str:
+            used = [e["kv_blocks_total"] - e["kv_blocks_free"] for e in self.engines()]
+            return f"blocks in use: {used}" if any(used) else ""
+
+        until(held, timeout_s, "KV blocks leak")
+
+    # ---- what the machine says
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that this deployment started and that runs."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            return process.environ().get(MARK) == self.mark
+        return False
+
+    def titled(self, title: str) -> list[psutil.Process]:
+        """Processes whose title starts so: Ray names its actors."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if title_of(process).startswith(title):
+                    found.append(process)
+        return found
+
+    def replicas(self) -> Counter[str]:
+        """Processes of each Serve deployment."""
+        titles = (title_of(process) for process in self.titled(REPLICA_TITLE))
+        return Counter(title.removeprefix(REPLICA_TITLE).split(":")[0] for title in titles)
+
+    def connections(self) -> int:
+        """Accepted connections of the data plane and the directory, all workers together."""
+        count = 0
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+            fields = line.split()
+            if len(fields) == 8 and fields[5] == CONNECTED:
+                count += fields[7].startswith(str(self.folder))
+        return count
+
+
+def until(fault: Callable[[], str], timeout_s: float, what: str) -> float:
+    """Seconds until `fault` returns ""; fails the test after `timeout_s`."""
+    started, last = time.monotonic(), ""
+    while (waited := time.monotonic() - started) < timeout_s:
+        try:
+            last = fault()
+        except (OSError, psutil.Error) as error:
+            last = repr(error)
+        if not last:
+            return waited
+        time.sleep(POLL_S)
+    pytest.fail(f"{what} after {timeout_s:.0f} s: {last}")
+
+
+def title_of(process: psutil.Process) -> str:
+    """Its command line, or what it calls itself, padded to the command line's length."""
+    return " ".join(process.cmdline()).strip()
+
+
+def send(pid: int, sign: signal.Signals) -> float:
+    """Send a signal; the moment just before."""
+    now = time.monotonic()
+    os.kill(pid, sign)
+    return now
+
+
+@contextmanager
+def deployed(model: Path, settings: dict[str, Any], folder: Path) -> Iterator[Deployment]:
+    """`shoal serve` of these settings, at full strength; nothing of it is left afterwards.
+
+    `folder`: for sockets, so its path must be short.
+    """
+    listen = {"http_port": free_port(), "grpc_port": free_port()}
+    config = {**settings, "listen": listen, "runtime_dir": str(folder)}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(config))
+    mark = secrets.token_hex(8)
+    log = (folder / "log").open("w+")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "serve", str(model)]
+        + ["--config", str(folder / "settings.yaml"), "--no-dashboard"],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, MARK: mark},
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{listen['http_port']}"
+    server = Server(url, f"127.0.0.1:{listen['grpc_port']}", model.name)
+    found = Deployment(server, settings, folder, mark)
+    try:
+        wait_ready(url, START_TIMEOUT_S)
+        found.wait_whole()
+        yield found
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_TIMEOUT_S) == 0, (folder / "log").read_text()[-2000:]
+        until(lambda: str(found.processes() or ""), 10.0, "processes left behind")
+    finally:
+        for left in found.processes():
+            with suppress(psutil.Error):
+                left.kill()
+        process.wait()
+        log.close()

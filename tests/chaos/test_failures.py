@@ -1,0 +1,110 @@
+"""Processes of a cluster under load are killed and stopped; its clients see a pause at most.
+
+The limits of times are those of docs/failures.md. On a machine of two cores everything shares them
+with the start of the replacement, so the short form allows more where it says so.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.chaos.deployment import send
+from tests.chaos.trial import Chaos, Trial
+
+pytestmark = pytest.mark.chaos
+
+CONTROLLER, PLACEMENT = "ray::ServeController", "ray::ServeReplica:shoal:Placement"
+
+
+def limit_s(trial: Trial, floor_s: float = 0.4, itls: float = 20) -> float:
+    """The gap that is allowed: a time, or so many times what a token takes on this machine."""
+    return max(floor_s, itls * trial.itl_s)
+
+
+def watch(chaos: Chaos, short_s: float = 6.0, long_s: float = 10.0) -> None:
+    """Let the load go on after a disturbance."""
+    time.sleep(long_s if chaos.long else short_s)
+
+
+def kill_one(chaos: Chaos, role: str) -> Trial:
+    """kill -9 of a worker of a role under load."""
+    victim = chaos.deployment.workers(role)[0]
+    with chaos.trial(f"kill {role}") as trial:
+        chaos.settle()
+        trial.disturbed(send(victim["pid"], signal.SIGKILL))
+        watch(chaos)
+    return trial
+
+
+def test_a_killed_expert_worker_whose_experts_have_replicas_costs_a_blink(chaos: Chaos) -> None:
+    trial = kill_one(chaos, "experts")
+    assert trial.gap_p99_s <= limit_s(trial)
+    # Short form: importing torch for the replacement takes one of two cores for most of the time.
+    assert trial.rate_kept >= (0.9 if chaos.long else 0.4)
+
+
+def test_a_killed_router_costs_a_second(chaos: Chaos) -> None:
+    trial = kill_one(chaos, "router")
+    assert trial.gap_p99_s <= limit_s(trial, floor_s=1.0)
+
+
+def test_a_killed_attention_worker_costs_a_prefill(chaos: Chaos) -> None:
+    trial = kill_one(chaos, "attention")
+    assert trial.gap_p99_s <= limit_s(trial, floor_s=5.0)
+
+
+@pytest.mark.parametrize(
+    "title", [PLACEMENT, CONTROLLER], ids=["placement", "the Serve controller"]
+)
+def test_killing_what_only_steers_has_no_effect(chaos: Chaos, title: str) -> None:
+    (victim,) = chaos.deployment.titled(title)
+    with chaos.trial(f"kill {title.rpartition(':')[2]}") as trial:
+        chaos.settle()
+        trial.disturbed(send(victim.pid, signal.SIGKILL))
+        watch(chaos, short_s=4.0)
+    assert trial.gap_p99_s <= limit_s(trial)
+
+
+def test_experts_that_lost_all_holders_come_back_within_five_seconds(chaos: Chaos) -> None:
+    """Two of three workers die at once: a third of the experts had no other holder."""
+    first, second, _ = chaos.deployment.workers("experts")
+    with chaos.trial("kill sole holders") as trial:
+        chaos.settle()
+        send(second["pid"], signal.SIGKILL)
+        trial.disturbed(send(first["pid"], signal.SIGKILL))
+        watch(chaos, short_s=8.0)
+    assert trial.gap_p99_s <= limit_s(trial, floor_s=5.0)
+
+
+def test_a_stopped_expert_worker_is_left_alone_and_its_late_answers_dropped(chaos: Chaos) -> None:
+    victim = chaos.deployment.workers("experts")[0]
+    stopped_for_s = 30.0 if chaos.long else 8.0
+    with chaos.trial("stop and continue an expert worker") as trial:
+        chaos.settle()
+        trial.disturbed(send(victim["pid"], signal.SIGSTOP))
+        try:
+            time.sleep(stopped_for_s)
+        finally:
+            trial.disturbed(send(victim["pid"], signal.SIGCONT))
+        watch(chaos, short_s=4.0)
+    assert trial.gap_p99_s <= limit_s(trial)
+
+
+def test_random_kills_lose_nothing(chaos: Chaos) -> None:
+    rng = random.Random(4)
+    kills, period_s = (100, 3.0) if chaos.long else (4, 3.0)
+    killed = []
+    with chaos.trial("random kills") as trial:
+        chaos.settle()
+        for _ in range(kills):
+            role = rng.choice(["experts", "router", "attention"])
+            alive = chaos.deployment.workers(role)
+            if alive:
+                trial.disturbed(send(rng.choice(alive)["pid"], signal.SIGKILL))
+                killed.append(role)
+            time.sleep(period_s)
+        trial.notes["killed"] = killed

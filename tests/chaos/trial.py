@@ -1,0 +1,182 @@
+"""A trial: load, a disturbance, and what every trial demands whatever was disturbed.
+
+Hard demands, checked when a trial ends: no stream failed, no token is lost, doubled or wrong, one
+end each, the right usage; then the cluster heals to full strength, every KV block is free,
+connections and processes are as before. Times are figures for the tests to judge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.chaos.deployment import Deployment, until
+from tests.chaos.load import running_load
+from tests.chaos.records import (
+    Expected,
+    Stream,
+    faults,
+    itl_s,
+    largest_gaps_s,
+    quantile,
+    tokens_per_s,
+)
+
+NUM_STREAMS = 32
+RAMP_S = 2.0
+"""From the start of the load until all streams are under way; not measured."""
+IMPACT_S = 2.0
+"""A gap counts as caused by a disturbance if it reaches into so long a time after it. What comes
+later is the start of the replacement, which takes the cores from everybody."""
+MAX_FAULTS_SHOWN = 5
+LEFTOVERS_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Trial:
+    """A load while it runs. Moments are of `time.monotonic()`."""
+
+    name: str
+    begin_s: float
+    disturbances: list[tuple[float, float]] = field(default_factory=list)
+    """Beginning and end of each."""
+    calm_until_s: float = 0.0
+    end_s: float = 0.0
+    streams: list[Stream] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def disturbed(self, at_s: float, lasting_s: float = 0.0) -> None:
+        """Something happened at that moment."""
+        self.calm_until_s = self.calm_until_s or at_s
+        self.disturbances.append((at_s, at_s + lasting_s + IMPACT_S))
+
+    # ---- figures, once the load has ended
+
+    @property
+    def calm(self) -> tuple[float, float]:
+        """The time before the first disturbance, all streams open."""
+        return self.begin_s, self.calm_until_s or self.end_s
+
+    @property
+    def itl_s(self) -> float:
+        return itl_s(self.streams, *self.calm)
+
+    def gaps_s(self) -> list[float]:
+        """The largest gap of each stream around the disturbances."""
+        return sorted(
+            gap for window in self.disturbances for gap in largest_gaps_s(self.streams, *window)
+        )
+
+    @property
+    def gap_p99_s(self) -> float:
+        return quantile(self.gaps_s(), 0.99)
+
+    @property
+    def rate_kept(self) -> float:
+        """Throughput from the first disturbance to the end of the load, relative to before."""
+        before = tokens_per_s(self.streams, *self.calm)
+        return tokens_per_s(self.streams, self.calm[1], self.end_s) / before
+
+    def figures(self) -> dict[str, Any]:
+        """What there is to quote."""
+        found: dict[str, Any] = {
+            "case": self.name,
+            "streams": len(self.streams),
+            "tokens": sum(len(stream.ids) for stream in self.streams),
+            "itl_ms": round(self.itl_s * 1e3, 1),
+            "tokens_per_s": round(tokens_per_s(self.streams, *self.calm), 1),
+        }
+        if self.disturbances:
+            gaps = self.gaps_s()
+            found |= {
+                "gap_p50_ms": round(quantile(gaps, 0.5) * 1e3),
+                "gap_p99_ms": round(quantile(gaps, 0.99) * 1e3),
+                "gap_later_ms": round(self._gap_later_s() * 1e3),
+                "rate_kept": round(self.rate_kept, 2),
+            }
+        return found | self.notes
+
+    def _gap_later_s(self) -> float:
+        """The largest gap after the first disturbance whatever its cause."""
+        return max(largest_gaps_s(self.streams, self.calm[1], self.end_s), default=0.0)
+
+
+class Chaos:
+    """The deployment under test, the requests it is asked and what it must answer."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        requests: Sequence[dict[str, Any]],
+        expected: Sequence[Expected],
+        *,
+        long: bool,
+        report: list[dict[str, Any]],
+    ) -> None:
+        self.deployment = deployment
+        self.long = long
+        self._requests, self._expected = requests, expected
+        self._report = report
+        self._rest: tuple[int, Counter[str]] | None = None
+        with self.trial("calm"):  # connects everything that connects at its first use
+            time.sleep(self.before_s)
+        self._rest = deployment.connections(), deployment.replicas()
+
+    @property
+    def before_s(self) -> float:
+        """How long a trial is watched before its disturbance."""
+        return 5.0 if self.long else 3.0
+
+    @contextmanager
+    def trial(self, name: str, num_streams: int = NUM_STREAMS) -> Iterator[Trial]:
+        """32 open streams for the length of the block; then every demand is checked."""
+        host, port = self.deployment.server.url.removeprefix("http://").split(":")
+        plan = {
+            "http_address": [host, int(port)],
+            "grpc_address": self.deployment.server.grpc_address,
+            "num_streams": num_streams,
+            "requests": self._requests,
+        }
+        with running_load(plan) as load:
+            time.sleep(RAMP_S)
+            trial = Trial(name, time.monotonic())
+            yield trial
+            trial.end_s = time.monotonic()
+            trial.streams = load.finish()
+        try:
+            self._check_streams(trial)
+            self._check_rest(trial)
+        finally:
+            self._report.append(trial.figures())
+
+    def settle(self) -> None:
+        """Watch the undisturbed load for a while."""
+        time.sleep(self.before_s)
+
+    def _check_streams(self, trial: Trial) -> None:
+        wrong = faults(trial.streams, self._expected)
+        shown = "\n".join(wrong[:MAX_FAULTS_SHOWN])
+        assert not wrong, f"{len(wrong)} of {len(trial.streams)} streams are at fault:\n{shown}"
+
+    def _check_rest(self, trial: Trial) -> None:
+        self.deployment.wait_idle()
+        self.deployment.wait_whole()
+        if trial.disturbances:
+            healed_s = time.monotonic() - trial.disturbances[-1][0]
+            trial.notes["whole_after_s"] = round(healed_s, 1)
+        until(self._more_than_before, LEFTOVERS_TIMEOUT_S, "something is left behind")
+
+    def _more_than_before(self) -> str:
+        """What there is now and was not at rest, in words."""
+        if self._rest is None:
+            return ""
+        num_connections, replicas = self._rest
+        found = self.deployment.replicas()
+        if found != replicas:
+            return f"processes of replicas: {dict(found)}, before: {dict(replicas)}"
+        now = self.deployment.connections()
+        return f"{now} connections, before: {num_connections}" if now > num_connections else ""
