@@ -1,18 +1,23 @@
-"""The attention workers as the front end sees them: one place to submit, abort and ask.
+"""The attention workers as the front end sees them: one place to submit, replay, abort and ask.
 
-A request goes to the worker with the fewest tokens in its open requests: the best guess at free
-cache that needs no question to anybody.
+A sequence goes to the worker with the fewest tokens in its open sequences: the best guess at free
+cache that needs no question to anybody. No caller ever waits for a worker: connecting, probing and
+sending have threads of their own.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from attention.client import AttentionClient
 from attention.messages import Stats, Submit, TokenOutput
+from cluster.attention_line import AttentionLine, OnOutput
 from cluster.frontend.backend import Readiness
 from experts.channel.channel import ChannelError
 from experts.messages import Snapshot
@@ -21,132 +26,217 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_PERIOD_S = 0.5
-
-OnOutput = Callable[[TokenOutput], None]
+PROBE_TIMEOUT_S = 1.0
+"""A worker that left the snapshot and answers nothing for so long hangs."""
 
 
 class NoWorker(OSError):
     """No attention worker is connected at this moment."""
 
 
-@dataclass
-class _Worker:
-    client: AttentionClient
-    open_tokens: dict[str, int] = field(default_factory=dict)  # request id -> tokens it may hold
+@dataclass(frozen=True)
+class _Parked:
+    """A replay that waits for a worker, since `parked_s`."""
 
-    @property
-    def load(self) -> int:
-        return sum(self.open_tokens.values())
+    submit: Submit
+    on_output: OnOutput
+    parked_s: float
+
+    def due(self, now_s: float) -> Submit:
+        """The message to send now: its time limit has run meanwhile."""
+        if self.submit.deadline_s is None:
+            return self.submit
+        left_s = max(self.submit.deadline_s - (now_s - self.parked_s), 1e-3)
+        return self.submit.model_copy(update={"deadline_s": left_s})
 
 
 class AttentionPool:
     """Connections to every attention worker of the latest snapshot. Any thread may call.
 
-    A thread of its own connects, and connects again when a line breaks while the worker is still a
-    member: neither the line to the directory nor a request waits for that.
+    A broken connection is made again while its worker is a member. One whose worker is a member no
+    longer is kept while the worker answers, as the directory may just have started anew; a silent
+    one is closed, and its sequences are "lost".
     """
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(
+        self,
+        secret: bytes,
+        connect: Callable[[str, bytes, float], AttentionClient] = AttentionClient,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`connect(endpoint, secret, timeout_s)` blocks and raises ChannelError."""
         self._secret = secret
+        self._connect = connect
+        self._clock = clock
         self._lock = threading.Condition()  # notified when members or connections change
         self._members: dict[str, str] = {}  # worker id -> endpoint
-        self._workers: dict[str, _Worker] = {}
-        self._owner: dict[str, str] = {}  # request id -> worker id
+        self._lines: dict[str, AttentionLine] = {}
+        self._busy: set[str] = set()  # worker ids that a thread connects to or probes
+        self._owner: dict[str, AttentionLine] = {}  # by request id
+        self._parked: dict[str, _Parked] = {}  # by request id
         self._snapshot: Snapshot | None = None
+        self._missing_experts = False
         self._was_ready = False
         self._closing = False
-        self._connector = threading.Thread(target=self._connect_all, name="pool", daemon=True)
-        self._connector.start()
+        self._keeper = threading.Thread(target=self._keep_connected, name="pool", daemon=True)
+        self._keeper.start()
+
+    # ---- sequences
+
+    def submit(self, submit: Submit, on_output: OnOutput) -> None:
+        """Start a sequence; its outputs come to `on_output` from another thread.
+
+        Raises NoWorker.
+        """
+        with self._lock:
+            line = self._least_loaded()
+            if line is None:
+                raise NoWorker("no attention worker is connected")
+            self._give(line, submit, on_output)
+
+    def replay(self, submit: Submit, on_output: OnOutput) -> None:
+        """Continue a lost sequence; without a worker it waits until one connects."""
+        with self._lock:
+            line = self._least_loaded()
+            if line is not None:
+                self._give(line, submit, on_output)
+                return
+            if not self._closing:
+                self._parked[submit.request_id] = _Parked(submit, on_output, self._clock())
+                return
+        on_output(_given_up(submit.request_id))
+
+    def abort(self, request_id: str) -> None:
+        """Give a sequence up; an unknown id is no error."""
+        with self._lock:
+            self._parked.pop(request_id, None)
+            line = self._owner.pop(request_id, None)
+            if line is not None and not line.closed:
+                line.open_tokens.pop(request_id, None)
+                line.abort(request_id)
+
+    @property
+    def num_parked(self) -> int:
+        """Replays that wait for a worker."""
+        return len(self._parked)
+
+    def _least_loaded(self) -> AttentionLine | None:
+        usable = self._usable()
+        return min(usable, key=lambda line: (line.load, line.worker_id)) if usable else None
+
+    def _usable(self) -> list[AttentionLine]:
+        return [line for line in self._lines.values() if not (line.closed or line.refuses)]
+
+    def _give(self, line: AttentionLine, submit: Submit, on_output: OnOutput) -> None:
+        """Send it over a line. A replay's emitted ids are part of its max_tokens."""
+
+        def forward(output: TokenOutput) -> None:
+            if output.finish_reason is not None:
+                self._settle(line, output)
+            on_output(output)
+
+        new_tokens = submit.params.max_tokens or len(submit.emitted_ids)
+        line.open_tokens[submit.request_id] = len(submit.prompt_ids) + new_tokens
+        self._owner[submit.request_id] = line
+        line.submit(submit, forward)
+
+    def _settle(self, line: AttentionLine, output: TokenOutput) -> None:
+        """A sequence is over on this line."""
+        with self._lock:
+            line.open_tokens.pop(output.request_id, None)
+            if self._owner.get(output.request_id) is line:
+                del self._owner[output.request_id]
+            if output.finish_reason == "lost":
+                line.refuses = True
+
+    # ---- connections
 
     def on_snapshot(self, snapshot: Snapshot) -> None:
         """Learn who is there."""
         members = {worker.worker_id: worker.endpoint for worker in snapshot.workers_of("attention")}
+        num_held, num_experts = _progress(snapshot)
         with self._lock:
             self._snapshot, self._members = snapshot, members
+            self._missing_experts = num_held < num_experts
             self._was_ready = self._was_ready or snapshot.ready
-            self._lock.notify_all()
-
-    def _connect_all(self) -> None:
-        while True:
-            with self._lock:
-                self._lock.wait(RECONNECT_PERIOD_S)
-                if self._closing:
-                    return
-                members = dict(self._members)
-                lost = [
-                    self._workers.pop(name)
-                    for name, worker in list(self._workers.items())
-                    if name not in members or worker.client.closed
-                ]
-            for worker in lost:
-                worker.client.close()
-            for name, endpoint in members.items():
-                if name not in self._workers:
-                    self._connect(name, endpoint)
-
-    def _connect(self, name: str, endpoint: str) -> None:
-        try:
-            client = AttentionClient(endpoint, self._secret, CONNECT_TIMEOUT_S)
-        except ChannelError as error:  # tried again, unless the next snapshot says it is gone
-            logger.info("attention worker %s: %s", name, error)
-            return
-        with self._lock:
-            self._workers[name] = _Worker(client)
             self._lock.notify_all()
 
     def wait_connected(self, timeout_s: float) -> None:
         """Return when there is a worker to submit to. Raises TimeoutError."""
         with self._lock:
-            if not self._lock.wait_for(lambda: bool(self._connected()), timeout_s):
+            if not self._lock.wait_for(lambda: bool(self._usable()), timeout_s):
                 raise TimeoutError(f"no attention worker connected within {timeout_s} s")
 
-    def _connected(self) -> list[str]:
-        return [name for name, worker in self._workers.items() if not worker.client.closed]
+    def _keep_connected(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait(RECONNECT_PERIOD_S)
+                if self._closing:
+                    return
+                work = self._due_work()
+            for name, job in work.items():
+                threading.Thread(target=self._do, args=(name, job), daemon=True).start()
 
-    def submit(self, submit: Submit, on_output: OnOutput) -> None:
-        """Start a request; its outputs come to `on_output` from another thread.
+    def _due_work(self) -> dict[str, Callable[[], None]]:
+        """What has to be done about which worker, if nobody is at it."""
+        work: dict[str, Callable[[], None]] = {}
+        for name in (self._lines.keys() | self._members.keys()) - self._busy:
+            line = self._lines.get(name)
+            if line is None:
+                work[name] = partial(self._open, name, self._members[name])
+            elif line.closed:
+                work[name] = self._lines.pop(name).close
+            elif name not in self._members:
+                work[name] = partial(self._close_if_silent, line)
+        self._busy.update(work)
+        return work
 
-        Raises NoWorker.
-        """
+    def _do(self, name: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        finally:
+            with self._lock:
+                self._busy.discard(name)  # no notification: a failure waits before the next try
+
+    def _open(self, name: str, endpoint: str) -> None:
+        try:
+            client = self._connect(endpoint, self._secret, CONNECT_TIMEOUT_S)
+        except ChannelError as error:  # tried again, unless the next snapshot says it is gone
+            logger.info("attention worker %s: %s", name, error)
+            return
+        line = AttentionLine(name, client)
         with self._lock:
-            alive = self._connected()
-            if not alive:
-                raise NoWorker("no attention worker is connected")
-            name = min(alive, key=lambda name: (self._workers[name].load, name))
-            worker = self._workers[name]
-            new_tokens = submit.params.max_tokens or 0
-            worker.open_tokens[submit.request_id] = len(submit.prompt_ids) + new_tokens
-            self._owner[submit.request_id] = name
+            if not self._closing:
+                self._lines[name] = line
+                self._give_parked(line)
+                self._lock.notify_all()
+                return
+        line.close()
 
-        def forward(output: TokenOutput) -> None:
-            if output.finish_reason is not None:
-                self._forget(output.request_id)
-            on_output(output)
+    def _give_parked(self, line: AttentionLine) -> None:
+        parked, self._parked = self._parked, {}
+        for replay in parked.values():
+            self._give(line, replay.due(self._clock()), replay.on_output)
 
-        worker.client.submit(submit, forward)
+    def _close_if_silent(self, line: AttentionLine) -> None:
+        try:
+            line.stats(PROBE_TIMEOUT_S)
+        except ChannelError as error:
+            logger.warning("attention worker %s is given up: %s", line.worker_id, error)
+            with self._lock:
+                self._lines.pop(line.worker_id, None)
+            line.close()
 
-    def abort(self, request_id: str) -> None:
-        """Give a request up; an unknown id is no error."""
-        with self._lock:
-            worker = self._workers.get(self._owner.get(request_id, ""))
-        self._forget(request_id)
-        if worker is not None:
-            worker.client.abort(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        with self._lock:
-            worker = self._workers.get(self._owner.pop(request_id, ""))
-            if worker is not None:
-                worker.open_tokens.pop(request_id, None)
+    # ---- state
 
     def stats(self) -> list[Stats]:
-        """One entry a worker that answers."""
+        """One entry a worker that answers; blocks up to PROBE_TIMEOUT_S a silent one."""
         with self._lock:
-            workers = list(self._workers.values())
+            lines = list(self._lines.values())
         found = []
-        for worker in workers:
+        for line in lines:
             try:
-                found.append(worker.client.stats())
+                found.append(line.stats(PROBE_TIMEOUT_S))
             except ChannelError:
                 continue  # it is on its way out of the next snapshot
         return found
@@ -162,24 +252,35 @@ class AttentionPool:
         requests wait for the replacement.
         """
         with self._lock:
-            snapshot, connected = self._snapshot, bool(self._connected())
-            was_ready = self._was_ready
+            snapshot, connected = self._snapshot, bool(self._usable())
+            was_ready, missing_experts = self._was_ready, self._missing_experts
         if snapshot is None:
             return Readiness(False, "waiting for placement")
         if not was_ready:
             return Readiness(False, snapshot.stage, *_progress(snapshot))
         if not connected:
-            return Readiness(False, "connecting to the attention workers")
-        return Readiness(True, snapshot.stage if not snapshot.ready else "ready")
+            stage = "connecting to the attention workers"
+            return Readiness(False, stage, missing="attention")
+        missing: Literal["experts"] | None = "experts" if missing_experts else None
+        return Readiness(True, snapshot.stage if not snapshot.ready else "ready", missing=missing)
 
     def close(self) -> None:
-        """Close all connections; open requests end with an error."""
+        """Close all connections; open sequences end with an error."""
         with self._lock:
             self._closing = True
+            lines, self._lines = list(self._lines.values()), {}
+            parked, self._parked = self._parked, {}
             self._lock.notify_all()
-        self._connector.join()
-        for worker in self._workers.values():
-            worker.client.close()
+        for request_id, replay in parked.items():
+            replay.on_output(_given_up(request_id))
+        for line in lines:
+            line.close()
+        self._keeper.join()
+
+
+def _given_up(request_id: str) -> TokenOutput:
+    text = "the server is shutting down"
+    return TokenOutput(request_id=request_id, finish_reason="error", error=text)
 
 
 def _progress(snapshot: Snapshot) -> tuple[int, int]:

@@ -53,7 +53,7 @@ class PermissionDenied(ShoalError):
 
 
 class NotFound(ShoalError):
-    """No such path or model."""
+    """No such path, model or worker."""
 
     default_code = "unknown_url"
 
@@ -72,6 +72,12 @@ class BodyTimeout(ShoalError):
     """The client sent its body too slowly."""
 
     default_code = "request_timeout"
+
+
+class IdempotencyConflict(ShoalError):
+    """The idempotency key belongs to another request."""
+
+    default_code = "idempotency_key_reused"
 
 
 class RequestTooLarge(ShoalError):
@@ -136,6 +142,7 @@ TABLE: dict[type[ShoalError], ErrorKind] = {
     NotFound: ErrorKind(404, "NOT_FOUND", "invalid_request_error"),
     MethodNotAllowed: ErrorKind(405, "UNIMPLEMENTED", "invalid_request_error"),
     BodyTimeout: ErrorKind(408, "DEADLINE_EXCEEDED", "invalid_request_error"),
+    IdempotencyConflict: ErrorKind(409, "ALREADY_EXISTS", "invalid_request_error"),
     RequestTooLarge: ErrorKind(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
     UnsupportedMediaType: ErrorKind(415, "INVALID_ARGUMENT", "invalid_request_error"),
     HeadersTooLarge: ErrorKind(431, "RESOURCE_EXHAUSTED", "invalid_request_error"),

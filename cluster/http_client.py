@@ -13,6 +13,10 @@ class ApiError(Exception):
     """The server could not be reached or refused; str() is one line."""
 
 
+class RequestRefused(ApiError):
+    """The server understood the request and does not carry it out: status 4xx."""
+
+
 class ApiClient:
     """One server, one connection a call."""
 
@@ -29,6 +33,16 @@ class ApiClient:
         connection, response = self._request("GET", path, None)
         with connection:
             return response.status, _json(response.read())
+
+    def read(self, path: str) -> Any:
+        """The JSON body of a GET that succeeds. Raises ApiError."""
+        return _checked(*self.get(path))
+
+    def post(self, path: str, body: Any) -> Any:
+        """The JSON body of the answer. Raises ApiError, RequestRefused."""
+        connection, response = self._request("POST", path, body)
+        with connection:
+            return _checked(response.status, _json(response.read()))
 
     def chat(self, messages: list[dict[str, str]], **params: Any) -> Iterator[str]:
         """Pieces of the answer's text as they come. Raises ApiError."""
@@ -75,6 +89,12 @@ def _json(data: bytes) -> Any:
         return json.loads(data)
     except ValueError:
         return None
+
+
+def _checked(status: int, body: Any) -> Any:
+    if status == 200 and body is not None:
+        return body
+    raise (RequestRefused if 400 <= status < 500 else ApiError)(_message(body, status))
 
 
 def _message(body: Any, status: int) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 
-from attention.messages import Stats, Submit, TokenLogprob, TokenOutput
+from attention.messages import FinishReason, Stats, Submit, TokenLogprob, TokenOutput
 from cluster.frontend.backend import Readiness
 
 OnOutput = Callable[[TokenOutput], None]
@@ -16,26 +16,37 @@ TIMEOUT_S = 20.0
 class FakeEngine:
     """Implements cluster.frontend.backend.EngineBackend.
 
-    Every sequence gets `ids`, `per_output` at a time, cut at its `max_tokens`. With `hold_after`
-    it stops after so many tokens until `release()` or an abort.
+    Every sequence gets `ids` (or those that `ids` says for its Submit), `per_output` at a time, cut
+    at its `max_tokens`. With `hold_after` it stops after so many tokens until `release()` or an
+    abort. `lose(submit, attempt)` says behind how many tokens an attempt loses its worker (None:
+    never); a worker that died says everything again a moment later, as if the news came late.
+    While `parked` is set replays wait for `unpark()`. The tokens at `renormalised` are so.
     """
 
     def __init__(
         self,
-        ids: Sequence[int],
+        ids: Sequence[int] | Callable[[Submit], Sequence[int]],
         *,
-        finish: Literal["stop", "length", "error", "abort"] = "stop",
+        finish: FinishReason = "stop",
         error: str | None = None,
         per_output: int = 1,
         hold_after: int | None = None,
         cached: int = 0,
+        lose: Callable[[Submit, int], int | None] = lambda submit, attempt: None,
+        renormalised: Container[int] = (),
     ) -> None:
-        self.ids = list(ids)
+        self.ids_of = ids if callable(ids) else lambda submit: ids
         self.finish = finish
         self.error = error
         self.per_output = per_output
         self.hold_after = hold_after
         self.cached = cached
+        self.lose = lose
+        self.renormalised = renormalised
+        self.parked = False
+        self.replayed: list[Submit] = []
+        self._parked: list[tuple[Submit, OnOutput]] = []
+        self._attempts: Counter[str] = Counter()
         self.readiness = Readiness(True, "ready")
         self.broken: OSError | None = None
         self._released = False
@@ -52,6 +63,18 @@ class FakeEngine:
         with self._changed:
             self.submitted.append(request)
             self._changed.notify_all()
+        self._start(request, on_output)
+
+    def replay(self, request: Submit, on_output: OnOutput) -> None:
+        with self._changed:
+            self.replayed.append(request)
+            self._changed.notify_all()
+            if self.parked:
+                self._parked.append((request, on_output))
+                return
+        self._start(request, on_output)
+
+    def _start(self, request: Submit, on_output: OnOutput) -> None:
         thread = threading.Thread(target=self._run, args=(request, on_output), daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -80,6 +103,15 @@ class FakeEngine:
             self._released = True
             self._changed.notify_all()
 
+    def unpark(self) -> None:
+        """A worker is there again: replays that are not aborted go on."""
+        with self._changed:
+            self.parked = False
+            waiting, self._parked = self._parked, []
+        for request, on_output in waiting:
+            if request.request_id not in self.aborted:
+                self._start(request, on_output)
+
     def close(self) -> None:
         """Let every sequence end and wait for it."""
         self.release()
@@ -89,18 +121,25 @@ class FakeEngine:
     # ---- inside
 
     def _run(self, request: Submit, on_output: OnOutput) -> None:
-        limit = request.params.max_tokens
-        ids = self.ids[:limit]
-        sent = 0
-        first = True
-        while first or sent < len(ids):
-            if self._held(request, sent):
+        whole = list(self.ids_of(request))
+        ids = whole[: request.params.max_tokens]
+        with self._changed:
+            self._attempts[request.request_id] += 1
+            lost_at = self.lose(request, self._attempts[request.request_id])
+        sent, said = len(request.emitted_ids), list[TokenOutput]()
+        while not (said and said[-1].finish_reason) and not self._held(request, sent):
+            if lost_at is not None and sent >= min(lost_at, len(ids)):
+                on_output(TokenOutput(request_id=request.request_id, finish_reason="lost"))
+                for output in said:
+                    on_output(output)
                 return
             step = ids[sent : sent + self.per_output]
             sent += len(step)
-            finish = self._finish(sent, len(ids)) if sent == len(ids) else None
-            on_output(self._output(request, step, finish, first))
-            first = False
+            finish = None
+            if sent >= len(ids) and lost_at is None:
+                finish = self.finish if len(ids) == len(whole) else "length"
+            said.append(self._output(request, step, finish, not said, sent))
+            on_output(said[-1])
 
     def _held(self, request: Submit, sent: int) -> bool:
         """Wait where the test wants it. Returns whether the sequence was aborted."""
@@ -111,18 +150,17 @@ class FakeEngine:
                 )
             return request.request_id in self.aborted
 
-    def _finish(self, sent: int, limit: int) -> Literal["stop", "length", "error", "abort"]:
-        return self.finish if sent == len(self.ids) else "length"
-
     def _output(
         self,
         request: Submit,
         step: list[int],
-        finish: Literal["stop", "length", "error", "abort"] | None,
+        finish: FinishReason | None,
         first: bool,
+        sent: int,
     ) -> TokenOutput:
         params = request.params
         prompt_logprobs: list[TokenLogprob | None] | None = None
+        first = first and not request.emitted_ids
         if first and params.prompt_logprobs is not None:
             prompt_logprobs = [None]
             prompt_logprobs += [
@@ -135,10 +173,11 @@ class FakeEngine:
             if params.logprobs is None
             else [logprob_of(i, params.logprobs) for i in step],
             finish_reason=finish,
-            error=self.error if finish == "error" else None,
+            error=self.error if finish in ("error", "unavailable") else None,
             prompt_logprobs=prompt_logprobs,
             num_prompt_tokens=len(request.prompt_ids),
             num_cached_tokens=self.cached if first else 0,
+            renormalised=any(i in self.renormalised for i in range(sent - len(step), sent)),
         )
 
 

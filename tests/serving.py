@@ -19,6 +19,7 @@ from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.frontend.http_server import build_app
 from cluster.frontend.limits import Limits
+from cluster.frontend.operations import Operations
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2_grpc
@@ -57,10 +58,18 @@ def make_service(
 
 
 @contextmanager
-def http_server(service: InferenceService, loads: LoadWatch | None = None) -> Iterator[str]:
-    """The service behind uvicorn on a free port; gives the base URL."""
+def http_server(
+    service: InferenceService,
+    loads: LoadWatch | None = None,
+    operations: Operations | None = None,
+    status: dict[str, Any] | None = None,
+) -> Iterator[str]:
+    """The service behind uvicorn on a free port; gives the base URL. `status`: body of /status."""
+    app = build_app(service, loads, operations)
+    if status is not None:
+        app.add_api_route("/status", lambda: status)
     config = uvicorn.Config(
-        build_app(service, loads),
+        app,
         host="127.0.0.1",
         port=0,
         lifespan="off",

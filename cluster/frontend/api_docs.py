@@ -8,14 +8,36 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from cluster.frontend.openai import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-
-_BODIES = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+RENORMALISED_HEADER = "X-Shoal-Renormalised"
+_PARAMETERS = [
+    {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+        "description": "Makes sending the request again safe: the answer has the same tokens, also"
+        " from another ingress; a whole answer is given again as it was for some minutes.",
+    },
+    {
+        "name": "X-Request-Timeout",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "number", "minimum": 0},
+        "description": "Seconds until the request fails with 504, or 503 while parts are away.",
+    },
+]
+_ANSWER = {
+    "description": "An object of OpenAI's API, or its chunks as server-sent events. Its field"
+    " `renormalised` is there, and true, only if experts were away for a token and the weights of"
+    " the others were scaled up instead (`router.worker.on_unavailable: renormalise`); a stream has"
+    " it in the chunk where that happened and in the last one.",
+    "headers": {
+        RENORMALISED_HEADER: {
+            "description": "`true` if experts were left out before the headers were sent.",
+            "schema": {"type": "string"},
+        }
+    },
+}
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -26,16 +48,23 @@ def body_of(schema: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def generation_docs(schema: type[BaseModel]) -> dict[str, Any]:
+    """The same for a route that generates, with the headers it reads and writes."""
+    return {**body_of(schema), "parameters": _PARAMETERS, "responses": {"200": _ANSWER}}
+
+
 class DocumentedApp(FastAPI):
-    """A FastAPI whose document holds the schemas of all bodies."""
+    """A FastAPI whose document holds the schemas of `bodies`."""
+
+    bodies: tuple[type[BaseModel], ...] = ()
 
     def openapi(self) -> dict[str, Any]:
         """The document, made once."""
         document = super().openapi()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        if _BODIES[0].__name__ not in schemas:
+        if not schemas.keys() >= {body.__name__ for body in self.bodies}:
             _, definitions = models_json_schema(
-                [(body, "validation") for body in _BODIES], ref_template=_REFERENCE
+                [(body, "validation") for body in self.bodies], ref_template=_REFERENCE
             )
             schemas.update(definitions["$defs"])
         return document

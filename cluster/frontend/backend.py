@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from attention.messages import Stats, Submit, TokenOutput
 
@@ -15,17 +15,23 @@ class Readiness(NamedTuple):
     stage: str
     done: int = 0
     total: int = 0
+    missing: Literal["experts", "attention"] | None = None
+    """What every open request waits for: experts nobody holds, or an attention worker."""
 
 
 class EngineBackend(Protocol):
     """One or many attention workers behind one face. Every method may be called from any thread."""
 
     def submit(self, request: Submit, on_output: Callable[[TokenOutput], None]) -> None:
-        """Start a sequence. Returns at once, the event loop of the front end calls it.
+        """Start a sequence. Returns at once: the event loop of the front end calls it.
 
         `on_output` is called from a thread of the back end, in order, until an output has a
-        `finish_reason`. Raises OSError when no worker can take the sequence.
+        `finish_reason`; "lost" asks for a `replay`. Raises OSError when no worker can take it.
         """
+
+    def replay(self, request: Submit, on_output: Callable[[TokenOutput], None]) -> None:
+        """Continue a sequence that was "lost", with `emitted_ids` behind its prompt; otherwise like
+        `submit`. Never raises: without a worker the sequence waits for one, until it is aborted."""
 
     def abort(self, request_id: str) -> None:
         """Give a sequence up; nothing more need be reported. Unknown ids are no error. Never

@@ -47,6 +47,8 @@ class Delta:
     logprobs: list[TokenText] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    renormalised: bool = False
+    """Some expert was left out for a token since the choice's last Delta."""
 
 
 @dataclass(slots=True)

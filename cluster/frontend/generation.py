@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -11,15 +10,20 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from attention.messages import TokenOutput
-from cluster.errors import DeadlineExceeded, EngineFailed, Unavailable
+from cluster.errors import DeadlineExceeded, EngineFailed, ShoalError, Unavailable
 from cluster.frontend.admission import Admission
-from cluster.frontend.backend import EngineBackend
+from cluster.frontend.backend import EngineBackend, Readiness
 from cluster.frontend.choice import ChoiceText, Delta
-from cluster.frontend.ledger import LedgerEntry, RequestLedger
+from cluster.frontend.ledger import RequestLedger
+from cluster.frontend.replay import SequenceRuns
 from cluster.frontend.request import GenerateRequest
 from cluster.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+RETRY_WORKER_S = 1
+RETRY_EXPERTS_S = 5
+"""Starting an expert worker and loading its experts takes seconds."""
 
 
 @dataclass(slots=True)
@@ -50,31 +54,28 @@ class Generation:
         """`admission` has counted the request's sequences; `close()` gives them back."""
         self.request = request
         self.usage = Usage(prompt_tokens=sum(len(p.ids) for p in request.prompts))
+        self.renormalised = False
+        """Some expert was left out for a token so far."""
         self._backend = backend
-        self._ledger = ledger
         self._admission = admission
         self._clock = clock
-        self._loop = asyncio.get_running_loop()
-        self._outputs: asyncio.Queue[tuple[int, TokenOutput]] = asyncio.Queue()
+        self._runs = SequenceRuns(request, backend, ledger)
         self._ready: deque[Delta] = deque()
         self._choices = [ChoiceText(i, request, tokenizer) for i in range(request.num_sequences)]
         self._open = set(range(request.num_sequences))
         self._echo_due = set(self._open) if request.echo else set()
+        self._renormalised_due: set[int] = set()  # choices whose next Delta has to tell it
 
     async def start(self) -> None:
         """Submit every sequence. Raises Unavailable, and then nothing is left running."""
         try:
             for index in range(self.request.num_sequences):
-                self._submit(index)
+                self._runs.start(index)
                 await asyncio.sleep(0)  # hundreds of long prompts must not hold up other streams
         except OSError as error:
             self.close()
             logger.warning("no worker took request %s: %s", self.request.request_id, error)
-            raise Unavailable(
-                "No worker can take the request at the moment; try again.",
-                code="no_worker",
-                retry_after_s=1,
-            ) from None
+            raise _no_worker() from None
         except BaseException:
             self.close()
             raise
@@ -82,51 +83,36 @@ class Generation:
     def close(self) -> None:
         """Abort what still runs and forget the request."""
         for index in list(self._open):
-            self._backend.abort(self._sequence_id(index))
+            self._runs.abort(index)
             self._end(index)
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        """Raises DeadlineExceeded or EngineFailed; then the request is over."""
+        """Raises DeadlineExceeded, Unavailable or EngineFailed; then the request is over."""
         while not self._ready:
             if not self._open:
                 raise StopAsyncIteration
-            index, output = await self._next_output()
-            if index in self._open:
-                self._handle(index, output)
+            self._handle(*await self._next_output())
         return self._ready.popleft()
 
     # ---- from the engine
 
-    def _submit(self, index: int) -> None:
-        prompt, params = self.request.sequence(index)
-        entry = LedgerEntry(self._sequence_id(index), prompt.ids, params, self.request.deadline)
-        submission = self._ledger.open(entry)
-        self._backend.submit(submission, lambda output: self._on_output(index, output))
-
-    def _on_output(self, index: int, output: TokenOutput) -> None:
-        """Runs in a thread of the back end. A loop that is gone has nobody left to tell."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
-
     async def _next_output(self) -> tuple[int, TokenOutput]:
         deadline = self.request.deadline
-        if not self._outputs.empty():
-            return self._outputs.get_nowait()
         if deadline is None:
-            return await self._outputs.get()
+            return await self._runs.next_output()
         try:
             async with asyncio.timeout(deadline - self._clock()):
-                return await self._outputs.get()
+                return await self._runs.next_output()
         except TimeoutError:
-            self._fail_deadline()
+            self._fail(self._too_late())
 
     def _handle(self, index: int, output: TokenOutput) -> None:
-        self._ledger.record(self._sequence_id(index), output.token_ids)
-        if output.finish_reason in ("error", "abort"):
-            self._fail(index, output)
+        if output.finish_reason in ("error", "abort", "unavailable"):
+            self._end(index)
+            self._fail(self._error_of(output))
         choice = self._choices[index]
         self._count(index, output)
         if index in self._echo_due:
@@ -135,35 +121,63 @@ class Generation:
             self._ready.append(choice.echo(prompt, output.prompt_logprobs))
         delta = choice.push(output)
         if delta.text or delta.token_ids or delta.finish_reason:
+            delta.renormalised = index in self._renormalised_due
+            self._renormalised_due.discard(index)
             self._ready.append(delta)
         if choice.finished:
             if output.finish_reason is None:  # a stop string, which the engine knows nothing of
-                self._backend.abort(self._sequence_id(index))
+                self._runs.abort(index)
             self._end(index)
 
     def _count(self, index: int, output: TokenOutput) -> None:
         self.usage.completion_tokens += len(output.token_ids)
         if index % self.request.num_choices == 0:
             self.usage.cached_tokens += output.num_cached_tokens
+        if output.renormalised:
+            self.renormalised = True
+            self._renormalised_due.add(index)
 
     # ---- ends
 
     def _end(self, index: int) -> None:
         self._open.discard(index)
-        self._ledger.close(self._sequence_id(index))
+        self._runs.end(index)
         self._admission.leave(1)
 
-    def _fail(self, index: int, output: TokenOutput) -> NoReturn:
+    def _fail(self, error: ShoalError) -> NoReturn:
+        self.close()
+        raise error
+
+    def _error_of(self, output: TokenOutput) -> ShoalError:
+        """What a sequence that did not finish means for the whole request."""
+        if output.finish_reason == "unavailable":
+            return _experts_unavailable(output.error or "experts are not available")
         if self.request.deadline is not None and self._clock() >= self.request.deadline:
-            self._fail_deadline()
-        self._end(index)
-        self.close()
+            return self._too_late()
         reason = output.error or "the request was aborted"
-        raise EngineFailed(f"The engine could not finish the request: {reason}.")
+        return EngineFailed(f"The engine could not finish the request: {reason}.")
 
-    def _fail_deadline(self) -> NoReturn:
-        self.close()
-        raise DeadlineExceeded("The request's time limit passed before it was finished.")
+    def _too_late(self) -> ShoalError:
+        """The time limit passed: through the request's own length, or while a part was away."""
+        state = Readiness(*self._backend.ready())
+        if state.missing == "experts":
+            return _experts_unavailable(state.stage)
+        if state.missing == "attention":
+            return _no_worker()
+        return DeadlineExceeded("The request's time limit passed before it was finished.")
 
-    def _sequence_id(self, index: int) -> str:
-        return f"{self.request.request_id}-{index}"
+
+def _no_worker() -> Unavailable:
+    return Unavailable(
+        "No worker can take the request at the moment; try again.",
+        code="no_worker",
+        retry_after_s=RETRY_WORKER_S,
+    )
+
+
+def _experts_unavailable(reason: str) -> Unavailable:
+    return Unavailable(
+        f"Experts that the request needs are away ({reason}); try again.",
+        code="experts_unavailable",
+        retry_after_s=RETRY_EXPERTS_S,
+    )

@@ -32,6 +32,9 @@ from cluster.frontend.grpc_messages import (
     tokenize_body,
     usage_message,
 )
+from cluster.frontend.idempotency import HEADER as IDEMPOTENCY_HEADER
+from cluster.frontend.idempotency import IdempotentCall, idempotent_call
+from cluster.frontend.openai import SamplingFields
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
 
@@ -40,6 +43,7 @@ ReplyT = TypeVar("ReplyT", bound=Message)
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9_.:-]")
 HEALTH_SERVICES = ("", "shoal.v1.Inference")
 HEALTH_POLL_S = 1.0
+IDEMPOTENCY_KEY = IDEMPOTENCY_HEADER.lower()
 
 
 class InferenceMethods:
@@ -54,7 +58,8 @@ class InferenceMethods:
         """Continue a text or token ids."""
 
         async def start() -> Generation:
-            return await self.service.complete(completion_body(request))
+            body = completion_body(request)
+            return await self.service.complete(body, call=self._call(grpc_context, body))
 
         async with aclosing(
             self._stream(request, grpc_context, pb.GenerateResponse, start)
@@ -68,7 +73,8 @@ class InferenceMethods:
         """Answer a conversation."""
 
         async def start() -> Generation:
-            return await self.service.chat(chat_body(request))
+            body = chat_body(request)
+            return await self.service.chat(body, call=self._call(grpc_context, body))
 
         async with aclosing(self._stream(request, grpc_context, pb.ChatResponse, start)) as events:
             async for event in events:
@@ -123,8 +129,14 @@ class InferenceMethods:
             with closing(await start()) as generation:
                 common = self._common(generation)
                 async for delta in generation:
-                    yield response(**common, delta=delta_message(delta))
-                yield response(**common, usage=usage_message(generation.usage))
+                    yield response(
+                        **common, delta=delta_message(delta), renormalised=delta.renormalised
+                    )
+                yield response(
+                    **common,
+                    usage=usage_message(generation.usage),
+                    renormalised=generation.renormalised,
+                )
         except Exception as error:
             yield response(error=set_error(context, _known(error, request_id), request_id))
 
@@ -150,6 +162,10 @@ class InferenceMethods:
         request_id = given[: self.service.limits.max_request_id_chars] or uuid.uuid4().hex
         context.set_trailing_metadata([(REQUEST_ID_KEY, request_id)])
         return request_id
+
+    def _call(self, context: GrpcContext, body: SamplingFields) -> IdempotentCall | None:
+        key = dict(context.invocation_metadata() or ()).get(IDEMPOTENCY_KEY)
+        return idempotent_call(None if key is None else str(key), body, self.service.limits)
 
     def _check_size(self, request: Message) -> None:
         limit = self.service.limits.max_body_bytes

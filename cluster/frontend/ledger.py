@@ -49,6 +49,8 @@ class RequestLedger:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._entries: dict[str, LedgerEntry] = {}
+        self.num_replays = 0
+        """Sequences started again after the loss of a worker, since the start."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -57,6 +59,15 @@ class RequestLedger:
         """Record a sequence; returns the message that starts it."""
         self._entries[entry.sequence_id] = entry
         return entry.submission(self._clock())
+
+    def replay(self, sequence_id: str) -> Submit:
+        """The message that continues an open sequence on another worker."""
+        self.num_replays += 1
+        return self._entries[sequence_id].submission(self._clock())
+
+    def num_emitted(self, sequence_id: str) -> int:
+        """How many ids an open sequence has got."""
+        return len(self._entries[sequence_id].emitted_ids)
 
     def record(self, sequence_id: str, token_ids: Sequence[int]) -> None:
         """Add what the engine emitted; a closed sequence is ignored."""

@@ -49,6 +49,15 @@ class Limits:
     max_metadata_key_chars: int = 64
     max_metadata_value_chars: int = 512
 
+    # Idempotency keys, of one ingress
+    max_idempotency_key_chars: int = 255
+    idempotency_ttl_s: float = 600.0
+    max_idempotency_keys: int = 4096
+    max_kept_answer_bytes: int = 256 * 2**10
+    """A larger answer is computed again."""
+    max_kept_answers_bytes: int = 32 * 2**20
+    """Of all keys together; the oldest are forgotten first."""
+
     # The server
     max_open_sequences: int = 1024
     """Sequences that wait or run, all clients together; more are refused at once."""

@@ -131,13 +131,14 @@ def build_request(
     model: ModelInfo,
     *,
     deadline: float | None = None,
+    seed: int | None = None,
     ignored: tuple[str, ...] = (),
 ) -> GenerateRequest:
-    """A checked body and its tokenised prompts as a request. Raises InvalidRequest if a prompt
-    leaves no room in the context."""
+    """A checked body and its tokenised prompts as a request. `seed`: for a body that samples
+    without one; None draws it. Raises InvalidRequest if a prompt leaves no room in the context."""
     chat = isinstance(body, ChatCompletionRequest)
     options = body.stream_options or StreamOptions()
-    params = _sampling_params(body, model)
+    params = _sampling_params(body, model, seed)
     return GenerateRequest(
         request_id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
         model=body.model or model.name,
@@ -196,11 +197,12 @@ def _prompt_type(field_name: str) -> InvalidRequest:
     )
 
 
-def _sampling_params(body: SamplingFields, model: ModelInfo) -> SamplingParams:
+def _sampling_params(
+    body: SamplingFields, model: ModelInfo, default_seed: int | None
+) -> SamplingParams:
     temperature = model.temperature if body.temperature is None else body.temperature
-    seed = None
-    if temperature > 0:
-        seed = secrets.randbits(63) if body.seed is None else body.seed
+    seeds = (body.seed, default_seed, secrets.randbits(63))
+    seed = next(seed for seed in seeds if seed is not None) if temperature > 0 else None
     return SamplingParams(
         min_tokens=body.min_tokens or 0,
         temperature=temperature,

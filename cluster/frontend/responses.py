@@ -57,7 +57,13 @@ async def whole_answer(generation: Generation, shape: Shape, fingerprint: str | 
         **envelope(request, shape.whole, fingerprint),
         "choices": choices,
         "usage": usage_json(generation.usage),
+        **renormalised_json(generation.renormalised),
     }
+
+
+def renormalised_json(happened: bool) -> Json:
+    """The field that says that experts were left out; absent unless it happened."""
+    return {"renormalised": True} if happened else {}
 
 
 def chunk_choice(delta: Delta, request: GenerateRequest, shape: Shape) -> Json:

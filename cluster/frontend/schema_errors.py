@@ -52,6 +52,10 @@ def _invalid(fault: ValidationError, data: Mapping[str, Any]) -> InvalidRequest:
     code = _CODES.get(worst["type"], "invalid_type")
     if code == "missing_required_parameter":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code=code)
+    if worst["type"] == "extra_forbidden":
+        return InvalidRequest(
+            f"Unrecognized request argument: '{param}'.", param=param, code="unknown_parameter"
+        )
     alternatives = {_wanted(e) for e in same_field if e["loc"][:-1] == worst["loc"][:-1]}
     wanted = " or ".join(sorted(alternatives))
     return InvalidRequest(f"Invalid '{param}': it should be {wanted}.", param=param, code=code)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from cluster.chat_template import RenderLimit
 from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, quote
 from cluster.frontend.admission import Admission
 from cluster.frontend.backend import EngineBackend, Readiness
@@ -18,21 +17,22 @@ from cluster.frontend.checks import (
     check_sampling,
     check_token_ids,
 )
-from cluster.frontend.conversation import check_messages, check_template_kwargs, template_messages
+from cluster.frontend.conversation import check_messages
 from cluster.frontend.generation import Generation
+from cluster.frontend.idempotency import IdempotentCall, KeyStore
 from cluster.frontend.ledger import RequestLedger
 from cluster.frontend.limits import Limits
 from cluster.frontend.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
     SamplingFields,
     Schema,
     TokenizeRequest,
     ignored_fields,
 )
-from cluster.frontend.request import ModelInfo, Prompt, build_request, context_error, prompt_inputs
+from cluster.frontend.prompts import PromptEncoder
+from cluster.frontend.request import ModelInfo, Prompt, build_request, prompt_inputs
 from cluster.tokenizer import Tokenizer
 
 _RETRY_LOADING_S = 5
@@ -66,21 +66,33 @@ class InferenceService:
         self._strict_params = strict_params
         self._clock = clock
         self.ledger = RequestLedger(clock)
+        self.keys = KeyStore(self.limits, clock)
+        self._encoder = PromptEncoder(tokenizer, model, self.limits)
         self._draining = False
         self._admission = Admission(self.limits.max_open_sequences, clock)
 
     # ---- generating
 
-    async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
+    async def chat(
+        self,
+        body: ChatCompletionRequest,
+        timeout_s: float | None = None,
+        call: IdempotentCall | None = None,
+    ) -> Generation:
         """Start answering a conversation. `timeout_s`: a limit from outside the body."""
         deadline = self._admit(body, timeout_s)
         check_messages(body.messages, self.limits)
         check_chat_logprobs(body, self.limits)
         num_chars = sum(len(str(m.content)) for m in body.messages)
-        encode = self._chat_encoder(body, body.messages)
-        return await self._run(body, 1, num_chars, lambda: [Prompt(encode())], deadline)
+        encode = self._encoder.conversation(body, body.messages)
+        return await self._run(body, 1, num_chars, lambda: [Prompt(encode())], deadline, call)
 
-    async def complete(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
+    async def complete(
+        self,
+        body: CompletionRequest,
+        timeout_s: float | None = None,
+        call: IdempotentCall | None = None,
+    ) -> Generation:
         """Start continuing one or more prompts."""
         deadline = self._admit(body, timeout_s)
         check_completion_logprobs(body, self.limits)
@@ -89,13 +101,13 @@ class InferenceService:
 
         def encode() -> list[Prompt]:
             return [
-                Prompt(self._encode_text(item, body), item)
+                Prompt(self._encoder.text(item, body), item)
                 if isinstance(item, str)
                 else Prompt(item)
                 for item in inputs
             ]
 
-        return await self._run(body, len(inputs), num_chars, encode, deadline)
+        return await self._run(body, len(inputs), num_chars, encode, deadline, call)
 
     # ---- tokens
 
@@ -107,8 +119,8 @@ class InferenceService:
             raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
         if body.messages is not None:
             check_messages(body.messages, self.limits)
-            return await asyncio.to_thread(self._chat_encoder(body, body.messages))
-        return await asyncio.to_thread(self._encode_text, body.prompt or "", body)
+            return await asyncio.to_thread(self._encoder.conversation(body, body.messages))
+        return await asyncio.to_thread(self._encoder.text, body.prompt or "", body)
 
     def detokenize(self, body: DetokenizeRequest) -> str:
         """Text of ids."""
@@ -177,6 +189,7 @@ class InferenceService:
         num_chars: int,
         encode: Callable[[], list[Prompt]],
         deadline: float | None,
+        call: IdempotentCall | None,
     ) -> Generation:
         count = num_prompts * (body.n or 1)
         if count > self.limits.max_sequences:
@@ -192,8 +205,15 @@ class InferenceService:
             else:
                 prompts = await asyncio.to_thread(encode)
             request = build_request(
-                body, prompts, self.model, deadline=deadline, ignored=ignored_fields(body)
+                body,
+                prompts,
+                self.model,
+                deadline=deadline,
+                seed=call.seed if call else None,
+                ignored=ignored_fields(body),
             )
+            if call is not None:
+                self.keys.claim(call)
             if deadline is not None and self._clock() >= deadline:
                 raise DeadlineExceeded("The request's time limit passed before it was started.")
         except BaseException:
@@ -204,44 +224,6 @@ class InferenceService:
         )
         await generation.start()
         return generation
-
-    def _chat_encoder(
-        self, body: ChatCompletionRequest | TokenizeRequest, messages: Sequence[Message]
-    ) -> Callable[[], list[int]]:
-        switches = check_template_kwargs(body.chat_template_kwargs)
-        turns = template_messages(messages)
-
-        def encode() -> list[int]:
-            try:
-                return self.tokenizer.apply_chat_template(
-                    turns,
-                    max_chars=self._max_chars,
-                    max_s=self.limits.max_render_s,
-                    add_generation_prompt=body.add_generation_prompt,
-                    switches=switches,
-                )
-            except RenderLimit:
-                raise self._too_long("messages") from None
-
-        return encode
-
-    def _encode_text(self, text: str, body: CompletionRequest | TokenizeRequest) -> list[int]:
-        if len(text) > self._max_chars:
-            raise self._too_long("prompt")
-        return self.tokenizer.encode(
-            text,
-            add_special_tokens=body.add_special_tokens,
-            allow_special_tokens=body.allow_special_tokens,
-        )
-
-    @property
-    def _max_chars(self) -> int:
-        """A longer text cannot fit the context: known before spending time on its tokens."""
-        return self.tokenizer.max_chars(self.model.context_tokens)
-
-    def _too_long(self, param: str) -> InvalidRequest:
-        found = f"more than {self.model.context_tokens} tokens"
-        return context_error(self.model, param, found)
 
     def _check_ignored(self, body: Schema) -> None:
         unknown = ignored_fields(body)

@@ -23,6 +23,7 @@ from cluster.frontend.responses import (
     chunk_choice,
     envelope,
     finish_choice,
+    renormalised_json,
     role_choice,
     usage_json,
 )
@@ -172,21 +173,27 @@ class _ChunkWriter:
         return [self._event([role_choice(i)]) for i in range(self._request.num_sequences)]
 
     def events(self, delta: Delta) -> list[bytes]:
-        """Text, if there is some, and the end, if it is reached."""
+        """Text, if there is some, and the end, if it is reached.
+
+        That experts were left out stands where it happened and once more at every end.
+        """
         events = []
         if delta.text or delta.logprobs or (delta.token_ids and self._request.return_token_ids):
-            events.append(self._event([chunk_choice(delta, self._request, self._shape)]))
+            choice = chunk_choice(delta, self._request, self._shape)
+            events.append(self._event([choice], delta.renormalised))
         if delta.finish_reason is not None:
-            events.append(self._event([finish_choice(delta, self._shape)]))
+            choice = finish_choice(delta, self._shape)
+            events.append(self._event([choice], self._generation.renormalised))
         return events
 
     def usage_event(self) -> bytes:
         """The last chunk: no choices, only the counts."""
         counts = usage_json(self._generation.usage)
-        return to_event({**self._envelope, "choices": [], "usage": counts})
+        told = renormalised_json(self._generation.renormalised)
+        return to_event({**self._envelope, "choices": [], "usage": counts, **told})
 
-    def _event(self, choices: list[Json]) -> bytes:
-        chunk: Json = {**self._envelope, "choices": choices}
+    def _event(self, choices: list[Json], renormalised: bool = False) -> bytes:
+        chunk: Json = {**self._envelope, "choices": choices, **renormalised_json(renormalised)}
         if self._request.include_usage:
             counts = self._request.continuous_usage
             chunk["usage"] = usage_json(self._generation.usage) if counts else None

@@ -209,7 +209,7 @@ class Error(_message.Message):
     def __init__(self, message: _Optional[str] = ..., type: _Optional[str] = ..., param: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("id", "model", "created", "system_fingerprint", "delta", "usage", "error")
+    __slots__ = ("id", "model", "created", "system_fingerprint", "delta", "usage", "error", "renormalised")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +217,7 @@ class GenerateResponse(_message.Message):
     DELTA_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RENORMALISED_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     created: int
@@ -224,10 +225,11 @@ class GenerateResponse(_message.Message):
     delta: Delta
     usage: Usage
     error: Error
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., created: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    renormalised: bool
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., created: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., renormalised: _Optional[bool] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
-    __slots__ = ("id", "model", "created", "system_fingerprint", "delta", "usage", "error")
+    __slots__ = ("id", "model", "created", "system_fingerprint", "delta", "usage", "error", "renormalised")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,7 @@ class ChatResponse(_message.Message):
     DELTA_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RENORMALISED_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     created: int
@@ -242,7 +245,8 @@ class ChatResponse(_message.Message):
     delta: Delta
     usage: Usage
     error: Error
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., created: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    renormalised: bool
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., created: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., renormalised: _Optional[bool] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "messages", "add_special_tokens", "allow_special_tokens", "add_generation_prompt", "chat_template_kwargs")

@@ -1,0 +1,214 @@
+"""`shoal experts`, `shoal scale` and `shoal chaos`: commands to a running server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+
+from cluster.console import stderr, stdout
+from cluster.expert_table import render_experts
+from cluster.http_client import ApiClient, RequestRefused
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+TIMEOUT_S = 30.0
+WATCH_PERIOD_S = 1.0
+
+experts_app = typer.Typer(help="Watch and move experts.", no_args_is_help=True)
+chaos_app = typer.Typer(
+    help="Kill or stop a worker of a server that was started with chaos enabled.",
+    no_args_is_help=True,
+)
+
+UrlOption = Annotated[str, typer.Option(help="Where the server listens.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+WorkerOption = Annotated[str | None, typer.Option(help="Its id, as in `shoal status`.")]
+RandomOption = Annotated[bool, typer.Option("--random", help="Any one of the role.")]
+
+
+class Tier(StrEnum):
+    """What can be scaled."""
+
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+
+
+class Role(StrEnum):
+    """What can be killed."""
+
+    EXPERT = "expert"
+    ROUTER = "router"
+    ATTENTION = "attention"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One line and an exit code: 2 for a command that is refused, 3 when there is no server."""
+    from cluster.cli import user_errors  # mounts this module
+
+    with user_errors():
+        try:
+            yield
+        except RequestRefused as error:
+            stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+# ---- experts
+
+
+@experts_app.command()
+def show(
+    url: UrlOption = DEFAULT_URL,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Once a second, until Ctrl-C; with --json a line each.")
+    ] = False,
+) -> None:
+    """Show the load of the experts, their replicas, and who holds how many."""
+    with _errors():
+        client = ApiClient(url, TIMEOUT_S)
+        if not watch:
+            _print_load(_load(client), as_json)
+        elif as_json:
+            while True:
+                typer.echo(json.dumps(_load(client), separators=(",", ":")))
+                time.sleep(WATCH_PERIOD_S)
+        else:
+            _watch(client)
+
+
+def _watch(client: ApiClient) -> None:
+    with Live(render_experts(_load(client)), console=stdout, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_PERIOD_S)
+            live.update(render_experts(_load(client)), refresh=True)
+
+
+def _load(client: ApiClient) -> dict[str, Any]:
+    body: dict[str, Any] = client.read("/v1/experts/load")
+    return body
+
+
+def _print_load(body: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(data=body)
+    else:
+        stdout.print(render_experts(body))
+
+
+@experts_app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Id of an expert worker.")],
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """Hand over all experts of a worker; it stays without experts."""
+    _command(url, "/v1/experts/drain", {"worker": worker})
+
+
+@experts_app.command()
+def replicate(
+    expert: Annotated[str, typer.Argument(metavar="LAYER:EXPERT")],
+    replicas: Annotated[int, typer.Option(min=1, help="1: no more than needed.")] = 2,
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """Keep at least so many holders of an expert from now on."""
+    layer, _, number = expert.partition(":")
+    if not (_is_number(layer) and _is_number(number)):
+        raise typer.BadParameter(f"{expert!r} is not LAYER:EXPERT, for example 1:3")
+    body = {"layer": int(layer), "expert": int(number), "replicas": replicas}
+    _command(url, "/v1/experts/replicate", body)
+
+
+@experts_app.command()
+def rebalance(url: UrlOption = DEFAULT_URL) -> None:
+    """Move replicas to where the load is, one step now."""
+    _command(url, "/v1/experts/rebalance", {})
+
+
+# ---- scale
+
+
+def scale(
+    tier: Annotated[Tier, typer.Argument()],
+    workers: Annotated[str, typer.Argument(metavar="N|auto", help="auto: as the policy says.")],
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """Set how many workers a tier shall have; they come and go after the answer."""
+    if workers != "auto" and not _is_number(workers):
+        raise typer.BadParameter(f"{workers!r} is neither a number of workers nor auto")
+    wanted = None if workers == "auto" else int(workers)
+    _command(url, "/v1/scale", {"tier": tier.value, "workers": wanted})
+
+
+# ---- chaos
+
+
+@chaos_app.command()
+def kill(
+    role: Annotated[Role, typer.Argument()],
+    worker: WorkerOption = None,
+    at_random: RandomOption = False,
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """Kill a worker's process at once, as the system does when memory is short."""
+    _chaos("kill", role, worker, at_random, url)
+
+
+@chaos_app.command()
+def stop(
+    role: Annotated[Role, typer.Argument()],
+    worker: WorkerOption = None,
+    at_random: RandomOption = False,
+    for_s: Annotated[float, typer.Option("--for", help="Seconds.")] = 30.0,
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """Freeze a worker's process for a while: it neither works nor closes its connections."""
+    _chaos("stop", role, worker, at_random, url, for_s=for_s)
+
+
+def _chaos(
+    action: str, role: Role, worker: str | None, at_random: bool, url: str, **more: float
+) -> None:
+    if worker is not None and at_random:
+        raise typer.BadParameter("give either --worker or --random")
+    if worker is None and not at_random:
+        worker = _only_worker(url, role)
+    body = {"action": action, "role": role.value, "worker": worker, **more}
+    _command(url, "/v1/chaos", body)
+
+
+def _only_worker(url: str, role: Role) -> str:
+    """The id of the one worker of a role; with several, which one is for the user to say."""
+    member_role = "experts" if role is Role.EXPERT else role.value
+    with _errors():
+        workers = ApiClient(url, TIMEOUT_S).read("/status")["workers"]
+        ids = [worker["worker_id"] for worker in workers if worker["role"] == member_role]
+        if not ids:
+            raise RequestRefused(f"there is no {role.value} worker")
+        if len(ids) > 1:
+            raise RequestRefused(
+                f"there are {len(ids)} {role.value} workers, give --worker ID or --random:"
+                f" {', '.join(ids)}"
+            )
+    return str(ids[0])
+
+
+# ---- all of them
+
+
+def _command(url: str, path: str, body: dict[str, Any]) -> None:
+    with _errors():
+        stdout.print(
+            ApiClient(url, TIMEOUT_S).post(path, body)["done"], markup=False, soft_wrap=True
+        )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
