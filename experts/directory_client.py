@@ -44,8 +44,8 @@ from experts.messages import (
     decode,
     encode,
 )
-from experts.placement import ExpertKey
 from experts.questions import Questions
+from experts.space import ExpertKey
 
 Answer = TypeVar("Answer", ClusterLoadReply, Done)
 
@@ -104,7 +104,8 @@ class DirectoryClient:
         self._no_line_since_s: float | None = clock()
         self._snapshot: Snapshot | None = None
         self._assign: Assign | None = None
-        self._assign_epoch = 0  # the newest
+        self._assigned: frozenset[ExpertKey] | None = None  # by the newest Assign, None: none yet
+        self._assign_epoch = 0
         self._leaving = self._released = False
         self._questions: Questions[Message] = Questions()
         self._changed = threading.Condition()
@@ -154,10 +155,11 @@ class DirectoryClient:
     def report_holding(self, experts: Iterable[ExpertKey], epoch: int = 0) -> None:
         """Tell what the worker can compute now; remembered for the next registration.
 
-        `epoch` is that of the Assign. Never raises for a broken line: registering again tells it.
+        What a newer Assign wants dropped is left out. `epoch` is that of the Assign that was carried
+        out. Never raises for a broken line: registering again tells it.
         """
         with self._line_lock:
-            self._holds = tuple(sorted(experts))
+            self._holds = self._certain(experts)
             if self._line is not None:
                 with contextlib.suppress(ChannelError):
                     message = Holding(epoch=epoch, experts=self._holds)
@@ -330,12 +332,15 @@ class DirectoryClient:
     def _take_assign(self, assign: Assign) -> None:
         """From now on only what it names is held for certain: the rest may go at any moment."""
         with self._line_lock:
-            kept = set(assign.experts)
-            self._holds = tuple(key for key in self._holds if key in kept)
-            self._assign_epoch = assign.epoch
+            self._assigned, self._assign_epoch = frozenset(assign.experts), assign.epoch
+            self._holds = self._certain(self._holds)
         with self._changed:
             self._assign = assign
             self._changed.notify_all()
+
+    def _certain(self, experts: Iterable[ExpertKey]) -> tuple[ExpertKey, ...]:
+        kept = self._assigned
+        return tuple(sorted(key for key in experts if kept is None or key in kept))
 
     def _take_signal(self, signal: Signal) -> None:
         if self._on_signal is None:

@@ -25,9 +25,9 @@ from itertools import zip_longest
 import numpy as np
 
 from experts.eplb import balancedness
-from experts.placement import ExpertKey, ExpertSpace, Table, Unit
 from experts.relief import room_for_relief, search
-from experts.slot_board import Action, Loads, SlotBoard
+from experts.slot_board import Action, SlotBoard
+from experts.space import ExpertKey, ExpertSpace, Loads, Table, Unit
 
 _REAL = 1e-9  # relative; below it a gain is a rounding error
 
@@ -42,6 +42,26 @@ class Limits:
 
     max_moves: int
     min_gain: float = 0.02
+
+
+@dataclass(frozen=True)
+class RebalanceRules:
+    """How often a step is made, and its limits.
+
+    `max_moves` None: an eighth of the pool's slots, one unit at least. `enabled` False: only by
+    command.
+    """
+
+    every_s: float = 10.0
+    max_moves: int | None = None
+    min_gain: float = 0.02
+    enabled: bool = True
+
+    def limits(self, num_slots: int, unit_size: int) -> Limits:
+        """Of a step in a pool of so many slots."""
+        if self.max_moves is not None:
+            return Limits(self.max_moves, self.min_gain)
+        return Limits(max(unit_size, num_slots // 8), self.min_gain)
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,12 @@ class Balance:
     by_layer: Mapping[int, float]
     in_total: float
     objective: float  # sum over the layers of the busiest worker's load
+    even: float  # the least that it could be: the load of all layers over the number of workers
+
+    @property
+    def excess(self) -> float:
+        """How far the busiest workers are above the mean, relative to it; layers count by load."""
+        return self.objective / self.even - 1 if self.even > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -73,17 +99,22 @@ class Plan:
 
 
 def rebalance(
-    space: ExpertSpace, slots: Mapping[str, int], table: Table, loads: Loads, limits: Limits
+    space: ExpertSpace,
+    slots: Mapping[str, int],
+    table: Table,
+    loads: Loads,
+    limits: Limits,
+    pins: Mapping[Unit, int] | None = None,
 ) -> Plan:
     """One step towards even load; no moves if there is nothing worth one.
 
     `table`: what is loaded; a replica that is only wished for does not keep its unit covered.
     `slots`: worker_id -> number. `loads`: layer -> rows of each logical expert [E], as
-    `LoadCounter.totals`. Workers count as equally fast. Repeated under unchanged loads it comes to
+    `LoadCounter.totals`. `pins`: least number of holders of a unit, if it has them now. Workers count as equally fast. Repeated under unchanged loads it comes to
     rest: every step lowers the objective, or (one load, no slot to be had where it is needed) makes
     room for a step that does. Units without a holder are left to `replan`. Raises PlacementError.
     """
-    before = SlotBoard.of_table(space, slots, table, loads)
+    before = SlotBoard.of_table(space, slots, table, loads, pins or {})
     actions: list[Action] = []
     if limits.max_moves >= space.unit_size:
         actions = _improve(before, limits) or _make_room(before, limits)
@@ -113,7 +144,8 @@ def _moves(before: SlotBoard, after: SlotBoard) -> Iterator[Move]:
 def _balance(board: SlotBoard) -> Balance:
     by_layer = {layer: balancedness(row) for layer, row in board.rows.items()}
     total = np.sum(list(board.rows.values()), axis=0)
-    return Balance(by_layer, balancedness(total), board.objective)
+    even = float(np.sum(total)) / max(1, len(board.workers))
+    return Balance(by_layer, balancedness(total), board.objective, even)
 
 
 def _improve(start: SlotBoard, limits: Limits) -> list[Action]:

@@ -17,7 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from experts.messages import Assign, Register, Snapshot, WorkerInfo
-from experts.placement import ExpertKey, ExpertSpace, PlacementError, check_slots, replan
+from experts.placement import Aims, check_slots, replan
+from experts.space import ExpertKey, ExpertSpace, PlacementError
+from experts.unit_board import Pool
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,11 @@ class Roster:
 
     def _replan(self) -> None:
         members = self._expert_members()
-        joiners: list[str | None] = [*sorted(self._joiners)] or [None]
-        for joiner in joiners:
-            wishes = {worker: member.wish for worker, member in members.items()}
-            plan = replan(self._rules.space, self._slots(), wishes, self._rules.redundancy, joiner)
-            for worker, experts in plan.items():
-                members[worker].wish = set(experts)
+        wishes = {worker: member.wish for worker, member in members.items()}
+        aims = Aims(self._rules.redundancy, sorted(self._joiners))
+        plan = replan(self._rules.space, Pool(self._slots(), wishes), aims)
+        for worker, experts in plan.items():
+            members[worker].wish = set(experts)
         self._joiners.clear()
         self._must_replan = False
         self._stale = True

@@ -1,18 +1,14 @@
 """Units in slots while a rebalancing plan is made: who holds what, loads, slots to be had. Pure.
 
 A worker has a slot for a further unit if one is *free*, or *spare*: it holds a replica whose unit
-stays on another worker that held it when the step began. Replicas that the step itself adds do not
-count: whatever is changed, each unit keeps one of its first holders.
+stays on another worker that held it when the step began, on as many as are pinned. Replicas that
+the step itself adds do not count: whatever is changed, each unit keeps one of its first holders.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-from experts.placement import ExpertKey, ExpertSpace, PlacementError, Table, Unit
-
-Loads = Mapping[int, Sequence[float]]  # layer -> load of each logical expert [E]
+from experts.space import ExpertKey, ExpertSpace, Loads, PlacementError, Table, Unit, unit_loads
 
 
 class Change(NamedTuple):
@@ -30,10 +26,14 @@ class SlotBoard:
     """The table as sets, kept up to date with `apply`. Workers are numbered in order of name."""
 
     def __init__(
-        self, space: ExpertSpace, slots: Mapping[str, int], load: Mapping[Unit, float]
+        self,
+        space: ExpertSpace,
+        slots: Mapping[str, int],
+        load: Mapping[Unit, float],
+        pins: Mapping[Unit, int],
     ) -> None:
-        """Nobody holds anything yet; `load` of every unit."""
-        self.space, self.slots, self.load = space, slots, load
+        """Nobody holds anything yet; `load` of every unit, `pins`: least number of holders."""
+        self.space, self.slots, self.load, self.pins = space, slots, load, pins
         self.workers = sorted(slots)
         self.holders: dict[Unit, tuple[int, ...]] = dict.fromkeys(load, ())
         self.keepers: dict[Unit, tuple[int, ...]] = {}  # that held it when the step began
@@ -47,10 +47,15 @@ class SlotBoard:
 
     @classmethod
     def of_table(
-        cls, space: ExpertSpace, slots: Mapping[str, int], table: Table, loads: Loads
+        cls,
+        space: ExpertSpace,
+        slots: Mapping[str, int],
+        table: Table,
+        loads: Loads,
+        pins: Mapping[Unit, int],
     ) -> "SlotBoard":
         """A unit held in part counts as held. Raises PlacementError."""
-        board = cls(space, slots, _unit_loads(space, loads))
+        board = cls(space, slots, unit_loads(space, loads), pins)
         size = space.unit_size
         for worker, name in enumerate(board.workers):
             units = {(layer, expert // size) for layer, expert in table.get(name, ())}
@@ -67,7 +72,7 @@ class SlotBoard:
 
     def next_step(self) -> "SlotBoard":
         """The same table when all is loaded: every holder counts, loads are summed afresh."""
-        board = SlotBoard(self.space, self.slots, self.load)
+        board = SlotBoard(self.space, self.slots, self.load, self.pins)
         board.holders = {unit: tuple(sorted(held)) for unit, held in self.holders.items()}
         board._begin()
         return board
@@ -79,7 +84,7 @@ class SlotBoard:
                 self.free[worker] -= 1
                 self.held[unit[0]][worker].add(unit)
                 self.rows[unit[0]][worker] += self.load[unit] / len(holders)
-                if len(holders) > 1:
+                if len(holders) > self._least_holders(unit):
                     self.spare[worker].add(unit)
         self.peak = {layer: max(row, default=0.0) for layer, row in self.rows.items()}
 
@@ -147,8 +152,12 @@ class SlotBoard:
         self.held[unit[0]][worker].discard(unit)
         self.spare[worker].discard(unit)
         self.keepers[unit] = _without(self.keepers[unit], worker)
-        if len(self.keepers[unit]) == 1:
-            self.spare[self.keepers[unit][0]].discard(unit)
+        if len(self.keepers[unit]) <= self._least_holders(unit):
+            for keeper in self.keepers[unit]:
+                self.spare[keeper].discard(unit)
+
+    def _least_holders(self, unit: Unit) -> int:
+        return max(1, self.pins.get(unit, 1))
 
     def _harm(self, worker: int, unit: Unit) -> tuple[float, float, Unit]:
         """How far the other holders rise above the layer's peak if this replica goes; how far."""
@@ -161,18 +170,3 @@ class SlotBoard:
 
 def _without(holders: tuple[int, ...], worker: int) -> tuple[int, ...]:
     return tuple([holder for holder in holders if holder != worker])
-
-
-def _unit_loads(space: ExpertSpace, loads: Loads) -> dict[Unit, float]:
-    """Load of each unit; a layer that nobody measured has none."""
-    total: dict[Unit, float] = {}
-    idle = [0.0] * space.num_experts
-    for layer in space.moe_layers:
-        row = np.asarray(loads.get(layer, idle), dtype=np.float64)
-        if row.shape != (space.num_experts,) or not np.isfinite(row).all() or (row < 0).any():
-            raise PlacementError(
-                f"loads of layer {layer}: needs {space.num_experts} finite numbers, none negative"
-            )
-        by_unit = row.reshape(-1, space.unit_size).sum(axis=1).tolist()
-        total.update({(layer, index): load for index, load in enumerate(by_unit)})
-    return total

@@ -4,17 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.placement import (
-    ExpertSpace,
-    PlacementError,
-    check_slots,
-    initial_table,
-    replan,
-    slots_needed,
-)
+from experts.placement import Aims, check_slots, initial_table, replan, slots_needed
+from experts.space import ExpertSpace, PlacementError
+from experts.unit_board import Pool
 
 EIGHT = ExpertSpace(moe_layers=(1, 2), num_experts=4)
 GROUPED = ExpertSpace(moe_layers=(1,), num_experts=8, num_groups=4)
+
+
+def plan(space: ExpertSpace, slots: dict, table: dict, **aims: object) -> dict:
+    """All that is wished is there, nobody has spare slots."""
+    return replan(space, Pool(slots, table), Aims(**aims))  # type: ignore[arg-type]
 
 
 def all_keys(space: ExpertSpace) -> set[tuple[int, int]]:
@@ -60,14 +60,15 @@ def replans(draw: st.DrawFn) -> tuple[ExpertSpace, dict, dict, int, str | None]:
 @given(replans())
 def test_any_plan_keeps_the_invariants(case: tuple) -> None:
     space, slots, held, redundancy, joiner = case
-    table = replan(space, slots, held, redundancy, joiner)
+    aims = {"redundancy": redundancy, "joiners": [joiner] if joiner else []}
+    table = plan(space, slots, held, **aims)
     check_invariants(space, slots, table)
     # worker order, and the order of what they hold, do not matter
     shuffled = {w: sorted(held[w], reverse=True) for w in reversed(list(held))}
     slots_reversed = dict(reversed(list(slots.items())))
-    assert replan(space, slots_reversed, shuffled, redundancy, joiner) == table
+    assert plan(space, slots_reversed, shuffled, **aims) == table
     # a plan that is in place is kept
-    assert replan(space, slots, table, 0) == table
+    assert plan(space, slots, table) == table
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,13 +132,13 @@ def test_too_few_slots_are_told_with_numbers(
 
 def test_joiner_takes_the_orphans_first() -> None:
     held = initial_table(EIGHT, {"a": 4, "b": 4})
-    table = replan(EIGHT, {"a": 4, "c": 4}, {"a": held["a"]}, joiner="c")
+    table = plan(EIGHT, {"a": 4, "c": 4}, {"a": held["a"]}, joiners=["c"])
     assert table == {"a": held["a"], "c": held["b"]}
 
 
 def test_joiner_without_orphans_relieves_every_layer_and_worker() -> None:
     held = initial_table(EIGHT, {"a": 4, "b": 4})
-    table = replan(EIGHT, {"a": 4, "b": 4, "c": 4}, held, joiner="c")
+    table = plan(EIGHT, {"a": 4, "b": 4, "c": 4}, held, joiners=["c"])
     assert [table["a"], table["b"]] == [held["a"], held["b"]]
     assert {key[0] for key in table["c"]} == {1, 2}
     for worker in "ab":
@@ -146,7 +147,7 @@ def test_joiner_without_orphans_relieves_every_layer_and_worker() -> None:
 
 def test_orphans_go_to_free_slots_of_survivors() -> None:
     held = initial_table(EIGHT, {"a": 8, "b": 8, "c": 8})
-    table = replan(EIGHT, {"a": 8, "b": 8}, {w: held[w] for w in "ab"})
+    table = plan(EIGHT, {"a": 8, "b": 8}, {w: held[w] for w in "ab"})
     check_invariants(EIGHT, {"a": 8, "b": 8}, table)
     assert all(set(held[w]) <= set(table[w]) for w in "ab")
     assert [len(table["a"]), len(table["b"])] == [4, 4]
@@ -154,11 +155,11 @@ def test_orphans_go_to_free_slots_of_survivors() -> None:
 
 def test_orphans_replace_replicas_where_no_slot_is_free() -> None:
     held = {"a": [(1, 0), (1, 1)], "b": [(1, 0), (1, 1)], "dead": [(1, 2), (1, 3)]}
-    table = replan(ExpertSpace((1,), 4), {"a": 2, "b": 2}, held)
+    table = plan(ExpertSpace((1,), 4), {"a": 2, "b": 2}, held)
     check_invariants(ExpertSpace((1,), 4), {"a": 2, "b": 2}, table)
     assert [len(table["a"]), len(table["b"])] == [2, 2]
 
 
 def test_lost_coverage_leaves_the_rest_in_place() -> None:
     held = initial_table(EIGHT, {"a": 4, "b": 4})
-    assert replan(EIGHT, {"a": 4}, {"a": held["a"]}) == {"a": held["a"]}
+    assert plan(EIGHT, {"a": 4}, {"a": held["a"]}) == {"a": held["a"]}
