@@ -18,7 +18,7 @@ from cluster.config import parse_config
 from cluster.inline import InlineCluster
 from tests.chaos.deployment import Deployment, deployed
 from tests.chaos.records import Expected
-from tests.chaos.trial import Chaos
+from tests.chaos.trial import Chaos, Trial
 
 NUM_REQUESTS = 16
 NEW_TOKENS = 48
@@ -28,9 +28,10 @@ SETTINGS: dict[str, Any] = {
     # 48 experts, each on two of three workers
     "experts": {"num_workers": 3, "redundancy": 48},
     "router": {"num_workers": 2},
-    "attention": {"num_workers": 2},
+    # One worker's cache just holds all streams, should the other die
+    "attention": {"num_workers": 2, "engine": {"num_kv_blocks": 128, "max_num_seqs": 128}},
 }
-_figures: list[dict[str, Any]] = []
+_trials: list[Trial] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,20 +42,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _figures:
+    if not _trials:
         return
+    found = [trial.figures() for trial in _trials]
     terminalreporter.section("chaos")
-    for figures in _figures:
+    for figures in found:
         terminalreporter.write_line("  ".join(f"{k}={v}" for k, v in figures.items()))
     file = terminalreporter.config.getoption("--chaos-report", None)
     if file:
-        Path(file).write_text(json.dumps(_figures, indent=1) + "\n")
+        Path(file).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        long = metafunc.config.getoption("--chaos-long", False)
+        metafunc.parametrize("seed", range(20 if long else 1))
 
 
 @pytest.fixture(scope="session")
 def long(pytestconfig: pytest.Config) -> bool:
     """Whether there is time."""
     return bool(pytestconfig.getoption("--chaos-long", False))
+
+
+@pytest.fixture(scope="session")
+def trials() -> list[Trial]:
+    """All trials of the session; the summary shows their figures."""
+    return _trials
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +134,8 @@ def chaos(
     expected: list[Expected],
     deployment: Deployment,
     requests_pool: list[dict[str, Any]],
+    trials: list[Trial],
     long: bool,
 ) -> Chaos:
     """The deployment, warmed up."""
-    return Chaos(deployment, requests_pool, expected, long=long, report=_figures)
+    return Chaos(deployment, requests_pool, expected, long=long, trials=trials)

@@ -28,6 +28,7 @@ from tests.cluster.conftest import Server, wait_ready
 MARK = "SHOAL_CHAOS_RUN"
 """Environment variable that every process of a deployment inherits."""
 REPLICA_TITLE = "ray::ServeReplica:shoal:"
+NUM_EXPERTS = 3 * 16  # of the preset v3
 CONNECTED = "03"  # state of a socket in /proc/net/unix
 START_TIMEOUT_S = 180.0
 WHOLE_TIMEOUT_S = 90.0
@@ -37,14 +38,17 @@ POLL_S = 0.1
 Worker = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Deployment:
     """A running `shoal serve`."""
 
     server: Server
-    settings: dict[str, Any]
     folder: Path
     mark: str
+    wanted: dict[str, int]
+    """Workers of each role at full strength."""
+    num_held: int
+    """Slots that are filled at full strength, if there are so many."""
 
     # ---- what the cluster says
 
@@ -62,21 +66,20 @@ class Deployment:
         status = self.server.get("/status")
         if not status["ready"] or not status["stage"].startswith("ready"):
             return str(status["stage"])
-        roles = Counter(worker["role"] for worker in status["workers"])
-        wanted = {
-            "experts": self.settings["experts"]["num_workers"],
-            "router": self.settings["router"]["num_workers"],
-            "attention": self.settings["attention"]["num_workers"],
-            "ingress": 1,
-        }
-        if dict(roles) != wanted or len(status["engines"]) != wanted["attention"]:
-            return f"{dict(roles)}, {len(status['engines'])} engines"
-        empty = [w for w in status["workers"] if w["num_experts"] != w["num_slots"]]
-        return f"slots of {[w['worker_id'] for w in empty]} not filled" if empty else ""
+        roles = dict(Counter(worker["role"] for worker in status["workers"]))
+        if roles != self.wanted or len(status["engines"]) != roles["attention"]:
+            return f"{roles}, {len(status['engines'])} engines"
+        held, slots = (sum(w[k] for w in status["workers"]) for k in ("num_experts", "num_slots"))
+        return f"{held} experts in {slots} slots" if held < min(slots, self.num_held) else ""
 
-    def wait_whole(self, timeout_s: float = WHOLE_TIMEOUT_S) -> float:
-        """Seconds until every worker is there again with all its experts."""
-        return until(lambda: self.missing(), timeout_s, "not at full strength")
+    def wait_whole(self, timeout_s: float = WHOLE_TIMEOUT_S) -> None:
+        """Until every worker is there with all its experts."""
+        until(self.missing, timeout_s, "not at full strength")
+
+    def scale_experts(self, workers: int) -> None:
+        """Ask for so many expert workers."""
+        self.server.post("/v1/scale", {"tier": "experts", "workers": workers})
+        self.wanted["experts"] = workers
 
     def wait_idle(self, timeout_s: float = 20.0) -> None:
         """Every KV block of every attention worker is free."""
@@ -171,7 +174,9 @@ def deployed(model: Path, settings: dict[str, Any], folder: Path) -> Iterator[De
     )
     url = f"http://127.0.0.1:{listen['http_port']}"
     server = Server(url, f"127.0.0.1:{listen['grpc_port']}", model.name)
-    found = Deployment(server, settings, folder, mark)
+    tiers = {role: settings[role]["num_workers"] for role in ("experts", "router", "attention")}
+    held = NUM_EXPERTS + settings["experts"]["redundancy"]
+    found = Deployment(server, folder, mark, {**tiers, "ingress": 1}, held)
     try:
         wait_ready(url, START_TIMEOUT_S)
         found.wait_whole()

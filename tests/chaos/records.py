@@ -5,7 +5,6 @@ All times are of `time.monotonic()`, which the processes of one machine share.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,8 +82,11 @@ def tokens_per_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> flo
     return count / (end_s - begin_s)
 
 
-def itl_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> float:
-    """Median time between two arrivals of a stream, of those within [begin_s, end_s]."""
+def gaps_within_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> list[float]:
+    """All waits between two arrivals of a stream that lie within [begin_s, end_s], sorted.
+
+    Raises ValueError when there is none.
+    """
     gaps = [
         later - earlier
         for stream in streams
@@ -93,7 +95,7 @@ def itl_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> float:
     ]
     if not gaps:
         raise ValueError(f"no stream got two tokens within {end_s - begin_s:.1f} s")
-    return statistics.median(gaps)
+    return sorted(gaps)
 
 
 def largest_gaps_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> list[float]:

@@ -9,7 +9,7 @@ from tests.chaos.records import (
     Stream,
     fault_of,
     faults,
-    itl_s,
+    gaps_within_s,
     largest_gaps_s,
     quantile,
     tokens_per_s,
@@ -58,11 +58,10 @@ def test_throughput_counts_tokens_of_the_window() -> None:
     assert tokens_per_s([stream(0, 1, 2), stream(1, 2, 3)], 1, 3) == 4 / 2
 
 
-def test_itl_is_the_median_within_the_window() -> None:
-    # Gaps 1, 2 and 1 s; the one that ends at 9 s lies outside.
-    assert itl_s([stream(0, 1, 3), stream(2, 3, 9)], 0, 5) == 1
+def test_gaps_within_a_window_reach_nowhere_else() -> None:
+    assert gaps_within_s([stream(0, 1, 3), stream(2, 3, 9)], 0, 5) == [1, 1, 2]
     with pytest.raises(ValueError, match="no stream"):
-        itl_s([stream(0, 9)], 0, 5)
+        gaps_within_s([stream(0, 9)], 0, 5)
 
 
 def test_the_gap_is_the_longest_that_overlaps_the_window() -> None:

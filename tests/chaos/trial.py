@@ -8,7 +8,6 @@ connections and processes are as before. Times are figures for the tests to judg
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from tests.chaos.records import (
     Expected,
     Stream,
     faults,
-    itl_s,
+    gaps_within_s,
     largest_gaps_s,
     quantile,
     tokens_per_s,
@@ -46,7 +45,7 @@ class Trial:
     """Beginning and end of each."""
     calm_until_s: float = 0.0
     end_s: float = 0.0
-    streams: list[Stream] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list, repr=False)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def disturbed(self, at_s: float, lasting_s: float = 0.0) -> None:
@@ -63,13 +62,19 @@ class Trial:
 
     @property
     def itl_s(self) -> float:
-        return itl_s(self.streams, *self.calm)
+        """Median time between tokens, undisturbed."""
+        return quantile(gaps_within_s(self.streams, *self.calm), 0.5)
 
     def gaps_s(self) -> list[float]:
         """The largest gap of each stream around the disturbances."""
         return sorted(
             gap for window in self.disturbances for gap in largest_gaps_s(self.streams, *window)
         )
+
+    @property
+    def calm_gap_max_s(self) -> float:
+        """What the machine does to a stream by itself."""
+        return gaps_within_s(self.streams, *self.calm)[-1]
 
     @property
     def gap_p99_s(self) -> float:
@@ -88,6 +93,7 @@ class Trial:
             "streams": len(self.streams),
             "tokens": sum(len(stream.ids) for stream in self.streams),
             "itl_ms": round(self.itl_s * 1e3, 1),
+            "calm_gap_max_ms": round(self.calm_gap_max_s * 1e3),
             "tokens_per_s": round(tokens_per_s(self.streams, *self.calm), 1),
         }
         if self.disturbances:
@@ -115,16 +121,17 @@ class Chaos:
         expected: Sequence[Expected],
         *,
         long: bool,
-        report: list[dict[str, Any]],
+        trials: list[Trial],
     ) -> None:
         self.deployment = deployment
         self.long = long
         self._requests, self._expected = requests, expected
-        self._report = report
-        self._rest: tuple[int, Counter[str]] | None = None
+        self._trials = trials
+        self._wanted = dict(deployment.wanted)
+        self._connections: int | None = None
         with self.trial("calm"):  # connects everything that connects at its first use
             time.sleep(self.before_s)
-        self._rest = deployment.connections(), deployment.replicas()
+        self._connections = deployment.connections()
 
     @property
     def before_s(self) -> float:
@@ -147,11 +154,9 @@ class Chaos:
             yield trial
             trial.end_s = time.monotonic()
             trial.streams = load.finish()
-        try:
-            self._check_streams(trial)
-            self._check_rest(trial)
-        finally:
-            self._report.append(trial.figures())
+        self._trials.append(trial)
+        self._check_streams(trial)
+        self._check_rest(trial)
 
     def settle(self) -> None:
         """Watch the undisturbed load for a while."""
@@ -171,12 +176,12 @@ class Chaos:
         until(self._more_than_before, LEFTOVERS_TIMEOUT_S, "something is left behind")
 
     def _more_than_before(self) -> str:
-        """What there is now and was not at rest, in words."""
-        if self._rest is None:
+        """What runs or is connected and should not be, in words."""
+        wanted = {role.capitalize(): num for role, num in self.deployment.wanted.items()}
+        replicas = self.deployment.replicas()
+        if replicas != {**wanted, "Placement": 1}:
+            return f"processes of replicas: {dict(replicas)}, members: {self.deployment.wanted}"
+        if self._connections is None or self.deployment.wanted != self._wanted:
             return ""
-        num_connections, replicas = self._rest
-        found = self.deployment.replicas()
-        if found != replicas:
-            return f"processes of replicas: {dict(found)}, before: {dict(replicas)}"
-        now = self.deployment.connections()
-        return f"{now} connections, before: {num_connections}" if now > num_connections else ""
+        now, before = self.deployment.connections(), self._connections
+        return f"{now} connections, before: {before}" if now > before else ""
