@@ -3,93 +3,62 @@
 A member's life, which is the life of its connection:
 
     connected --Register--> member --Assign--> loading --Holding...--> holding
+        any of them --Leave--> hands over --Released--> closes its connection
         any of them --connection ends, or silent for `silence_limit_s`--> gone, at once
 
-After each of these events `Roster.settle` decides (see roster.py for GATHERING and PLACED), new
-Assigns go to their workers and the new Snapshot to all. State is soft: a restarted directory learns
-everything from what the workers register. It is no single point of failure for requests: without it
-routers go on with their last snapshot.
+After each of these events `Roster.settle` decides (see roster.py for GATHERING and PLACED), the new
+Snapshot goes to all and new Assigns to their workers, in this order: what is to be dropped is
+unpublished first. When all is loaded, a rebalancing step follows from time to time. State is soft:
+a restarted directory learns everything but the pins from what the workers register. It is no single
+point of failure for requests: without it routers go on with their last snapshot.
 
 Threads: one a connection (the channel server's) runs `handle`; one a member sends to it, so that a
-stuck member delays nobody; one calls `tick`. A lock guards roster and members; nobody sends or
-closes a connection while holding it.
+stuck member delays nobody; one calls `tick`. A lock guards roster and members; nobody sends,
+closes a connection or plans a rebalancing step while holding it.
 """
 
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from experts.channel.channel import ChannelClosed, ChannelError, Connection, FrameError, Server
+from experts.channel.channel import Connection, Server
 from experts.channel.frame import Frame, Status, reply_to
+from experts.commands import carry_out, one_of
 from experts.load import LoadBoard
+from experts.member_line import MemberLine
 from experts.messages import (
+    Chaos,
     ClusterLoadReply,
+    Command,
+    CommandRefused,
+    Done,
+    Drain,
     Holding,
+    Leave,
     LoadReport,
     LoadRequest,
     MessageError,
     Ping,
     Pong,
+    Rebalance,
     Register,
+    Replicate,
+    Scale,
+    Signal,
     Snapshot,
     WorkerRows,
     decode,
     encode,
 )
-from experts.roster import Roster, RosterRules
+from experts.rebalancer import Rebalancer
+from experts.roster import PoolCounters, Roster, RosterRules
+from experts.space import Loads, Unit, unit_loads
 
 logger = logging.getLogger(__name__)
 
-SEND_TIMEOUT_S = 5.0
 TICKS_PER_SILENCE_LIMIT = 6
-
-
-class _Member:
-    """A registered connection and the thread that sends to it; the newest of each kind wins."""
-
-    def __init__(self, worker_id: str, connection: Connection, now_s: float) -> None:
-        self.worker_id = worker_id
-        self.connection = connection
-        self.last_heard_s = now_s
-        self._waiting: dict[str, Frame] = {}
-        self._closed = False
-        self._changed = threading.Condition()
-        self._sender = threading.Thread(
-            target=self._send_all, name=f"directory-to-{worker_id}", daemon=True
-        )
-        self._sender.start()
-
-    def post(self, kind: str, frame: Frame) -> None:
-        """Send soon, instead of an older frame of the same kind that still waits."""
-        with self._changed:
-            self._waiting[kind] = frame
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Close the connection and end the sender."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self.connection.close()
-        if threading.current_thread() is not self._sender:
-            self._sender.join(SEND_TIMEOUT_S)
-
-    def _next(self) -> Frame | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            return None if self._closed else self._waiting.pop(next(iter(self._waiting)))
-
-    def _send_all(self) -> None:
-        while (frame := self._next()) is not None:
-            try:
-                self.connection.send(frame, SEND_TIMEOUT_S)
-            except ChannelClosed:
-                return  # on_close removes the member
-            except (ChannelError, FrameError) as error:
-                logger.warning("cannot tell %s: %s", self.worker_id, error)
-                self.connection.close()
-                return
 
 
 class Directory:
@@ -99,17 +68,21 @@ class Directory:
         self,
         rules: RosterRules,
         *,
+        enable_chaos: bool = False,
         silence_limit_s: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._enable_chaos = enable_chaos
         self._silence_limit_s = silence_limit_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._roster = Roster(rules)
+        self._planning = threading.Lock()  # one rebalancing step at a time
+        self._roster = Roster(rules, self._unit_loads)
+        self._rebalancer = Rebalancer(self._roster, self._layer_loads, clock())
         self._space = rules.space
         self._loads = LoadBoard(len(rules.space.moe_layers), rules.space.num_experts)
         self._published = self._roster.snapshot
-        self._members: dict[Connection, _Member] = {}
+        self._members: dict[Connection, MemberLine] = {}
         self._last_tick_s = clock()
         self._closing = threading.Event()
         self._server: Server | None = None
@@ -119,6 +92,11 @@ class Directory:
     def snapshot(self) -> Snapshot:
         """What was published last."""
         return self._published
+
+    @property
+    def counters(self) -> PoolCounters:
+        """Of joins, leaves, deaths and moves since the start."""
+        return self._roster.counters
 
     @property
     def endpoint(self) -> str:
@@ -154,6 +132,8 @@ class Directory:
         except MessageError as error:
             logger.warning("%s: %s", connection.peer, error)
             return reply_to(frame, status=Status.FAILED, text=str(error))
+        except CommandRefused as error:
+            return reply_to(frame, status=Status.FAILED, text=str(error))
 
     def connection_closed(self, connection: Connection) -> None:
         """on_close of the channel server: the member is gone and everyone learns it."""
@@ -164,7 +144,7 @@ class Directory:
             member.close()
 
     def tick(self) -> None:
-        """What time alone brings about: the end of the grace, and of silent members."""
+        """What time alone brings about: the end of the grace, and of silent members; balance."""
         with self._lock:
             now_s = self._clock()
             if now_s - self._last_tick_s > self._silence_limit_s / 2:
@@ -181,6 +161,8 @@ class Directory:
             if member is not None:
                 logger.warning("%s is silent, removed", member.worker_id)
                 member.close()
+        if self._rebalancer.is_due(now_s):
+            self._rebalance()
 
     def _tick_loop(self) -> None:
         while not self._closing.wait(self._silence_limit_s / TICKS_PER_SILENCE_LIMIT):
@@ -199,8 +181,12 @@ class Directory:
             self._hold(message, connection)
         elif isinstance(message, LoadReport):
             self._take_load(message, connection)
+        elif isinstance(message, Leave):
+            self._leave(connection)
         elif isinstance(message, LoadRequest):
             return encode(self._cluster_load(connection), frame.request_id)
+        elif isinstance(message, Command):
+            return encode(Done(text=self._command(message, connection)), frame.request_id)
         else:
             raise MessageError(f"control message: {message.type} is for workers only")
         return None
@@ -214,7 +200,7 @@ class Directory:
                 del self._members[member.connection]
             self._loads.drop(register.worker_id)
             now_s = self._clock()
-            newcomer = _Member(register.worker_id, connection, now_s)
+            newcomer = MemberLine(register.worker_id, connection, now_s)
             self._members[connection] = newcomer
             self._roster.join(register, now_s)
             self._settle()
@@ -225,8 +211,71 @@ class Directory:
     def _hold(self, holding: Holding, connection: Connection) -> None:
         with self._lock:
             member = self._member_of(connection, holding.type)
-            self._roster.hold(member.worker_id, holding.experts)
+            self._roster.hold(member.worker_id, holding.experts, holding.epoch)
             self._settle()
+
+    def _leave(self, connection: Connection) -> None:
+        with self._lock:
+            member = self._member_of(connection, "leave")
+            if member.worker_id not in self._roster.experts():
+                raise MessageError("control message: leave: for expert workers only")
+            self._roster.hand_over(member.worker_id, "leave")
+            self._settle()
+
+    def _command(self, command: Command, connection: Connection) -> str:
+        """Raises CommandRefused."""
+        with self._lock:
+            asker = self._member_of(connection, command.type).worker_id
+            if isinstance(command, Drain | Replicate | Scale):
+                text = carry_out(self._roster, command)
+                self._settle()
+            elif isinstance(command, Chaos):
+                text = self._signal(command)
+        if isinstance(command, Rebalance):
+            text = self._rebalance()
+        logger.info("%s of %s: %s", command.type, asker, text)
+        return text
+
+    def _signal(self, chaos: Chaos) -> str:
+        """Caller holds the lock."""
+        if not self._enable_chaos:
+            raise CommandRefused("chaos is not enabled: start the cluster with enable_chaos")
+        members = {member.worker_id: member for member in self._members.values()}
+        live = [worker.worker_id for worker in self._roster.snapshot.workers_of(chaos.role)]
+        candidates = [name for name in live if chaos.worker_id in (None, name) and name in members]
+        if not candidates:
+            which = chaos.worker_id or "worker"
+            raise CommandRefused(f"no {which} of role {chaos.role}: {one_of(live)}")
+        chosen = secrets.choice(candidates)
+        signal = Signal(action=chaos.action, duration_s=chaos.duration_s)
+        members[chosen].post("signal", encode(signal))
+        for_s = f" for {chaos.duration_s:g} s" if chaos.action == "stop" else ""
+        return f"{chaos.action} sent to {chosen}{for_s}"
+
+    def _rebalance(self) -> str:
+        """One step, planned without the lock."""
+        with self._planning:
+            with self._lock:
+                step = self._rebalancer.begin(self._clock())
+            if isinstance(step, str):
+                return step
+            plan = step.plan()
+            with self._lock:
+                text = self._rebalancer.finish(step, plan)
+                self._settle()
+            return text
+
+    def _layer_loads(self) -> Loads:
+        """Rows by layer within the window, {} if there are none. Caller holds the lock."""
+        rows = self._loads.total(self._roster.experts()).rows
+        if not rows.any():
+            return {}
+        return dict(zip(self._space.moe_layers, rows.tolist(), strict=True))
+
+    def _unit_loads(self) -> Mapping[Unit, float]:
+        """The same by unit."""
+        loads = self._layer_loads()
+        return unit_loads(self._space, loads) if loads else {}
 
     def _take_load(self, report: LoadReport, connection: Connection) -> None:
         with self._lock:
@@ -253,18 +302,18 @@ class Directory:
             ),
         )
 
-    def _member_of(self, connection: Connection, message: str) -> _Member:
+    def _member_of(self, connection: Connection, message: str) -> MemberLine:
         """Caller holds the lock."""
         member = self._members.get(connection)
         if member is None:
             raise MessageError(f"control message: {message}: register first")
         return member
 
-    def _remove(self, connection: Connection) -> _Member | None:
+    def _remove(self, connection: Connection) -> MemberLine | None:
         """Caller holds the lock, and closes what it gets after releasing it."""
         member = self._members.pop(connection, None)
         if member is not None:
-            self._roster.leave(member.worker_id)
+            self._roster.remove(member.worker_id)
             self._loads.drop(member.worker_id)
         return member
 
@@ -275,10 +324,14 @@ class Directory:
 
     def _settle(self) -> None:
         """Decide and tell. Caller holds the lock."""
-        assigns = self._roster.settle(self._clock())
+        orders = self._roster.settle(self._clock())
+        self._publish()
         for member in self._members.values():
-            if member.worker_id in assigns:
-                member.post("assign", encode(assigns[member.worker_id]))
+            order = orders.get(member.worker_id)
+            if order is not None:
+                member.post(order.type, encode(order))
+
+    def _publish(self) -> None:
         snapshot = self._roster.snapshot
         if snapshot is self._published:
             return

@@ -155,8 +155,8 @@ class DirectoryClient:
     def report_holding(self, experts: Iterable[ExpertKey], epoch: int = 0) -> None:
         """Tell what the worker can compute now; remembered for the next registration.
 
-        What a newer Assign wants dropped is left out. `epoch` is that of the Assign that was carried
-        out. Never raises for a broken line: registering again tells it.
+        What a newer Assign wants dropped is not remembered. `epoch` is that of the Assign that was
+        carried out. Never raises for a broken line: registering again tells it.
         """
         with self._line_lock:
             self._holds = self._certain(experts)

@@ -251,7 +251,6 @@ class Signal(_Message):
 
 
 Command = Drain | Replicate | Rebalance | Scale | Chaos
-COMMANDS = (Drain, Replicate, Rebalance, Scale, Chaos)
 Message = (
     Register
     | Assign

@@ -87,6 +87,11 @@ class Balance:
         """How far the busiest workers are above the mean, relative to it; layers count by load."""
         return self.objective / self.even - 1 if self.even > 0 else 0.0
 
+    @property
+    def balancedness(self) -> float:
+        """Mean / max over all layers, by their load: 1.0 is even."""
+        return 1 / (1 + self.excess)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -110,9 +115,10 @@ def rebalance(
 
     `table`: what is loaded; a replica that is only wished for does not keep its unit covered.
     `slots`: worker_id -> number. `loads`: layer -> rows of each logical expert [E], as
-    `LoadCounter.totals`. `pins`: least number of holders of a unit, if it has them now. Workers count as equally fast. Repeated under unchanged loads it comes to
-    rest: every step lowers the objective, or (one load, no slot to be had where it is needed) makes
-    room for a step that does. Units without a holder are left to `replan`. Raises PlacementError.
+    `LoadCounter.totals`. `pins`: least number of holders of a unit; those it has are kept. Workers
+    count as equally fast. Repeated under unchanged loads it comes to rest: every step lowers the
+    objective, or (one load, no slot to be had where it is needed) makes room for a step that does.
+    Units without a holder are left to `replan`. Raises PlacementError.
     """
     before = SlotBoard.of_table(space, slots, table, loads, pins or {})
     actions: list[Action] = []

@@ -4,27 +4,37 @@
 
 GATHERING  Nothing is assigned. What workers bring along already counts, so that a restarted
            directory is ready as soon as the old holders are back.
-PLACED     Every join and leave is followed by a small new plan (`placement.replan`). There is no
-           way back: short of slots, it keeps what there is and says so.
+PLACED     Every change of the members is followed by a small new plan (`placement.replan`), and
+           by another one when all hold what they shall: it gives back spare slots and does what
+           had to wait for a holder. There is no way back: short of slots, it keeps what there is
+           and says so.
 
-Of an expert worker two sets are kept: `holds` (its last report) and `wish` (what it shall hold).
+Of an expert worker two sets are kept: `holds` (see member.py) and `wish` (what it shall hold).
 Their overlap is published: an expert that is to be dropped vanishes at once, one that is to be
 loaded appears when it is there. `epoch` grows when the published holders change, `version` when
 anything published does; both go on above the newest that any member has seen.
+
+A worker that leaves or is drained has no slots for the plans, but stays a holder until each of its
+experts has a published holder that stays. It is released at once if nobody stays.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from experts.messages import Assign, Register, Snapshot, WorkerInfo
+from experts.member import Exit, Member
+from experts.messages import Assign, Register, Released, Snapshot, Tier
 from experts.placement import Aims, check_slots, replan
-from experts.space import ExpertKey, ExpertSpace, PlacementError
+from experts.publication import Seen, holders_of, num_held
+from experts.rebalance import RebalanceRules
+from experts.space import ExpertKey, ExpertSpace, PlacementError, Table, Unit
 from experts.unit_board import Pool
+
+Order = Assign | Released
 
 
 @dataclass(frozen=True)
 class RosterRules:
-    """What the cluster must have before it is ready.
+    """What the cluster must have before it is ready, and how it is kept even.
 
     Placement waits for `expected_experts` workers; once `grace_s` have passed since the first one,
     for as many as can hold everything. `redundancy`: slots of the pool that take replicas.
@@ -35,85 +45,175 @@ class RosterRules:
     redundancy: int = 0
     needs_router: bool = True  # False: routers live inside the attention workers
     grace_s: float = 30.0
+    rebalance: RebalanceRules = field(default_factory=RebalanceRules)
 
 
-@dataclass
-class _Member:
-    info: WorkerInfo
-    holds: set[ExpertKey]
-    wish: set[ExpertKey]
-    told: set[ExpertKey] | None = None  # the last Assign; None: none yet
+@dataclass(slots=True)
+class PoolCounters:
+    """Since the start; workers are expert workers.
+
+    `leaves`: asked to leave, or drained. `deaths`: gone without being released. `replans`: plans
+    that changed what anybody shall hold. `steps`, `moves`: of rebalancing; slots that changed.
+    """
+
+    joins: int = 0
+    leaves: int = 0
+    released: int = 0
+    deaths: int = 0
+    replans: int = 0
+    steps: int = 0
+    moves: int = 0
 
 
 class Roster:
-    """Apply events with `join`, `leave`, `hold`; then `settle` decides and refreshes `snapshot`."""
+    """Apply events; then `settle` decides and refreshes `snapshot`.
 
-    def __init__(self, rules: RosterRules) -> None:
-        self._rules = rules
-        self._members: dict[str, _Member] = {}
+    `loads()`: load by unit, {} while unknown. `generation` changes with all that a plan rests on.
+    """
+
+    def __init__(
+        self, rules: RosterRules, loads: Callable[[], Mapping[Unit, float]] = dict
+    ) -> None:
+        self.rules = rules
+        self.counters = PoolCounters()
+        self.generation = 0
+        self.pins: dict[Unit, int] = {}
+        self._loads = loads
+        self._members: dict[str, Member] = {}
         self._first_worker_s: float | None = None
         self._placed = False
         self._joiners: set[str] = set()
         self._must_replan = False
+        self._must_pin = False
+        self._moving = False  # something has changed since all held what they shall
         self._stale = False
-        self._seen_epoch = -1
-        self._seen_version = -1
+        self._assign_epoch = -1
+        self._seen = Seen()
         self.snapshot = Snapshot(version=0, epoch=0, ready=False, stage=self._blocker(0))
+
+    # --- events ---
 
     def join(self, register: Register, now_s: float) -> None:
         """A worker is there; one of the same id is replaced."""
-        self._stale = True
+        self._touch()
         holds = self._known(register.holds)
-        self._members[register.worker_id] = _Member(register.info, holds, set(holds))
-        if register.seen_version:
-            self._seen_epoch = max(self._seen_epoch, register.seen_epoch)
-            self._seen_version = max(self._seen_version, register.seen_version)
+        self._members[register.worker_id] = Member(register.info, holds, set(holds))
+        self._seen.take(register.seen_epoch, register.seen_version, register.seen_scale)
         if register.role == "experts":
+            self.counters.joins += 1
             self._joiners.add(register.worker_id)
             if self._first_worker_s is None:
                 self._first_worker_s = now_s
 
-    def leave(self, worker_id: str) -> None:
+    def remove(self, worker_id: str) -> None:
         """The worker is gone, and with it all it held."""
-        self._stale = True
+        self._touch()
         member = self._members.pop(worker_id)
         self._joiners.discard(worker_id)
-        self._must_replan |= member.info.role == "experts"
+        if member.info.role == "experts":
+            self.counters.deaths += not (member.released and member.exit == "leave")
+            self._must_replan = True
 
-    def hold(self, worker_id: str, experts: Iterable[ExpertKey]) -> None:
-        """The worker can compute these, and no others."""
-        self._stale = True
+    def hold(self, worker_id: str, experts: Iterable[ExpertKey], epoch: int) -> None:
+        """The worker can compute these and no others, after the Assign of this epoch."""
+        self._touch()
         member = self._members[worker_id]
-        member.holds = self._known(experts)
-        if not self._placed:
+        if member.released and member.exit == "leave":
+            return
+        member.report(self._known(experts), epoch)
+        if not self._placed and member.exit is None:
             member.wish = set(member.holds)
+        self._moving |= not member.rests
 
-    def settle(self, now_s: float) -> dict[str, Assign]:
-        """Plan if it is time to, refresh the snapshot; returns the new assignments by worker_id."""
-        if not self._placed and self._may_place(now_s):
-            self._placed = self._must_replan = True
-            self._joiners.clear()  # the first plan spreads over all, nobody is filled up
-        if self._placed and (self._must_replan or self._joiners):
-            self._replan()
-        if self._stale:
-            self._refresh()
-        return self._new_assignments() if self._placed else {}
+    def hand_over(self, worker_id: str, reason: Exit) -> None:
+        """The expert worker shall not be needed any more."""
+        member = self._members[worker_id]
+        if member.exit in (reason, "leave"):
+            return
+        self._touch()
+        self.counters.leaves += member.exit is None
+        member.begin_exit(reason)
+        self._joiners.discard(worker_id)
+        self._must_replan = True
 
-    def _known(self, experts: Iterable[ExpertKey]) -> set[ExpertKey]:
-        return {key for key in experts if key in self._rules.space}
+    def pin(self, unit: Unit, replicas: int) -> None:
+        """At least so many holders from now on, as far as there are workers and slots."""
+        self._touch()
+        self.pins.pop(unit, None)
+        if replicas > 1:
+            self.pins[unit] = replicas
+        self._must_pin = True
 
-    def _expert_members(self) -> dict[str, _Member]:
-        """By worker_id, sorted: nothing may depend on the order of arrival."""
+    def set_scale(self, role: Tier, workers: int | None) -> None:
+        """Target of a tier; None: its policy decides."""
+        self._stale = True
+        others = {name: number for name, number in self._seen.scale.items() if name != role}
+        self._seen.set_scale(others if workers is None else {**others, role: workers})
+
+    def adopt(self, table: Table) -> None:
+        """A plan made elsewhere from `table()` of this generation."""
+        self._wish(table)
+
+    # --- views ---
+
+    def experts(self) -> dict[str, Member]:
+        """Expert workers by worker_id, sorted: nothing may depend on the order of arrival."""
         members = sorted(self._members.items())
         return {worker: member for worker, member in members if member.info.role == "experts"}
 
-    def _slots(self) -> dict[str, int]:
-        return {worker: m.info.num_slots for worker, m in self._expert_members().items()}
+    def staying(self) -> dict[str, Member]:
+        """Expert workers that neither leave nor are drained."""
+        return {worker: member for worker, member in self.experts().items() if not member.exit}
+
+    def slots(self) -> dict[str, int]:
+        """Normal slots of those that stay."""
+        return {worker: member.info.num_slots for worker, member in self.staying().items()}
+
+    def all_slots(self) -> dict[str, int]:
+        """The same with the spare ones."""
+        staying = self.staying().items()
+        return {worker: m.info.num_slots + m.info.spare_slots for worker, m in staying}
+
+    def table(self) -> dict[str, set[ExpertKey]]:
+        """What those that stay shall hold."""
+        return {worker: member.wish for worker, member in self.staying().items()}
+
+    def unrest(self) -> str:
+        """Why this is no moment to move anything for the sake of balance; '' if it is."""
+        if not self._placed:
+            return "the experts have not been placed yet"
+        if any(member.hands_over for member in self.experts().values()):
+            return "a worker hands over its experts"
+        if self._moving or self._must_replan or self._joiners or not self._all_rest():
+            return "experts are still being loaded"
+        return ""
+
+    # --- deciding ---
+
+    def settle(self, now_s: float) -> dict[str, Order]:
+        """Plan if it is time to, refresh the snapshot; returns what workers are to be told."""
+        if not self._placed and self._may_place(now_s):
+            self._placed = self._must_replan = True
+            self._joiners.clear()  # the first plan spreads over all, nobody is filled up
+        if self._placed:
+            self._plan()
+        released = self._release()
+        if self._stale:
+            self._refresh()
+        return {**self._assigns(), **released}
+
+    def _touch(self) -> None:
+        self._stale = True
+        self.generation += 1
+
+    def _known(self, experts: Iterable[ExpertKey]) -> set[ExpertKey]:
+        space = self.rules.space
+        return {key for key in experts if key in space}
 
     def _shortage(self) -> str:
-        """Why the slots do not suffice, or ''."""
+        """Why the slots do not suffice, or ''. Spare ones heal, they are no place to begin with."""
         try:
-            check_slots(self._rules.space, self._slots())
+            check_slots(self.rules.space, self.all_slots() if self._placed else self.slots())
         except PlacementError as error:
             return str(error)
         return ""
@@ -122,70 +222,99 @@ class Roster:
         if self._first_worker_s is None or self._shortage():
             return False
         waited_s = now_s - self._first_worker_s
-        enough = len(self._expert_members()) >= self._rules.expected_experts
-        return enough or waited_s >= self._rules.grace_s
+        enough = len(self.staying()) >= self.rules.expected_experts
+        return enough or waited_s >= self.rules.grace_s
 
-    def _replan(self) -> None:
-        members = self._expert_members()
-        wishes = {worker: member.wish for worker, member in members.items()}
-        aims = Aims(self._rules.redundancy, sorted(self._joiners))
-        plan = replan(self._rules.space, Pool(self._slots(), wishes), aims)
-        for worker, experts in plan.items():
-            members[worker].wish = set(experts)
+    def _all_rest(self) -> bool:
+        return all(member.rests for member in self.experts().values())
+
+    def _plan(self) -> None:
+        """After a change of the members; and again, adding nothing new, when all is loaded."""
+        due = self._must_replan or bool(self._joiners)
+        if not due and not self._must_pin and not (self._moving and self._all_rest()):
+            return
+        self._moving &= due or self._must_pin
+        redundancy = self.rules.redundancy if due else 0
+        aims = Aims(redundancy, sorted(self._joiners), self.pins, self._loads())
+        holders = {w: member for w, member in self.experts().items() if not member.released}
+        pool = Pool(
+            slots=self.slots(),
+            wish=self.table(),
+            held={worker: member.published for worker, member in holders.items()},
+            spare_slots={worker: m.info.spare_slots for worker, m in self.staying().items()},
+        )
         self._joiners.clear()
-        self._must_replan = False
-        self._stale = True
+        self._must_replan = self._must_pin = False
+        self.counters.replans += self._wish(replan(self.rules.space, pool, aims))
 
-    def _new_assignments(self) -> dict[str, Assign]:
-        changed = {w: m for w, m in self._expert_members().items() if m.told != m.wish}
-        for member in changed.values():
-            member.told = member.wish
-        epoch = self.snapshot.epoch
-        return {w: Assign(epoch=epoch, experts=tuple(sorted(m.wish))) for w, m in changed.items()}
+    def _wish(self, table: Table) -> bool:
+        """Take over a plan; whether it changes anything."""
+        changed = False
+        for worker, experts in table.items():
+            member = self._members[worker]
+            if member.wish != set(experts):
+                member.wish = set(experts)
+                changed = True
+        if changed:
+            self._moving = True
+            self._touch()
+        return changed
+
+    def _release(self) -> dict[str, Order]:
+        """Let go whom nobody needs any more."""
+        leavers = {w: member for w, member in self.experts().items() if member.hands_over}
+        if not leavers:
+            return {}
+        staying = self.staying().values()
+        covered = set[ExpertKey]().union(*(member.published for member in staying))
+        released: dict[str, Order] = {}
+        for worker, member in leavers.items():
+            nobody_stays = not staying and member.exit == "leave"
+            if nobody_stays or member.published <= covered:
+                member.release()
+                self._touch()
+                if member.exit == "leave":
+                    self.counters.released += 1
+                    released[worker] = Released()
+        return released
+
+    def _assigns(self) -> dict[str, Order]:
+        if not self._placed:
+            return {}
+        changed = {w: member for w, member in self.experts().items() if member.told != member.wish}
+        if changed:
+            self._assign_epoch = max(self.snapshot.epoch, self._assign_epoch + 1)
+        return {worker: member.assign(self._assign_epoch) for worker, member in changed.items()}
 
     def _refresh(self) -> None:
         """Next snapshot, if anything in it changed (30 ms for 15,000 experts)."""
         self._stale = False
-        space, old = self._rules.space, self.snapshot
-        lists: dict[int, list[list[str]]] = {
-            layer: [[] for _ in range(space.num_experts)] for layer in space.moe_layers
-        }
-        for worker, member in self._expert_members().items():
-            for layer, expert in member.holds & member.wish:
-                lists[layer][expert].append(worker)
-        num_held = sum(bool(holders) for layer in lists.values() for holders in layer)
-        holders = {str(k): tuple(tuple(h) for h in layer) for k, layer in lists.items()}
-
-        blocker = self._blocker(num_held)
-        stage = blocker or f"ready: {space.num_total} experts on {len(self._slots())} workers"
-        infos = tuple(member.info for _, member in sorted(self._members.items()))
-        same = (stage, infos, holders) == (old.stage, old.workers, old.holders)
-        epoch = old.epoch + (holders != old.holders)
-        if self._seen_epoch >= old.epoch:
-            epoch = self._seen_epoch + 1
-        if same and epoch == old.epoch and self._seen_version < old.version:
-            return
-        self.snapshot = Snapshot(
-            version=max(old.version, self._seen_version) + 1,
-            epoch=epoch,
+        holders = holders_of(self.rules.space, self.experts())
+        blocker = self._blocker(num_held(holders))
+        total, workers = self.rules.space.num_total, len(self.slots())
+        new = Snapshot(
+            version=0,
+            epoch=0,
             ready=not blocker,
-            stage=stage,
-            workers=infos,
+            stage=blocker or f"ready: {total} experts on {workers} workers",
+            workers=tuple(member.info for _, member in sorted(self._members.items())),
             holders=holders,
+            scale=self._seen.scale,
         )
+        self.snapshot = self._seen.next(self.snapshot, new)
 
-    def _blocker(self, num_held: int) -> str:
+    def _blocker(self, held: int) -> str:
         """What is still missing, in words and numbers; '' when the cluster is ready."""
-        workers, total = len(self._slots()), self._rules.space.num_total
-        if num_held < total:
-            if not self._placed and workers < self._rules.expected_experts:
-                return f"waiting for expert workers {workers}/{self._rules.expected_experts}"
-            progress = f"loading experts {num_held}/{total} on {workers} workers"
+        workers, total = len(self.staying()), self.rules.space.num_total
+        if held < total:
+            if not self._placed and workers < self.rules.expected_experts:
+                return f"waiting for expert workers {workers}/{self.rules.expected_experts}"
+            progress = f"loading experts {held}/{total} on {workers} workers"
             shortage = self._shortage()
             return f"{progress}: {shortage}" if shortage else progress
         roles = {member.info.role for member in self._members.values()}
         if "attention" not in roles:
             return "waiting for an attention worker"
-        if self._rules.needs_router and "router" not in roles:
+        if self.rules.needs_router and "router" not in roles:
             return "waiting for a router"
         return ""

@@ -37,8 +37,8 @@ from experts.messages import (
     decode,
     encode,
 )
-from experts.placement import ExpertSpace
 from experts.roster import RosterRules
+from experts.space import ExpertSpace
 
 SECRET = b"test secret"
 SPACE = ExpertSpace(moe_layers=(1, 2), num_experts=4)

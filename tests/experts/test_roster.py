@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.messages import Register, Role
-from experts.placement import ExpertSpace
 from experts.roster import Roster, RosterRules
+from experts.space import ExpertSpace
 
 SPACE = ExpertSpace(moe_layers=(1,), num_experts=4)
+NOW = 1 << 40  # an epoch after every Assign
 
 
 def make(expected: int = 2, **rules: object) -> Roster:
@@ -39,7 +40,7 @@ def join(roster: Roster, *registers: Register, now_s: float = 0.0) -> dict:
 def load(roster: Roster, told: dict) -> None:
     """The workers did as they were told."""
     for worker_id, experts in told.items():
-        roster.hold(worker_id, experts)
+        roster.hold(worker_id, experts, NOW)
     roster.settle(0.0)
 
 
@@ -120,7 +121,7 @@ def test_epoch_counts_changes_of_holders_and_version_all_changes() -> None:
     assert roster.snapshot is before
     join(roster, worker("front", "ingress"))
     assert (roster.snapshot.version, roster.snapshot.epoch) == (before.version + 1, before.epoch)
-    roster.leave("b")
+    roster.remove("b")
     roster.settle(1.0)
     assert (roster.snapshot.version, roster.snapshot.epoch) == (
         before.version + 2,
@@ -130,7 +131,7 @@ def test_epoch_counts_changes_of_holders_and_version_all_changes() -> None:
 
 def test_orphans_go_to_a_joiner() -> None:
     roster = complete()
-    roster.leave("b")
+    roster.remove("b")
     assert roster.settle(0.0) == {}  # a is full
     assert held_by(roster) == ["a", "", "a", ""]
     assert not roster.snapshot.ready
@@ -144,7 +145,7 @@ def test_orphans_go_to_a_joiner() -> None:
 
 def test_orphans_go_to_free_slots() -> None:
     roster = complete(slots=4)
-    roster.leave("b")
+    roster.remove("b")
     told = {w: a.experts for w, a in roster.settle(0.0).items()}
     assert told == {"a": ((1, 0), (1, 1), (1, 2), (1, 3))}
     assert held_by(roster) == ["a", "", "a", ""]  # published when loaded, not when wished
@@ -156,7 +157,7 @@ def test_what_shall_be_dropped_is_unpublished_at_once() -> None:
     roster = complete()
     load(roster, join(roster, worker("c")))  # a joiner takes replicas
     assert held_by(roster) == ["a+c", "b+c", "a", "b"]
-    roster.leave("b")
+    roster.remove("b")
     told = {w: a.experts for w, a in roster.settle(0.0).items()}
     assert told == {"a": ((1, 2), (1, 3))}  # 3 is lost, the replica of 0 makes room for it
     assert held_by(roster) == ["c", "c", "a", ""]
@@ -180,7 +181,7 @@ def test_restarted_directory_goes_on_above_what_members_have_seen() -> None:
 def test_holders_of_before_count_while_others_are_awaited() -> None:
     roster = make(expected=3)
     join(roster, worker("a", holds=[(1, 0), (1, 2)]), worker("b", holds=[(1, 1)]))
-    roster.hold("b", [(1, 1), (1, 3)])  # goes on with the load of the old assignment
+    roster.hold("b", [(1, 1), (1, 3)], 0)  # goes on with the load of the old assignment
     roster.settle(0.0)
     assert held_by(roster) == ["a", "b", "a", "b"]
 
@@ -195,7 +196,7 @@ def test_same_worker_again_replaces_itself() -> None:
 @pytest.mark.parametrize("stranger", [(1, 4), (2, 0), (0, 0)])
 def test_experts_that_the_model_lacks_are_not_published(stranger: tuple[int, int]) -> None:
     roster = complete()
-    roster.hold("a", [(1, 0), (1, 2), stranger])
+    roster.hold("a", [(1, 0), (1, 2), stranger], NOW)
     roster.settle(0.0)
     assert held_by(roster) == ["a", "b", "a", "b"]
 
@@ -213,10 +214,10 @@ def test_any_history_keeps_coverage_where_slots_allow_and_counters_grow(
             roster.join(worker(name), 0.0)
             wish[name] = ()
         elif name in wish and event == "go":
-            roster.leave(name)
+            roster.remove(name)
             del wish[name]
         elif name in wish:
-            roster.hold(name, wish[name])
+            roster.hold(name, wish[name], NOW)
         wish.update({w: a.experts for w, a in roster.settle(0.0).items()})
 
         after = roster.snapshot
