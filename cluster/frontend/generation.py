@@ -83,8 +83,8 @@ class Generation:
     def close(self) -> None:
         """Abort what still runs and forget the request."""
         for index in list(self._open):
-            self._runs.abort(index)
             self._end(index)
+            self._runs.abort(index)
 
     def __aiter__(self) -> Generation:
         return self
@@ -125,9 +125,9 @@ class Generation:
             self._renormalised_due.discard(index)
             self._ready.append(delta)
         if choice.finished:
+            self._end(index)
             if output.finish_reason is None:  # a stop string, which the engine knows nothing of
                 self._runs.abort(index)
-            self._end(index)
 
     def _count(self, index: int, output: TokenOutput) -> None:
         self.usage.completion_tokens += len(output.token_ids)

@@ -62,7 +62,7 @@ class SequenceRuns:
                 return index, output
 
     def abort(self, index: int) -> None:
-        """Have the engine give a sequence up, which then still has to be ended here."""
+        """Have the engine give a sequence up."""
         self._backend.abort(self._id(index))
 
     def end(self, index: int) -> None:

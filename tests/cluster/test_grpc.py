@@ -208,6 +208,38 @@ def test_engine_error_after_tokens(serve: Any) -> None:
     assert "worker lost" in caught.value.details()
 
 
+def test_experts_that_stay_away_are_unavailable(serve: Any) -> None:
+    engine = FakeEngine(HELLO, finish="unavailable", error="layer 3 has no expert 7")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(serve(engine).stub.Chat(question(), timeout=TIMEOUT_S))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert details_of(caught.value)["ErrorInfo"].reason == "EXPERTS_UNAVAILABLE"
+    assert details_of(caught.value)["RetryInfo"].retry_delay.seconds == 5
+
+
+def test_left_out_experts_stand_where_it_happened_and_in_the_end(serve: Any) -> None:
+    served = serve(FakeEngine(HELLO, renormalised={2}))
+    events = list(served.stub.Chat(question(), timeout=TIMEOUT_S))
+    assert [i for i, event in enumerate(events) if event.renormalised] == [2, len(events) - 1]
+
+
+def test_idempotency_key(serve: Any) -> None:
+    served = serve()
+    chat, metadata = served.stub.Chat, [("idempotency-key", "k")]
+    for _ in range(2):
+        list(chat(question(), timeout=TIMEOUT_S, metadata=metadata))
+    first, again = served.engine.submitted
+    assert first.params.seed == again.params.seed is not None
+    with pytest.raises(grpc.RpcError) as caught:
+        list(chat(question("Ho"), timeout=TIMEOUT_S, metadata=metadata))
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert details_of(caught.value)["ErrorInfo"].reason == "IDEMPOTENCY_KEY_REUSED"
+    with pytest.raises(grpc.RpcError) as caught:
+        list(chat(question(), timeout=TIMEOUT_S, metadata=[("idempotency-key", "k" * 256)]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(served.engine.submitted) == 2
+
+
 def test_request_id_is_echoed_clean_or_made(serve: Any) -> None:
     served = serve()
     call = served.stub.Chat(question(), timeout=TIMEOUT_S, metadata=[("x-request-id", "abc-1 <b>")])

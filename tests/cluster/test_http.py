@@ -13,9 +13,13 @@ import httpx
 import openai
 import pytest
 
+from cluster.errors import IdempotencyConflict
 from cluster.frontend.backend import Readiness
 from cluster.frontend.http_server import build_app
+from cluster.frontend.idempotency import IdempotentCall, KeyStore
 from cluster.frontend.limits import Limits
+from cluster.frontend.openai import ChatCompletionRequest
+from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from tests.fakes import TIMEOUT_S, FakeEngine
 from tests.serving import CONTEXT, EOS, http_server, ids_of, make_service
@@ -173,6 +177,148 @@ def test_timeout_header_is_504(serve: Callable[..., Served]) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "timeout")
 
 
+def test_experts_that_stay_away_are_503(serve: Callable[..., Served]) -> None:
+    text = "layer 3 has no expert 7"
+    served = serve(FakeEngine(HELLO, finish="unavailable", error=text))
+    refused = served.post(CHAT, {"messages": MESSAGES})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    error = refused.json()["error"]
+    assert (error["code"], error["type"]) == ("experts_unavailable", "server_error")
+    assert text in error["message"]
+    assert served.service.num_open_sequences == 0
+
+
+def test_a_deadline_that_the_experts_missed_is_503(serve: Callable[..., Served]) -> None:
+    served = serve(FakeEngine(HELLO, hold_after=1))
+    served.engine.readiness = Readiness(True, "loading experts 3/8", missing="experts")
+    late = served.post(CHAT, {"messages": MESSAGES, "timeout": 0.1})
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "experts_unavailable")
+
+
+# ---- experts left out
+
+
+def test_answers_say_that_experts_were_left_out(serve: Callable[..., Served]) -> None:
+    served = serve(FakeEngine(HELLO, renormalised={3}))
+    response = served.post(CHAT, {"messages": MESSAGES})
+    assert response.json()["renormalised"] is True
+    assert response.headers["x-shoal-renormalised"] == "true"
+    answer = served.sdk.chat.completions.create(model="tiny", messages=MESSAGES)
+    assert answer.choices[0].message.content == "Hello 漢字!"
+
+
+def test_answers_say_nothing_about_experts_otherwise(serve: Callable[..., Served]) -> None:
+    response = serve().post(CHAT, {"messages": MESSAGES})
+    assert "renormalised" not in response.json()
+    assert "x-shoal-renormalised" not in response.headers
+
+
+# ---- idempotency keys
+
+BODY = {"messages": MESSAGES, "temperature": 1.0}
+
+
+def test_an_equal_request_gets_the_kept_answer(serve: Callable[..., Served]) -> None:
+    served = serve(FakeEngine(HELLO, cached=3))
+    first, again = (served.post(CHAT, BODY, **{"Idempotency-Key": "k 1"}) for _ in range(2))
+    assert first.status_code == again.status_code == 200
+    assert again.content == first.content
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    assert len(served.engine.submitted) == 1
+    other = served.post(CHAT, BODY, **{"Idempotency-Key": "k 2"})
+    assert other.json()["id"] != first.json()["id"]
+
+
+def test_another_request_with_the_key_is_a_conflict(serve: Callable[..., Served]) -> None:
+    served = serve()
+    key = {"Idempotency-Key": "k"}
+    assert served.post(CHAT, BODY, **key).status_code == 200
+    for path, body in ((CHAT, BODY | {"max_tokens": 3}), ("/v1/completions", {"prompt": "Hi"})):
+        refused = served.post(path, body, **key)
+        assert refused.status_code == 409
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == ("idempotency_key_reused", "Idempotency-Key")
+    assert len(served.engine.submitted) == 1
+
+
+def test_every_ingress_draws_the_same_from_the_key(serve: Callable[..., Served]) -> None:
+    servers = [serve(FakeEngine(HELLO)), serve(FakeEngine(HELLO))]
+    for served in servers:
+        served.post(CHAT, {**BODY, "n": 2}, **{"Idempotency-Key": "k"})
+        served.post(CHAT, {**BODY, "seed": 5}, **{"Idempotency-Key": "k 2"})
+        served.post(CHAT, {**BODY, "temperature": 0.0}, **{"Idempotency-Key": "k 3"})
+        served.post(CHAT, BODY, **{"Idempotency-Key": "k 4"})
+    one, two = ([s.params.seed for s in served.engine.submitted] for served in servers)
+    assert one == two
+    assert one[1] == one[0] + 1 and one[2:4] == [5, None] and one[4] not in one[:4]
+
+
+def test_a_stream_is_computed_again_with_the_same_seed(serve: Callable[..., Served]) -> None:
+    served = serve()
+    for _ in range(2):
+        response = served.post(CHAT, {**BODY, "stream": True}, **{"Idempotency-Key": "k"})
+        assert response.text.endswith("data: [DONE]\n\n")
+    first, again = served.engine.submitted
+    assert first.params == again.params and first.request_id != again.request_id
+
+
+def test_refused_and_failed_requests_keep_no_answer(serve: Callable[..., Served]) -> None:
+    """A body that is refused does not take the key; one that failed may be sent again."""
+    served = serve(FakeEngine(HELLO, finish="error", error="out of cache"))
+    key = {"Idempotency-Key": "k"}
+    assert served.post(CHAT, BODY | {"temperature": 9}, **key).status_code == 400
+    assert served.post(CHAT, BODY, **key).status_code == 500
+    served.engine.finish = "stop"
+    assert served.post(CHAT, BODY, **key).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256, "k\u00e9", "a\tb"])
+def test_keys_are_short_printable_ascii(serve: Callable[..., Served], key: str) -> None:
+    served = serve()
+    headers = {"Idempotency-Key": key.encode("latin-1")}
+    refused = httpx.post(served.url + CHAT, json=BODY, headers=headers)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "Idempotency-Key"
+    assert served.engine.submitted == []
+
+
+def call(key: str, content: str = "Hi") -> IdempotentCall:
+    body = {"messages": [{"role": "user", "content": content}]}
+    return IdempotentCall(key, parse_body(ChatCompletionRequest, body))
+
+
+def test_keys_are_forgotten_by_age_by_number_and_by_bytes() -> None:
+    now = [0.0]
+    limits = Limits(
+        idempotency_ttl_s=600,
+        max_idempotency_keys=2,
+        max_kept_answer_bytes=6,
+        max_kept_answers_bytes=10,
+    )
+    store = KeyStore(limits, lambda: now[0])
+
+    def keep(key: str, answer: bytes) -> None:
+        store.claim(call(key))
+        store.keep(call(key), answer)
+
+    keep("a", b"12345")
+    keep("b", b"12345")
+    with pytest.raises(IdempotencyConflict):
+        store.claim(call("a", "Ho"))
+    keep("c", b"1")  # a third key: the oldest goes
+    assert [store.find(call(key)) for key in "abc"] == [None, b"12345", b"1"]
+    keep("d", b"123456")  # and again, by number
+    keep("e", b"12345")  # 6 + 5 bytes: d goes
+    assert [store.find(call(key)) for key in "cde"] == [None, None, b"12345"]
+    keep("f", b"1234567")  # too large to keep, but the key is known
+    with pytest.raises(IdempotencyConflict):
+        store.find(call("f", "Ho"))
+    assert store.find(call("f")) is None
+    now[0] = 600.0
+    assert store.find(call("f", "Ho")) is None
+
+
 def test_unforeseen_fault_is_500_and_silent_about_itself(
     serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,6 +430,9 @@ def test_openapi_describes_every_body(serve: Callable[..., Served]) -> None:
         for part in reference[2:].split("/"):
             node = node[part]
     bodies = [post["requestBody"]["content"]["application/json"]["schema"] for post in posts]
+    generating = document["paths"][CHAT]["post"]
+    assert "renormalised" in generating["responses"]["200"]["description"]
+    assert generating["parameters"][0]["name"] == "Idempotency-Key"
     names = {body["$ref"].rpartition("/")[2] for body in bodies}
     assert names == {
         "ChatCompletionRequest",

@@ -211,6 +211,46 @@ def test_deadline_in_the_stream(serve: Callable[..., Served]) -> None:
     assert served.engine.wait_for(lambda: len(served.engine.aborted) == 1)
 
 
+def test_experts_that_stay_away_in_the_stream(serve: Callable[..., Served]) -> None:
+    served = serve(FakeEngine(HELLO, finish="unavailable", error="layer 3 has no expert 7"))
+    error = json.loads(served.events(CHAT)[-1].removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "experts_unavailable")
+
+
+# ---- experts left out
+
+
+def test_left_out_experts_stand_where_it_happened_and_in_the_end(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve(FakeEngine(HELLO, renormalised={2}))
+    chunks = chunks_of(served.events(CHAT))
+    told = [i for i, chunk in enumerate(chunks) if chunk.get("renormalised")]
+    assert told == [3, len(chunks) - 1]  # behind the role: "H", "e", "l"
+    options = {"include_usage": True}
+    chunks = chunks_of(served.events(CHAT, stream_options=options))
+    assert chunks[-1]["renormalised"] is True and chunks[-1]["choices"] == []
+
+
+def test_left_out_experts_of_a_held_back_token_stand_where_it_is_shown(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve(FakeEngine(ids_of("abcd") + [EOS], renormalised={1}))
+    chunks = chunks_of(served.events(CHAT, stop="bcX"))
+    (told, _) = [chunk for chunk in chunks if chunk.get("renormalised")]
+    assert told["choices"][0]["delta"]["content"] == "bcd"
+
+
+@pytest.mark.parametrize(("token", "header"), [(0, "true"), (5, None)])
+def test_header_of_a_stream_tells_what_is_known_by_then(
+    serve: Callable[..., Served], token: int, header: str | None
+) -> None:
+    served = serve(FakeEngine(HELLO, renormalised={token}))
+    body = {"messages": MESSAGES, "stream": True}
+    response = httpx.post(served.url + CHAT, json=body, timeout=TIMEOUT_S)
+    assert response.headers.get("x-shoal-renormalised") == header
+
+
 # ---- clients that leave
 
 
