@@ -14,7 +14,12 @@ class ApiError(Exception):
 
 
 class RequestRefused(ApiError):
-    """The server understood the request and does not carry it out: status 4xx."""
+    """The server understood the request and does not carry it out: status 4xx. `code`: the
+    error's, as in the API."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ApiClient:
@@ -94,12 +99,18 @@ def _json(data: bytes) -> Any:
 def _checked(status: int, body: Any) -> Any:
     if status == 200 and body is not None:
         return body
-    raise (RequestRefused if 400 <= status < 500 else ApiError)(_message(body, status))
+    text = _message(body, status)
+    if 400 <= status < 500:
+        raise RequestRefused(text, str(body["error"]["code"]) if _is_error(body) else "")
+    raise ApiError(text)
+
+
+def _is_error(body: Any) -> bool:
+    return isinstance(body, dict) and isinstance(body.get("error"), dict)
 
 
 def _message(body: Any, status: int) -> str:
-    error = body.get("error") if isinstance(body, dict) else None
-    return str(error["message"]) if isinstance(error, dict) else f"HTTP status {status}"
+    return str(body["error"]["message"]) if _is_error(body) else f"HTTP status {status}"
 
 
 def _text_of(chunk: Any) -> Iterator[str]:

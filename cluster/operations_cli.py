@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
-from cluster.console import stderr, stdout
+from cluster.config import ConfigError
+from cluster.console import stdout
 from cluster.expert_table import render_experts
 from cluster.http_client import ApiClient, RequestRefused
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 30.0
 WATCH_PERIOD_S = 1.0
+NO_OPERATIONS = "this server takes no commands: start it with the setting enable_operations: true"
 
 experts_app = typer.Typer(help="Watch and move experts.", no_args_is_help=True)
 chaos_app = typer.Typer(
@@ -56,8 +58,8 @@ def _errors() -> Iterator[None]:
         try:
             yield
         except RequestRefused as error:
-            stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+            text = NO_OPERATIONS if error.code == "unknown_url" else str(error)
+            raise ConfigError(text) from None
 
 
 # ---- experts
@@ -109,27 +111,30 @@ def drain(
     url: UrlOption = DEFAULT_URL,
 ) -> None:
     """Hand over all experts of a worker; it stays without experts."""
-    _command(url, "/v1/experts/drain", {"worker": worker})
+    with _errors():
+        _command(url, "/v1/experts/drain", {"worker": worker})
 
 
 @experts_app.command()
 def replicate(
     expert: Annotated[str, typer.Argument(metavar="LAYER:EXPERT")],
-    replicas: Annotated[int, typer.Option(min=1, help="1: no more than needed.")] = 2,
+    replicas: Annotated[int, typer.Option(help="1: no more than needed.")] = 2,
     url: UrlOption = DEFAULT_URL,
 ) -> None:
     """Keep at least so many holders of an expert from now on."""
-    layer, _, number = expert.partition(":")
-    if not (_is_number(layer) and _is_number(number)):
-        raise typer.BadParameter(f"{expert!r} is not LAYER:EXPERT, for example 1:3")
-    body = {"layer": int(layer), "expert": int(number), "replicas": replicas}
-    _command(url, "/v1/experts/replicate", body)
+    with _errors():
+        layer, _, number = expert.partition(":")
+        if not (_is_number(layer) and _is_number(number)):
+            raise ConfigError(f"{expert!r} is not LAYER:EXPERT, for example 1:3")
+        body = {"layer": int(layer), "expert": int(number), "replicas": replicas}
+        _command(url, "/v1/experts/replicate", body)
 
 
 @experts_app.command()
 def rebalance(url: UrlOption = DEFAULT_URL) -> None:
     """Move replicas to where the load is, one step now."""
-    _command(url, "/v1/experts/rebalance", {})
+    with _errors():
+        _command(url, "/v1/experts/rebalance", {})
 
 
 # ---- scale
@@ -141,10 +146,11 @@ def scale(
     url: UrlOption = DEFAULT_URL,
 ) -> None:
     """Set how many workers a tier shall have; they come and go after the answer."""
-    if workers != "auto" and not _is_number(workers):
-        raise typer.BadParameter(f"{workers!r} is neither a number of workers nor auto")
-    wanted = None if workers == "auto" else int(workers)
-    _command(url, "/v1/scale", {"tier": tier.value, "workers": wanted})
+    with _errors():
+        if workers != "auto" and not _is_number(workers):
+            raise ConfigError(f"{workers!r} is neither a number of workers nor auto")
+        wanted = None if workers == "auto" else int(workers)
+        _command(url, "/v1/scale", {"tier": tier.value, "workers": wanted})
 
 
 # ---- chaos
@@ -176,38 +182,36 @@ def stop(
 def _chaos(
     action: str, role: Role, worker: str | None, at_random: bool, url: str, **more: float
 ) -> None:
-    if worker is not None and at_random:
-        raise typer.BadParameter("give either --worker or --random")
-    if worker is None and not at_random:
-        worker = _only_worker(url, role)
-    body = {"action": action, "role": role.value, "worker": worker, **more}
-    _command(url, "/v1/chaos", body)
+    with _errors():
+        if worker is not None and at_random:
+            raise ConfigError("give either --worker or --random")
+        if worker is None and not at_random:
+            worker = _only_worker(url, role)
+        body = {"action": action, "role": role.value, "worker": worker, **more}
+        _command(url, "/v1/chaos", body)
 
 
 def _only_worker(url: str, role: Role) -> str:
     """The id of the one worker of a role; with several, which one is for the user to say."""
     member_role = "experts" if role is Role.EXPERT else role.value
-    with _errors():
-        workers = ApiClient(url, TIMEOUT_S).read("/status")["workers"]
-        ids = [worker["worker_id"] for worker in workers if worker["role"] == member_role]
-        if not ids:
-            raise RequestRefused(f"there is no {role.value} worker")
-        if len(ids) > 1:
-            raise RequestRefused(
-                f"there are {len(ids)} {role.value} workers, give --worker ID or --random:"
-                f" {', '.join(ids)}"
-            )
-    return str(ids[0])
+    workers = ApiClient(url, TIMEOUT_S).read("/status")["workers"]
+    ids = [str(worker["worker_id"]) for worker in workers if worker["role"] == member_role]
+    if not ids:
+        raise ConfigError(f"there is no {role.value} worker")
+    if len(ids) > 1:
+        raise ConfigError(
+            f"there are {len(ids)} {role.value} workers, give --worker ID or --random:"
+            f" {', '.join(ids)}"
+        )
+    return ids[0]
 
 
 # ---- all of them
 
 
 def _command(url: str, path: str, body: dict[str, Any]) -> None:
-    with _errors():
-        stdout.print(
-            ApiClient(url, TIMEOUT_S).post(path, body)["done"], markup=False, soft_wrap=True
-        )
+    done = ApiClient(url, TIMEOUT_S).post(path, body)["done"]
+    stdout.print(done, markup=False, soft_wrap=True)
 
 
 def _is_number(text: str) -> bool:

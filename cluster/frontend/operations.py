@@ -25,12 +25,12 @@ from cluster.frontend.schema_errors import SchemaT, parse_body
 from experts.messages import (
     MAX_WORKERS,
     Chaos,
+    ChaosRole,
     Command,
     CommandRefused,
     Drain,
     Rebalance,
     Replicate,
-    Role,
     Scale,
     Snapshot,
 )
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 MAX_STOP_S = 3600.0
 MAX_IDS_NAMED = 16
 _RETRY_S = 1
-_ROLES: dict[str, Literal["experts", "router", "attention"]] = {
+_ROLES: dict[str, ChaosRole] = {
     "expert": "experts",
     "router": "router",
     "attention": "attention",
@@ -106,7 +106,7 @@ class Operations:
 
     async def drain(self, body: DrainBody) -> str:
         """Hand over all experts of a worker."""
-        self._check_worker(body.worker, "experts")
+        self._check_worker(body.worker, "expert")
         return await self._run(Drain(worker_id=body.worker))
 
     async def replicate(self, body: ReplicateBody) -> str:
@@ -136,12 +136,12 @@ class Operations:
 
     async def chaos(self, body: ChaosBody) -> str:
         """Kill or stop a worker."""
-        role = _ROLES[body.role]
         if body.worker is not None:
-            self._check_worker(body.worker, role)
+            self._check_worker(body.worker, body.role)
         check_number("for_s", body.for_s, 0, MAX_STOP_S, above_low=True)
+        role, seconds = _ROLES[body.role], body.for_s
         return await self._run(
-            Chaos(action=body.action, role=role, worker_id=body.worker, duration_s=body.for_s)
+            Chaos(action=body.action, role=role, worker_id=body.worker, duration_s=seconds)
         )
 
     def _known(self) -> Snapshot:
@@ -150,11 +150,11 @@ class Operations:
             raise _no_directory("there is no line to it yet")
         return snapshot
 
-    def _check_worker(self, worker_id: str, role: Role) -> None:
-        ids = [worker.worker_id for worker in self._known().workers_of(role)]
+    def _check_worker(self, worker_id: str, kind: str) -> None:
+        ids = [worker.worker_id for worker in self._known().workers_of(_ROLES[kind])]
         if worker_id not in ids:
             raise NotFound(
-                f"There is no {role} worker {quote(worker_id)}; there are: {_ids(ids)}.",
+                f"There is no {kind} worker {quote(worker_id)}; there are: {_ids(ids)}.",
                 param="worker",
                 code="worker_not_found",
             )
