@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,20 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import SECRET_VARIABLE, ConfigError, ShoalConfig, parse_config
+from cluster.autoscaling.serve_policies import autoscaling_config
+from cluster.autoscaling.settings import AttentionScaling, ExpertScaling, Scaling
+from cluster.config import (
+    MAX_COMMANDED,
+    SECRET_VARIABLE,
+    AttentionTier,
+    ConfigError,
+    ExpertTier,
+    ShoalConfig,
+    parse_config,
+)
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.members import (
+    HANDOVER_TIMEOUT_S,
     AttentionMember,
     ExpertMember,
     IngressMember,
@@ -31,7 +43,7 @@ from cluster.members import (
 from experts.kernels.runtime import configure_threads
 
 ENDPOINT_TIMEOUT_S = 5.0
-GRACEFUL_SHUTDOWN_S = 30.0
+GRACEFUL_SHUTDOWN_S = HANDOVER_TIMEOUT_S + 30.0
 
 
 def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
@@ -41,33 +53,42 @@ def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
         raise ConfigError("runtime_dir = None: channel unix needs a folder for its sockets")
     secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32))
     placement = _deploy("Placement", PlacementReplica).bind(config, secret)
-    experts = _deploy("Experts", ExpertReplica, config.experts.num_workers, config.experts.num_gpus)
-    attention = _deploy(
-        "Attention", AttentionReplica, config.attention.num_workers, config.attention.num_gpus
-    )
+    experts = _deploy_tier("Experts", ExpertReplica, config.experts, ExpertScaling)
+    attention = _deploy_tier("Attention", AttentionReplica, config.attention, AttentionScaling)
     tiers = [experts.bind(config, secret, placement), attention.bind(config, secret, placement)]
     if config.router.mode == "deployment":
-        routers = _deploy("Router", RouterReplica, config.router.num_workers)
+        routers = _deploy("Router", RouterReplica, num_replicas=config.router.num_workers)
         tiers.append(routers.bind(config, secret, placement))
     ingress = _deploy("Ingress", serve.ingress()(IngressReplica))
     return ingress.bind(config, secret, placement, tiers)
 
 
-def _deploy(
-    name: str, replica: type, num_replicas: int = 1, num_gpus: float = 0
-) -> serve.Deployment:
+def _deploy(name: str, replica: type, num_gpus: float = 0, **size: Any) -> serve.Deployment:
     """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them."""
-    return serve.deployment(
-        replica,
-        name=name,
-        num_replicas=num_replicas,
-        ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus},
-        max_ongoing_requests=10_000,
-        health_check_period_s=2.0,
-        health_check_timeout_s=10.0,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=0.2,
+    with warnings.catch_warnings():  # metrics_interval_s works and has no successor in Ray 2.60
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return serve.deployment(
+            replica,
+            name=name,
+            ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus},
+            max_ongoing_requests=10_000,
+            health_check_period_s=2.0,
+            health_check_timeout_s=10.0,
+            graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+            graceful_shutdown_wait_loop_s=0.2,
+            **size,
+        )
+
+
+def _deploy_tier(
+    name: str, replica: type, tier: ExpertTier | AttentionTier, kind: type[Scaling]
+) -> serve.Deployment:
+    """A deployment whose size its policy decides: by the load, by command, or by both."""
+    scaling = tier.scaling or kind(
+        max_workers=max(MAX_COMMANDED, tier.num_workers), follows_load=False
     )
+    size = autoscaling_config(scaling, tier.num_workers)
+    return _deploy(name, replica, tier.num_gpus, autoscaling_config=size)
 
 
 def _worker_id(role: str) -> str:
@@ -118,9 +139,15 @@ class PlacementReplica(Replica):
 class ExpertReplica(Replica):
     """Deployment `Experts`."""
 
+    _member: ExpertMember
+
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
         configure_threads(config.threads("experts"))
         self._member = ExpertMember(_site(config, secret, placement), _worker_id("experts"))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What ExpertLoadPolicy decides by; Serve asks about once a second."""
+        return self._member.read_stats().as_metrics()
 
 
 class RouterReplica(Replica):
@@ -143,6 +170,10 @@ class AttentionReplica(Replica):
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         self._member.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What AttentionLoadPolicy decides by; Serve asks about once a second."""
+        return self._member.read_stats().as_metrics()
 
 
 class IngressReplica(Replica, GrpcMethods):

@@ -58,7 +58,7 @@ class InlineCluster:
         for router in self.routers:
             router.close()
         for experts in self.experts:
-            experts.close()
+            experts.close(hand_over=False)
         self.placement.close()
 
     def __enter__(self) -> InlineCluster:

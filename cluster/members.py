@@ -18,11 +18,20 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from attention.worker import AttentionWorker, context_length, count_blocks
+from cluster import chaos
+from cluster.autoscaling.stats import (
+    UNKNOWN,
+    AttentionMeter,
+    AttentionStats,
+    ExpertMeter,
+    ExpertStats,
+)
 from cluster.backend import AttentionPool
 from cluster.config import ShoalConfig
 from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.http_guard import json_response
 from cluster.frontend.http_server import build_app
+from cluster.frontend.operations import Operations
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
 from cluster.generation_defaults import GenerationDefaults
@@ -33,11 +42,15 @@ from experts.directory import Directory
 from experts.directory_client import DirectoryClient
 from experts.messages import Assign, LoadReport, Register, Role
 from experts.placement import ExpertSpace, slots_needed
+from experts.rebalance import RebalanceRules
 from experts.roster import RosterRules
 from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.client import RouterClient
 from router.worker import RouterWorker
+
+HANDOVER_TIMEOUT_S = 60.0
+"""How long an expert worker that stops waits for others to hold what only it holds."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,9 @@ class Site:
     """Endpoint to listen at, for a worker id."""
     node: str = ""
 
-    def register(self, role: Role, worker_id: str, endpoint: str, num_slots: int = 0) -> Register:
+    def register(
+        self, role: Role, worker_id: str, endpoint: str, num_slots: int = 0, spare_slots: int = 0
+    ) -> Register:
         """What a member tells the directory."""
         return Register(
             role=role,
@@ -61,6 +76,7 @@ class Site:
             pid=os.getpid(),
             node=self.node,
             num_slots=num_slots,
+            spare_slots=spare_slots,
         )
 
     def open_checkpoint(self) -> Checkpoint:
@@ -79,7 +95,26 @@ def slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
     tier, space = config.experts, expert_space(model)
     if tier.slots_per_worker is not None:
         return tier.slots_per_worker
-    return slots_needed(space.num_total, tier.num_workers, tier.redundancy or 0, space.unit_size)
+    return slots_needed(
+        space.num_total, tier.num_workers, redundancy(config, space), space.unit_size
+    )
+
+
+def spare_slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
+    """As configured, else all that the worker's own slots leave out, if they cost nothing."""
+    tier = config.experts
+    if tier.spare_slots_per_worker is not None:
+        return tier.spare_slots_per_worker
+    if tier.num_gpus:
+        return 0
+    return max(0, expert_space(model).num_total - slots_per_worker(config, model))
+
+
+def redundancy(config: ShoalConfig, space: ExpertSpace) -> int:
+    """Slots for second replicas: as configured, else an eighth of the experts, in whole units."""
+    if config.experts.redundancy is not None:
+        return config.experts.redundancy
+    return -(-space.num_total // (8 * space.unit_size)) * space.unit_size
 
 
 def model_info(config: ShoalConfig) -> ModelInfo:
@@ -100,13 +135,15 @@ class PlacementMember:
     """The directory: membership and the expert table."""
 
     def __init__(self, config: ShoalConfig, secret: bytes, endpoint: str) -> None:
+        space = expert_space(ModelConfig.load(config.model))
         rules = RosterRules(
-            space=expert_space(ModelConfig.load(config.model)),
+            space=space,
             expected_experts=config.experts.num_workers,
-            redundancy=config.experts.redundancy or 0,
+            redundancy=redundancy(config, space),
             needs_router=config.router.mode == "deployment",
+            rebalance=RebalanceRules(**config.experts.rebalance.model_dump()),
         )
-        self.directory = Directory(rules)
+        self.directory = Directory(rules, enable_chaos=config.enable_chaos)
         self.directory.start(endpoint, secret)
 
     @property
@@ -121,18 +158,33 @@ class ExpertMember:
     """An expert worker that holds what the directory assigns."""
 
     def __init__(self, site: Site, worker_id: str) -> None:
-        checkpoint = site.open_checkpoint()
+        checkpoint, tier = site.open_checkpoint(), site.config.experts
         slots = slots_per_worker(site.config, checkpoint.config)
-        self.worker = ExpertWorker(checkpoint, worker_id, slots)
+        spare = spare_slots_per_worker(site.config, checkpoint.config)
+        self.worker = ExpertWorker(
+            checkpoint,
+            worker_id,
+            slots + spare,
+            load_window_s=tier.load_window_s,
+            emulated_pairs_per_s=tier.emulated_pairs_per_s,
+        )
+        space = expert_space(checkpoint.config)
+        usable = slots // space.unit_size * space.unit_size
+        self._meter = ExpertMeter(self.worker.counters, usable, space.num_total)
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         self._line = DirectoryClient(
             site.directory,
             site.secret,
-            site.register("experts", worker_id, endpoint, slots),
+            site.register("experts", worker_id, endpoint, slots, spare),
             on_assign=self._assign,
             load_source=self._load,
+            on_signal=chaos.obey,
         )
         self._line.start()
+
+    def read_stats(self) -> ExpertStats:
+        """How busy the worker was since the last time somebody asked."""
+        return self._meter.read(len(self.worker.holds), _commanded(self._line, "experts"))
 
     def _assign(self, assign: Assign) -> None:
         report = partial(self._line.report_holding, epoch=assign.epoch)
@@ -144,10 +196,12 @@ class ExpertMember:
             window_s=counter.window_s, rows=tuple(map(tuple, counter.totals().values()))
         )
 
-    def close(self) -> None:
-        """Leave first, so that nobody sends any more, then finish what is in the queue."""
+    def close(self, hand_over: bool = True) -> None:
+        """Hand over first, so that nobody needs it any more, then finish what is under way."""
+        if hand_over:
+            self._line.leave(HANDOVER_TIMEOUT_S)
+            self.worker.wait_quiet()
         self._line.close()
-        self.worker.drain()
         self.worker.close()
 
 
@@ -161,7 +215,9 @@ class RouterMember:
         )
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         register = site.register("router", worker_id, endpoint)
-        self._line = DirectoryClient(site.directory, site.secret, register, board.publish)
+        self._line = DirectoryClient(
+            site.directory, site.secret, register, board.publish, on_signal=chaos.obey
+        )
         self._line.start()
 
     def close(self) -> None:
@@ -180,8 +236,15 @@ class AttentionMember:
         self.worker = AttentionWorker(checkpoint, self._moe, site.config.engine)
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         register = site.register("attention", worker_id, endpoint)
-        self._line = DirectoryClient(site.directory, site.secret, register, board.publish)
+        self._line = DirectoryClient(
+            site.directory, site.secret, register, board.publish, on_signal=chaos.obey
+        )
         self._line.start()
+        self._meter = AttentionMeter()
+
+    def read_stats(self) -> AttentionStats:
+        """How full the worker is, and its throughput since the last time somebody asked."""
+        return self._meter.read(self.worker.engine.stats(), _commanded(self._line, "attention"))
 
     def check_health(self) -> None:
         """Raises RuntimeError when the engine has ended: nothing is served then."""
@@ -193,6 +256,12 @@ class AttentionMember:
         self.worker.close()
         self._line.close()
         self._moe.close()
+
+
+def _commanded(line: DirectoryClient, role: Role) -> float:
+    """The size of the tier that was asked for by command, as far as the worker knows."""
+    snapshot = line.snapshot
+    return UNKNOWN if snapshot is None else float(snapshot.scale.get(role, 0))
 
 
 def _way_to_the_experts(
@@ -226,11 +295,14 @@ class IngressMember:
         register = site.register("ingress", worker_id, "")
         self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
         self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
+        self._operations = (
+            Operations(self._line.command, self.pool.snapshot) if config.operations else None
+        )
         self._line.start()
 
     def http_app(self, *, echo_request_id: bool = True) -> FastAPI:
         """The HTTP API, with the state of the cluster at /status."""
-        app = build_app(self.service, self.loads, echo_request_id=echo_request_id)
+        app = build_app(self.service, self.loads, self._operations, echo_request_id=echo_request_id)
 
         @app.get("/status")
         async def status() -> Response:
@@ -256,6 +328,8 @@ class IngressMember:
             "ready": state.ready,
             "stage": state.stage,
             "epoch": snapshot.epoch if snapshot else 0,
+            "scale": snapshot.scale if snapshot else {},
+            "replays": self.service.ledger.num_replays,
             "workers": workers,
             "engines": [stats.model_dump() for stats in self.pool.stats()],
         }
