@@ -17,6 +17,7 @@ Who holds what
     snapshots.py   the newest answer    messages.py           what travels
 Calling
     client.py      send to all workers, then gather           hop.py    one batch and its answer
+    line.py        the connection to one of them              probe.py  does it compute again
     health.py      faults, times and open rows of workers
     channel/       frames and what carries them: in process, unix socket, TCP
 

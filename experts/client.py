@@ -6,14 +6,12 @@ go on. Answers are matched by request id and attempt; one that nobody waits for 
 """
 
 import itertools
-from collections import deque
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from experts.channel.channel import (
     ChannelError,
     ChannelTimeout,
-    Connection,
     connect,
     wait_readable,
 )
@@ -26,48 +24,16 @@ from experts.channel.frame import (
 )
 from experts.health import WorkerHealth
 from experts.hop import Fault, Hop, check_reply
+from experts.line import HopCounters, Line
 from experts.messages import WorkerInfo
+from experts.probe import Probe
 from experts.snapshots import SnapshotBoard
 
-PIPELINE_BYTES = 64 * 1024
-"""Unanswered bytes of a connection up to which a further batch is sent.
-
-A worker does not read while it writes an answer. With more in flight than the socket buffers hold,
-both sides could wait for the other to read.
-"""
+LOOK_S = 0.02
+"""How long a wait goes on without a look whether the snapshot has changed. Most answers come
+before the first look, so looking costs them nothing."""
 _PUNISHED = frozenset({Fault.MALFORMED, Fault.OVERLOADED, Fault.DRAINING, Fault.DEADLINE})
 """Faults that the answer itself shows, and that sending again at once would only repeat."""
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """The connection to one worker and what is under way on it."""
-
-    worker_id: str
-    endpoint: str
-    connection: Connection
-    in_flight: dict[int, Hop] = field(default_factory=dict)  # by request id
-    queued: deque[Hop] = field(default_factory=deque)
-    num_bytes: int = 0  # of the hops in flight
-    hung: bool = False  # a hop timed out and was abandoned; no sign of life since
-
-    @property
-    def idle(self) -> bool:
-        """Nobody waits for an answer."""
-        return not self.queued and all(hop.abandoned for hop in self.in_flight.values())
-
-    def has_room(self, hop: Hop) -> bool:
-        return not self.in_flight or self.num_bytes + hop.num_bytes <= PIPELINE_BYTES
-
-
-@dataclass(slots=True)
-class HopCounters:
-    """Since the start of this client."""
-
-    answers: int = 0
-    late_answers: int = 0
-    connects: int = 0
-    faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
 
 
 class ExpertClient:
@@ -79,7 +45,7 @@ class ExpertClient:
         secret: bytes,
         health: WorkerHealth,
         limits: FrameLimits = DEFAULT_LIMITS,
-        connect_timeout_s: float = 1.0,
+        connect_timeout_s: float = 0.25,
     ) -> None:
         self.health = health
         self.counters = HopCounters()
@@ -91,7 +57,7 @@ class ExpertClient:
         self._request_ids = itertools.count(1)
         self._generation = -1
         self._members: dict[str, WorkerInfo] = {}
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[str, Line] = {}
 
     def post(self, hop: Hop) -> None:
         """Send the batch, or queue it behind what the worker has not answered yet."""
@@ -109,14 +75,21 @@ class ExpertClient:
             self._give_time(hop)
             line.queued.append(hop)
 
-    def gather(self, hops: Sequence[Hop]) -> None:
-        """Wait until every hop is settled or due; also collects answers to others' hops."""
+    def gather(self, hops: Sequence[Hop], generation: int | None = None) -> None:
+        """Wait until every hop is settled or due, or there is a later snapshot than of this
+        generation; also collects answers to others' hops.
+
+        A hop is not due before every answer that lies there is read: this process may have slept.
+        """
         while waiting := [hop for hop in hops if not hop.settled]:
             left_s = min(hop.due_s for hop in waiting) - self._now()
-            self._receive_any(max(0.0, left_s))  # once more when due: an answer may lie there
+            if self._receive_any(min(max(0.0, left_s), LOOK_S)):
+                continue
             for hop in waiting:
-                if not hop.settled and hop.due_s <= self._now():
-                    self._fail(hop, Fault.TIMEOUT)
+                if hop.due_s <= self._now():
+                    self._time_out(hop)
+            if generation is not None and self._board.generation != generation:
+                return
 
     def wait_again(self, hop: Hop) -> None:
         """Give a timed-out hop more time: nobody else has its experts."""
@@ -149,8 +122,41 @@ class ExpertClient:
     def _give_time(self, hop: Hop) -> float:
         """The worker has from now, which is returned, until due_s."""
         now_s = self._now()
-        hop.due_s = min(now_s + self.health.hop_timer.timeout_s, hop.deadline_s)
+        hop.due_s = min(now_s + self.health.hop_timer.timeout_s(hop.num_rows), hop.deadline_s)
         return now_s
+
+    # --- workers that hang ---
+
+    def _time_out(self, hop: Hop) -> None:
+        """No answer when due. A hop cut short by its own deadline says nothing of its worker."""
+        hop.late = True
+        self._fail(hop, Fault.TIMEOUT)
+        if hop.due_s < hop.deadline_s:
+            self._suspend(hop)
+
+    def _suspend(self, hop: Hop) -> None:
+        """Nobody sends to the worker until it answers: here, or a thread that asks it again.
+
+        So a worker that hangs costs a step one timeout, once.
+        """
+        info = self._members.get(hop.worker_id)
+        if info is not None and self.health.quarantine.suspend(hop.worker_id):
+            probe = Probe(hop, info.endpoint, self._secret, self._limits)
+            name = f"probe {hop.worker_id}"
+            threading.Thread(target=self._run_probe, args=(probe,), name=name, daemon=True).start()
+
+    def _run_probe(self, probe: Probe) -> None:
+        lives = probe.run(self.health.quarantine)
+        if lives:
+            self._absolve(probe.worker_id)
+        elif lives is False:
+            self.health.quarantine.punish(probe.worker_id, self._now())
+            self._board.touch()
+
+    def _absolve(self, worker_id: str) -> None:
+        """It answered: whoever waits for a holder may find one now."""
+        if self.health.quarantine.absolve(worker_id):
+            self._board.touch()
 
     # --- connections ---
 
@@ -171,11 +177,11 @@ class ExpertClient:
         if all(line.idle for line in gone):
             self._generation = generation
 
-    def _is_current(self, line: _Line) -> bool:
+    def _is_current(self, line: Line) -> bool:
         info = self._members.get(line.worker_id)
         return info is not None and info.endpoint == line.endpoint
 
-    def _reconnect(self, hop: Hop, line: _Line | None) -> _Line | None:
+    def _reconnect(self, hop: Hop, line: Line | None) -> Line | None:
         """A new connection to the worker; None after failing the hop."""
         if line is not None:  # it hung: let it prove by a handshake that it lives
             self._drop(line, Fault.LOST, "reconnecting")
@@ -186,13 +192,13 @@ class ExpertClient:
             connection = connect(endpoint, self._secret, self._limits, timeout_s)
         except (ChannelError, ValueError) as error:
             self._fail(hop, Fault.LOST, str(error))
-            self.health.quarantine.punish(hop.worker_id, self._now())
+            self._blame(hop, error)
             return None
         self.counters.connects += 1
-        line = self._lines[hop.worker_id] = _Line(hop.worker_id, endpoint, connection)
+        line = self._lines[hop.worker_id] = Line(hop.worker_id, endpoint, connection)
         return line
 
-    def _drop(self, line: _Line, fault: Fault, detail: str) -> None:
+    def _drop(self, line: Line, fault: Fault, detail: str) -> None:
         """Close a connection; everything under way on it fails."""
         line.connection.close()
         if self._lines.get(line.worker_id) is line:
@@ -204,14 +210,21 @@ class ExpertClient:
         line.in_flight.clear()
         line.queued.clear()
 
-    def _lose(self, line: _Line, fault: Fault, detail: str) -> None:
+    def _lose(self, line: Line, fault: Fault, detail: str) -> None:
         """The connection failed: drop it and leave the worker alone for a while."""
         self._drop(line, fault, detail)
         self.health.quarantine.punish(line.worker_id, self._now())
 
+    def _blame(self, hop: Hop, error: Exception) -> None:
+        """Of one that did not accept or read in time nobody knows whether it is gone or hangs."""
+        if isinstance(error, ChannelTimeout):
+            self._suspend(hop)
+        else:
+            self.health.quarantine.punish(hop.worker_id, self._now())
+
     # --- sending ---
 
-    def _transmit(self, line: _Line, hop: Hop) -> None:
+    def _transmit(self, line: Line, hop: Hop) -> None:
         frame, now_s = hop.frame, self._give_time(hop)
         hop.sent_s = now_s
         frame.request_id = next(self._request_ids)
@@ -223,20 +236,19 @@ class ExpertClient:
             line.connection.send(frame, max(0.001, hop.due_s - now_s))
         except FrameError as error:  # over the peer's limits: nothing was sent
             self._unsend(line, hop, Fault.FAILED, str(error))
-        except ChannelTimeout as error:
-            if line.connection.closed:
-                self._lose(line, Fault.LOST, str(error))
-            else:
-                self._unsend(line, hop, Fault.OVERLOADED, str(error))
         except ChannelError as error:
-            self._lose(line, Fault.LOST, str(error))
+            if isinstance(error, ChannelTimeout) and not line.connection.closed:
+                self._unsend(line, hop, Fault.OVERLOADED, str(error))
+            else:
+                self._drop(line, Fault.LOST, str(error))
+                self._blame(hop, error)
 
-    def _unsend(self, line: _Line, hop: Hop, fault: Fault, detail: str) -> None:
+    def _unsend(self, line: Line, hop: Hop, fault: Fault, detail: str) -> None:
         self._retire(line, hop)
         self._fail(hop, fault, detail)
         self._punish(line, fault)
 
-    def _retire(self, line: _Line, hop: Hop) -> None:
+    def _retire(self, line: Line, hop: Hop) -> None:
         """The hop is no longer in flight."""
         del line.in_flight[hop.frame.request_id]
         line.num_bytes -= hop.num_bytes
@@ -244,8 +256,9 @@ class ExpertClient:
 
     # --- receiving ---
 
-    def _receive_any(self, timeout_s: float) -> None:
-        """Take one frame of every connection that has one, waiting at most timeout_s.
+    def _receive_any(self, timeout_s: float) -> bool:
+        """Take one frame, or the end, of every connection that has one, waiting at most timeout_s.
+        Whether there was any.
 
         Answers of inproc workers lie ready since `send`; polling for them takes longer.
         """
@@ -253,48 +266,51 @@ class ExpertClient:
         if len(busy) > 1 and busy[0].connection.fileno() >= 0:
             ready = set(map(id, wait_readable([line.connection for line in busy], timeout_s)))
             busy = [line for line in busy if id(line.connection) in ready]
-        for line in busy:
-            self._receive(line, timeout_s)
+        return any([self._receive(line, timeout_s) for line in busy])
 
-    def _receive(self, line: _Line, timeout_s: float) -> None:
+    def _receive(self, line: Line, timeout_s: float) -> bool:
         try:
             frame = line.connection.receive(timeout_s)
         except ChannelTimeout:
-            return
+            return False
         except FrameError as error:
             self._lose(line, Fault.MALFORMED, str(error))
-            return
+            return True
         except ChannelError as error:
             self._lose(line, Fault.LOST, str(error))
-            return
+            return True
         self._settle(line, frame)
         while line.queued and line.has_room(line.queued[0]) and not line.connection.closed:
             self._transmit(line, line.queued.popleft())
+        return True
 
-    def _settle(self, line: _Line, frame: Frame) -> None:
+    def _settle(self, line: Line, frame: Frame) -> None:
         hop = line.in_flight.get(frame.request_id)
         if hop is None or hop.frame.attempt != frame.attempt:
             self.counters.late_answers += 1
             return
         self._retire(line, hop)
         line.hung = False
+        if hop.late:
+            self.health.hop_timer.observe(hop.num_rows, self._now() - hop.sent_s)
         if hop.abandoned:
             self.counters.late_answers += 1
-            self.health.quarantine.absolve(line.worker_id)
+            self._absolve(line.worker_id)
             return
         fault = check_reply(hop, frame)
         if fault is None:
             hop.reply, hop.fault = frame, None
             self.counters.answers += 1
-            self.health.hop_timer.observe(self._now() - hop.sent_s)
-            self.health.quarantine.absolve(line.worker_id)
+            if not hop.late:
+                self.health.hop_timer.observe(hop.num_rows, self._now() - hop.sent_s)
+            self._absolve(line.worker_id)
             return
         self._fail(hop, fault, frame.text)
         if fault is Fault.MALFORMED:
             self._drop(line, Fault.LOST, "protocol broken")
         self._punish(line, fault)
 
-    def _punish(self, line: _Line, fault: Fault) -> None:
+    def _punish(self, line: Line, fault: Fault) -> None:
         if fault in _PUNISHED:
             self.health.quarantine.punish(line.worker_id, self._now())
 

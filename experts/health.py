@@ -4,22 +4,25 @@ Without a quarantine one dead worker cost 195 retries and a failed frame in 1.3 
 ran into it again until the table caught up.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from time import monotonic
 
 _MAX_STRIKES = 16
-_WINDOW = 256  # hops that the moving p99 looks back
-_REFRESH = 32  # hops between two looks
+_WINDOW = 256  # hops of a size that the moving p99 looks back
+_REFRESH = 32  # hops of a size before the first look and between two
+_NUM_SIZES = 33  # by the bit length of the rows
 
 
 class Quarantine:
     """Workers that failed and are left alone for a while; each further fault doubles the while.
 
     When it is over, one caller is let through as a probe while the others still see the worker as
-    out; `absolve` (an answer came) ends it, `punish` (a fault) prolongs it. Times in seconds of any
-    clock that only grows.
+    out; `absolve` (an answer came) ends it, `punish` (a fault) prolongs it. A worker that hangs is
+    suspended: a caller let through would hang as well, so it is out for all until it answers
+    (`absolve`) or turns out to be gone (`punish`). Times in seconds of any clock that only grows.
     """
 
     def __init__(self, base_s: float = 0.05, max_s: float = 10.0) -> None:
@@ -37,11 +40,22 @@ class Quarantine:
             strikes = min(self._until.get(worker_id, (0.0, 0))[1] + 1, _MAX_STRIKES)
             self._until[worker_id] = (now_s + self._backoff_s(strikes), strikes)
 
-    def absolve(self, worker_id: str) -> None:
-        """The worker answered: forget its faults."""
-        if self._until:
-            with self._lock:
-                self._until.pop(worker_id, None)
+    def suspend(self, worker_id: str) -> bool:
+        """The worker hangs. False when that was known."""
+        with self._lock:
+            until_s, strikes = self._until.get(worker_id, (0.0, 0))
+            self._until[worker_id] = (math.inf, min(strikes + 1, _MAX_STRIKES))
+            return until_s < math.inf
+
+    def is_suspended(self, worker_id: str) -> bool:
+        return self._until.get(worker_id, (0.0, 0))[0] == math.inf
+
+    def absolve(self, worker_id: str) -> bool:
+        """The worker answered: forget its faults. False when there were none."""
+        if not self._until:
+            return False
+        with self._lock:
+            return self._until.pop(worker_id, None) is not None
 
     def keep_only(self, worker_ids: Collection[str]) -> None:
         """Forget workers that are gone."""
@@ -62,7 +76,8 @@ class Quarantine:
             return True
 
     def next_release_s(self) -> float | None:
-        """Time at which the next worker may be probed; None when nobody is in quarantine."""
+        """Time at which the next worker may be probed, infinite if all in quarantine hang; None
+        when nobody is in quarantine."""
         with self._lock:
             return min((until_s for until_s, _ in self._until.values()), default=None)
 
@@ -71,24 +86,42 @@ class Quarantine:
 
 
 class HopTimer:
-    """How long to wait for one answer: max(floor_s, factor * moving p99 of the answers so far)."""
+    """How long to wait for one answer: max(floor_s, factor * moving p99), by the size of the hop.
 
-    def __init__(self, floor_s: float = 2.0, factor: float = 8.0) -> None:
-        self.timeout_s = floor_s
+    A size is a power of two of rows. One with too few answers so far has the limit of the next
+    larger that is known, else cold_s: the first prefill on a slow CPU is no fault.
+    """
+
+    def __init__(self, floor_s: float = 0.25, factor: float = 8.0, cold_s: float = 2.0) -> None:
         self._floor_s = floor_s
         self._factor = factor
-        self._recent: deque[float] = deque(maxlen=_WINDOW)
-        self._since_look = 0
+        self._limits_s = [max(floor_s, cold_s)] * _NUM_SIZES
+        self._recent = [deque[float](maxlen=_WINDOW) for _ in range(_NUM_SIZES)]
+        self._counts = [0] * _NUM_SIZES
 
-    def observe(self, hop_s: float) -> None:
-        """An answer came after hop_s. A race between lanes can only delay the next look."""
-        self._recent.append(hop_s)
-        self._since_look += 1
-        if self._since_look >= _REFRESH:
-            self._since_look = 0
-            ordered = sorted(self._recent.copy())
-            p99_s = ordered[int(0.99 * (len(ordered) - 1))]
-            self.timeout_s = max(self._floor_s, self._factor * p99_s)
+    def timeout_s(self, num_rows: int) -> float:
+        """For a hop of so many rows."""
+        return self._limits_s[num_rows.bit_length()]
+
+    def observe(self, num_rows: int, hop_s: float) -> None:
+        """An answer came after hop_s. A race between lanes can only delay the next look.
+
+        Late answers count too, or the limit would never follow a pool that became slower; but a
+        look at most doubles it: a worker that was stopped for a minute is no measure.
+        """
+        size = num_rows.bit_length()
+        self._recent[size].append(min(hop_s, 2.0 * self._limits_s[size] / self._factor))
+        self._counts[size] += 1
+        if self._counts[size] % _REFRESH == 0:
+            self._look(size)
+
+    def _look(self, size: int) -> None:
+        ordered = sorted(self._recent[size].copy())
+        p99_s = ordered[int(0.99 * (len(ordered) - 1))]
+        limit_s = self._limits_s[size] = max(self._floor_s, self._factor * p99_s)
+        while size and self._counts[size - 1] < _REFRESH:
+            size -= 1
+            self._limits_s[size] = limit_s
 
 
 class WorkerHealth:

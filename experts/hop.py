@@ -47,6 +47,7 @@ class Hop:
     fault: Fault | None = None
     detail: str = ""
     missing: list[int] = field(default_factory=list)  # NOT_HERE: the experts the worker lacks
+    late: bool = False  # it has timed out before
     abandoned: bool = False
     num_rows: int = field(init=False)
     reply_shape: tuple[int, int] = field(init=False)  # one row a token, or one a pair

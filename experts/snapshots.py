@@ -10,7 +10,8 @@ _NOTHING = Snapshot(version=0, epoch=0, ready=False, stage="no snapshot yet")
 class SnapshotBoard:
     """One writer (`publish` is a DirectoryClient's on_snapshot), any number of readers.
 
-    `generation` counts publications: unlike a version it cannot repeat after a directory restart.
+    `generation` counts publications and touches: unlike a version it cannot repeat after a
+    directory restart.
     """
 
     def __init__(self, snapshot: Snapshot = _NOTHING) -> None:
@@ -30,6 +31,12 @@ class SnapshotBoard:
         """Replace the snapshot and wake those who wait for news."""
         with self._changed:
             self._state = (self._state[0] + 1, snapshot)
+            self._changed.notify_all()
+
+    def touch(self) -> None:
+        """Publish the same again: who waits for a worker shall look at all of them once more."""
+        with self._changed:
+            self._state = (self._state[0] + 1, self._state[1])
             self._changed.notify_all()
 
     def wait_newer(self, generation: int, timeout_s: float) -> bool:

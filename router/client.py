@@ -14,6 +14,7 @@ from experts.channel.channel import ChannelError, ChannelTimeout, Connection, co
 from experts.channel.frame import (
     DEFAULT_LIMITS,
     MAX_DEADLINE_US,
+    RENORMALISED,
     Frame,
     FrameError,
     FrameLimits,
@@ -23,17 +24,29 @@ from experts.channel.frame import (
 from experts.health import Quarantine
 from experts.messages import WorkerInfo
 from experts.snapshots import SnapshotBoard
-from router.errors import RemoteRouterError, RouterUnavailable
+from router.errors import RemoteRouterError, RemoteUnavailable, RouterUnavailable
+
+LOOK_S = 0.05
+"""How long a wait goes on without a look whether the router is still listed: a router that hangs
+keeps its connection, and only the directory knows."""
+SEND_TIMEOUT_S = 2.0
+"""A router reads at once; one that does not for so long hangs."""
 
 
 class MoeClient(Protocol):
     """What the layer loop needs of the routed experts; RouterWorker and RouterClient are such."""
 
-    def begin(self, layer: int, x: Tensor) -> Any:
-        """Send x [T, d] float32 on its way; x must not change until `finish`."""
+    @property
+    def num_renormalised(self) -> int:
+        """Grows with every result that lacks experts."""
+
+    def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
+        """Send x [T, d] float32 on its way; x must not change until `finish`. deadline_s: seconds
+        from now that it may take, None = the configured ones."""
 
     def finish(self, ticket: Any) -> Tensor:
-        """The routed experts' output [T, d] float32. Raises RouterError."""
+        """The routed experts' output [T, d] float32. Raises RouterError, of which Unavailable at
+        the deadline."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +54,9 @@ class _Line:
     """The connection to one router."""
 
     worker_id: str
+    endpoint: str
     connection: Connection
+    seen_generation: int  # of the snapshot that listed it
     in_flight: dict[int, "_Part"] = field(default_factory=dict)  # by request id
 
 
@@ -74,6 +89,8 @@ class RouterClient:
 
     A router on the own node is preferred, then the order in which a hash of both names puts them,
     so that attention workers spread over the routers. Resending is safe: routing has no state.
+    A router that died is noticed by the end of its connection, one that hangs when the directory
+    no longer lists it.
     """
 
     def __init__(
@@ -89,6 +106,7 @@ class RouterClient:
         limits: FrameLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        self.num_renormalised = 0
         self.late_answers = 0
         self.failovers = 0
         self._board = board
@@ -121,7 +139,8 @@ class RouterClient:
         return ticket
 
     def finish(self, ticket: Ticket) -> Tensor:
-        """See MoeClient. Raises RouterUnavailable at the deadline, RemoteRouterError."""
+        """See MoeClient. Raises RouterUnavailable or RemoteUnavailable at the deadline,
+        RemoteRouterError."""
         sums = [self._await(part, ticket) for part in ticket.parts]
         if not sums:
             return torch.zeros(ticket.shape)
@@ -146,12 +165,22 @@ class RouterClient:
             if now_s >= ticket.deadline_s:
                 raise RouterUnavailable(ticket.layer, now_s - ticket.begun_s, self._last_error)
             if part.line is not None:
-                self._receive(part.line, min(part.due_s, ticket.deadline_s) - now_s)
-                if part.line is not None and self._clock() >= part.due_s:
-                    self._fail(part.line, f"{part.line.worker_id} does not answer")
+                self._receive(part.line, min(part.due_s - now_s, ticket.deadline_s - now_s, LOOK_S))
+                if part.line is not None:
+                    self._doubt(part, part.line)
             elif not self._try_send(part, ticket.deadline_s):
                 self._wait_for_router(ticket.deadline_s - now_s)
         return part.rows
+
+    def _doubt(self, part: _Part, line: _Line) -> None:
+        """No answer yet: leave the router if it had its time or is not listed any more."""
+        if self._clock() >= part.due_s:
+            self._fail(line, f"{line.worker_id} does not answer")
+        elif self._board.generation != line.seen_generation:
+            line.seen_generation, snapshot = self._board.current
+            listed = {(w.worker_id, w.endpoint) for w in snapshot.workers_of("router")}
+            if (line.worker_id, line.endpoint) not in listed:
+                self._fail(line, f"{line.worker_id} has left")
 
     def _wait_for_router(self, left_s: float) -> None:
         release_s = self._quarantine.next_release_s()
@@ -181,11 +210,14 @@ class RouterClient:
         elif frame.status in (Status.DRAINING, Status.OVERLOADED):
             self._leave(line, frame.text)
         elif frame.status != Status.OK:
-            part.error = RemoteRouterError(part.layer, frame.status.name, frame.text)
+            in_vain = frame.status == Status.DEADLINE
+            error_class = RemoteUnavailable if in_vain else RemoteRouterError
+            part.error = error_class(part.layer, frame.status.name, frame.text)
         elif frame.rows is None or frame.rows.shape != part.x.shape:
             self._fail(line, f"{line.worker_id} answered rows of another shape")
         else:
             part.rows = frame.rows.float()
+            self.num_renormalised += bool(frame.flags & RENORMALISED)
             self._quarantine.absolve(line.worker_id)
 
     # --- sending ---
@@ -207,7 +239,8 @@ class RouterClient:
             part.line = line
             line.in_flight[frame.request_id] = part
             try:
-                line.connection.send(frame, max(0.001, min(part.due_s, deadline_s) - now_s))
+                limit_s = min(SEND_TIMEOUT_S, part.due_s - now_s, deadline_s - now_s)
+                line.connection.send(frame, max(0.001, limit_s))
             except (ChannelError, FrameError) as error:
                 self._fail(line, str(error))
             else:
@@ -220,7 +253,7 @@ class RouterClient:
         for router in routers:
             now_s = self._clock()
             if now_s < deadline_s and self._quarantine.admits(router.worker_id, now_s):
-                line = self._lines.get(router.worker_id) or self._connect(router)
+                line = self._line_to(router)
                 if line is not None:
                     self._current = line
                     return line
@@ -230,7 +263,12 @@ class RouterClient:
         spread = crc32(f"{self._own_id}|{router.worker_id}".encode())
         return router.node != self._own_node, spread, router.worker_id
 
-    def _connect(self, router: WorkerInfo) -> _Line | None:
+    def _line_to(self, router: WorkerInfo) -> _Line | None:
+        line = self._lines.get(router.worker_id)
+        if line is not None and line.endpoint == router.endpoint:
+            return line
+        if line is not None:
+            self._drop(line)
         try:
             connection = connect(
                 router.endpoint, self._secret, self._limits, self._connect_timeout_s
@@ -239,7 +277,8 @@ class RouterClient:
             self._last_error = str(error)
             self._quarantine.punish(router.worker_id, self._clock())
             return None
-        line = self._lines[router.worker_id] = _Line(router.worker_id, connection)
+        line = _Line(router.worker_id, router.endpoint, connection, self._seen_generation)
+        self._lines[router.worker_id] = line
         return line
 
     def _leave(self, line: _Line, reason: str) -> None:

@@ -8,8 +8,11 @@ has the same bits under every placement.
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from router.dispatch import Float32s, Int64s
 
 
 def sum_by_worker(
@@ -45,3 +48,22 @@ def sum_by_expert(
     for rank in range(1, top_k):
         total += by_rank[:, rank]
     return total
+
+
+def renormalise(total: Tensor, weights: Float32s, dropped: Int64s) -> Int64s:
+    """Make up for pairs that nobody answered, in place: each row that lacks some is scaled by (sum
+    of its k weights) / (sum of those answered), and is zero where none was.
+
+    total [T, d] float32: the sum of the answered pairs; weights [T * k]; dropped: places in them.
+    Returns the rows concerned, ascending. The sum is linear in the weights, so scaling it is the
+    same as scaling them.
+    """
+    by_row = weights.reshape(total.shape[0], -1)
+    answered = by_row.copy()
+    answered.reshape(-1)[dropped] = 0.0
+    rows = np.unique(dropped // by_row.shape[1])
+    whole, left = by_row[rows].sum(1), answered[rows].sum(1)
+    scale = np.divide(whole, left, out=np.zeros_like(left), where=left > 0)
+    index = torch.from_numpy(rows)
+    total[index] *= torch.from_numpy(scale).unsqueeze(1)
+    return rows

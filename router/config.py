@@ -1,6 +1,6 @@
 """Settings of a router."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,13 +22,21 @@ class RouterConfig(BaseModel):
     """Deployed: micro-batches that wait for a lane; more are answered OVERLOADED."""
     deadline_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long a micro-batch may wait for lost, slow or missing experts before it fails."""
-    hop_timeout_s: Annotated[float, Field(gt=0)] = 2.0
-    """A worker is given max(this, hop_timeout_factor * moving p99) to answer before its rows go to
-    another holder. On a GPU 0.005 suits; CPUs on a loaded machine pause for seconds."""
+    on_unavailable: Literal["wait", "renormalise"] = "wait"
+    """When experts have had no holder for expert_wait_s. wait: go on, up to deadline_s.
+    renormalise: answer without them, the weights of each token's others scaled to the same sum."""
+    expert_wait_s: Annotated[float, Field(ge=0)] = 5.0
+    hop_timeout_s: Annotated[float, Field(gt=0)] = 0.25
+    """A worker is given max(this, hop_timeout_factor * moving p99 of hops of that size) to answer
+    before its rows go to another holder. On a GPU 0.005 suits."""
     hop_timeout_factor: Annotated[float, Field(ge=1)] = 8.0
+    hop_timeout_cold_s: Annotated[float, Field(gt=0)] = 2.0
+    """The same for sizes of which too few answers are known: first prefills on a CPU are slow."""
     quarantine_base_s: Annotated[float, Field(gt=0)] = 0.05
-    """How long a worker is left alone after a fault; doubles with each further one."""
+    """How long a worker is left alone after a fault; doubles with each further one. One that hangs
+    is left alone until it answers a probe."""
     quarantine_max_s: Annotated[float, Field(gt=0)] = 10.0
     stale_table_retry_s: Annotated[float, Field(gt=0)] = 0.2
     """After NOT_HERE without another holder: ask again after this even without a new table."""
-    connect_timeout_s: Annotated[float, Field(gt=0)] = 1.0
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 0.25
+    """A worker that does not accept for so long counts as one that hangs."""

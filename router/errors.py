@@ -7,6 +7,10 @@ class RouterError(Exception):
     """Base: the micro-batch got no result. Nothing else is affected, resending is safe."""
 
 
+class Unavailable(RouterError):
+    """What it needs stayed away until its deadline: later it may go well."""
+
+
 class NonFiniteInput(RouterError):
     """A token row whose router logits are NaN or infinite: an expert could only return the same."""
 
@@ -42,7 +46,7 @@ class _LayerError(RouterError):
         )
 
 
-class ExpertsUnavailable(_LayerError):
+class ExpertsUnavailable(_LayerError, Unavailable):
     """No live worker holds these experts, or none of them answered before the deadline."""
 
     reason = "no answer from any worker that holds them"
@@ -54,7 +58,7 @@ class ExpertsFailed(_LayerError):
     reason = "every worker that holds them failed"
 
 
-class RouterUnavailable(RouterError):
+class RouterUnavailable(Unavailable):
     """No router answered before the deadline."""
 
     def __init__(self, layer: int, waited_s: float, detail: str = "") -> None:
@@ -79,3 +83,7 @@ class RemoteRouterError(RouterError):
 
     def __str__(self) -> str:
         return f"layer {self.layer}: router answered {self.status}: {self.text}"
+
+
+class RemoteUnavailable(RemoteRouterError, Unavailable):
+    """A router answered that it waited in vain for experts."""

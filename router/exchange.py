@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experts.hop import Fault, Hop
-from router.combine import sum_by_expert, sum_by_worker
+from router.combine import renormalise, sum_by_expert, sum_by_worker
 from router.dispatch import Int64s, Pairs
 from router.errors import ExpertsFailed, ExpertsUnavailable
 from router.table import RoutingTable
@@ -60,8 +60,10 @@ class Exchange:
     todo: Int64s = field(default_factory=NO_PAIRS.copy)  # pairs that are with nobody, ascending
     open: list[OpenHop] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    dropped: Int64s = field(default_factory=NO_PAIRS.copy)  # pairs given up
+    renormalised: Int64s = field(default_factory=NO_PAIRS.copy)  # rows that `combine` scaled
     attempt: int = 0
-    generation: int = -1  # of the table that it was last planned with
+    generation: int = -1  # of the table that was last looked at for it
     denied: set[tuple[str, int]] = field(default_factory=set)  # (worker, expert it lacks)
     suspects: dict[str, str] = field(default_factory=dict)  # worker that failed on it -> why
 
@@ -71,11 +73,25 @@ class Exchange:
             self.suspects[hop.worker_id] = f"{hop.fault.value}: {hop.detail}"
         self.denied.update((hop.worker_id, expert) for expert in hop.missing)
 
+    def drop_todo(self) -> None:
+        """Give up the pairs that are with nobody."""
+        self.dropped = np.concatenate([self.dropped, self.todo])
+        self.todo = NO_PAIRS
+
     def combine(self, top_k: int, deterministic: bool) -> Tensor:
-        """All answers as [T, d] float32."""
+        """All answers as [T, d] float32; sets `renormalised`."""
+        total = self._sum(top_k, deterministic)
+        if self.dropped.size:
+            self.renormalised = renormalise(total, self.pairs.weights, self.dropped)
+        return total
+
+    def _sum(self, top_k: int, deterministic: bool) -> Tensor:
         num_rows, width = self.x.shape
         if deterministic:
             by_pair = [(torch.from_numpy(a.pair_index), a.rows) for a in self.answers]
+            if self.dropped.size:
+                nothing = torch.zeros(self.dropped.size, width)
+                by_pair.append((torch.from_numpy(self.dropped), nothing))
             return sum_by_expert((num_rows, width), top_k, by_pair)
         by_row = [
             (torch.from_numpy(a.row_index) if a.row_index.size < num_rows else None, a.rows)
@@ -109,6 +125,15 @@ class Pending:
     shape: tuple[int, int]
     exchanges: list[Exchange]
 
+    @property
+    def renormalised(self) -> list[int]:
+        """Rows of the micro-batch that lack experts; complete after `finish`."""
+        rows, start = [], 0
+        for exchange in self.exchanges:
+            rows += [start + row for row in exchange.renormalised.tolist()]
+            start += exchange.x.shape[0]
+        return rows
+
 
 @dataclass(slots=True)
 class ExchangeCounters:
@@ -120,3 +145,4 @@ class ExchangeCounters:
     visits: int = 0  # token rows sent
     resent_pairs: int = 0
     waits: int = 0  # for a holder of an expert that nobody has
+    renormalised_tokens: int = 0

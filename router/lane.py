@@ -1,10 +1,12 @@
 """One thread's way through a MoE layer: gate, dispatch, send, gather, retry, combine.
 
 A pair whose worker died, hung, lacks the expert or failed goes to another holder; where there is
-none, it waits for a newer snapshot or the end of a quarantine. Only the deadline ends the wait:
-losing a worker fails no request. Resending is safe, an expert has no state.
+none, it waits for a newer snapshot or the end of a quarantine: losing a worker fails no request.
+The deadline ends the wait, or the pair is given up if the settings say so (on_unavailable).
+Resending is safe, an expert has no state.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,6 +27,7 @@ from router.config import RouterConfig
 from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
 from router.exchange import Exchange, ExchangeCounters, OpenHop, Pending
 from router.gate import GateSpec, GateWeights, choose
+from router.outage import Outage
 from router.table import RoutingTable
 
 
@@ -39,13 +42,16 @@ class Lane:
         board: SnapshotBoard,
         config: RouterConfig,
         limits: FrameLimits = DEFAULT_LIMITS,
+        outage: Outage | None = None,
     ) -> None:
+        """`outage` is shared by the lanes of a router."""
         self.counters = ExchangeCounters()
         self.client = client
         self._gates = gates
         self._spec = spec
         self._board = board
         self._config = config
+        self._outage = outage or Outage()
         self._health = client.health
         self._now = client.health.clock
         self._table = RoutingTable(-1, board.current[1], spec.num_experts)
@@ -121,13 +127,7 @@ class Lane:
 
     def _plan(self, exchange: Exchange, pairs: Pairs, besides: str = "") -> Plan:
         """Choose workers for pairs of the exchange by the newest table, not the one `besides`."""
-        if self._table.generation != self._board.generation:
-            generation, snapshot = self._board.current
-            self._table = RoutingTable(generation, snapshot, self._spec.num_experts)
-        table = self._table
-        if exchange.generation != table.generation:
-            exchange.generation = table.generation
-            exchange.denied.clear()
+        table = self._newest_table(exchange)
         now_s, quarantine = self._now(), self._health.quarantine
         usable, load = table.everyone.copy(), table.nobody.copy()
         for i, worker_id in enumerate(table.worker_ids):
@@ -137,6 +137,17 @@ class Lane:
             elif len(quarantine):
                 usable[i] = quarantine.admits(worker_id, now_s)
         return plan_pairs(pairs, table.without(exchange.layer, exchange.denied), usable, load)
+
+    def _newest_table(self, exchange: Exchange) -> RoutingTable:
+        if self._table.generation != self._board.generation:
+            generation, snapshot = self._board.current
+            self._table = RoutingTable(generation, snapshot, self._spec.num_experts)
+            if snapshot.ready and not len(self._health.quarantine):
+                self._outage.end()
+        if exchange.generation != self._table.generation:
+            exchange.generation = self._table.generation
+            exchange.denied.clear()
+        return self._table
 
     def _post(self, exchange: Exchange, plan: Plan, origin: Int64s | None) -> None:
         """Send the shares of a plan over the pairs at `origin` (None: over all of them)."""
@@ -168,27 +179,32 @@ class Lane:
 
     def _finish(self, exchange: Exchange) -> Tensor:
         while exchange.open or exchange.todo.size:
-            self.client.gather([item.hop for item in exchange.open])
+            self.client.gather([item.hop for item in exchange.open], exchange.generation)
             self._sort_hops(exchange)
             if exchange.todo.size:
                 self._resend(exchange)
         for worker_id in exchange.suspects:  # others answered what it failed on: the fault is its
             self._health.quarantine.punish(worker_id, self._now())
-        return exchange.combine(self._spec.top_k, self._config.deterministic)
+        total = exchange.combine(self._spec.top_k, self._config.deterministic)
+        self.counters.renormalised_tokens += exchange.renormalised.size
+        return total
 
     def _sort_hops(self, exchange: Exchange) -> None:
         """Answers to answers, pairs of failed hops back to todo; slow hops stay or move on."""
         hops, exchange.open = exchange.open, []
+        members = self._newest_table(exchange).worker_ids
         slow: list[OpenHop] = []
         todo = [exchange.todo]
         for item in hops:
             if item.hop.reply is not None:
                 exchange.answers.append(item.answer())
-            elif item.hop.fault is Fault.TIMEOUT:
-                slow.append(item)
-            else:
+            elif item.hop.fault not in (None, Fault.TIMEOUT):
                 exchange.note_fault(item.hop)
                 todo.append(item.pair_index)
+            elif item.hop.late or item.hop.worker_id not in members:
+                slow.append(item)
+            else:  # there is news, but not of this worker
+                exchange.open.append(item)
         if len(todo) > 1:
             exchange.todo = np.sort(np.concatenate(todo))
         for i, item in enumerate(slow):
@@ -201,14 +217,20 @@ class Lane:
         """Move a slow hop to other holders if they have all of it, else go on waiting for it."""
         hop, todo = item.hop, exchange.todo
         plan = self._plan(exchange, exchange.pairs.take(item.pair_index), besides=hop.worker_id)
-        if plan.unplaced.size:
-            self.client.wait_again(hop)
+        if plan.unplaced.size and self._now() < self._give_up_s():
+            if hop.fault is Fault.TIMEOUT:
+                self.client.wait_again(hop)
             exchange.open.append(item)
             return
         self.client.abandon(hop)
-        self._health.quarantine.punish(hop.worker_id, self._now())
         self._post_again(exchange, plan, item.pair_index)
-        exchange.todo = todo
+        exchange.todo = np.sort(np.concatenate([todo, exchange.todo]))
+
+    def _give_up_s(self) -> float:
+        """When pairs without a holder are given up."""
+        if self._config.on_unavailable == "wait":
+            return math.inf
+        return self._outage.since(self._now()) + self._config.expert_wait_s
 
     def _resend(self, exchange: Exchange) -> None:
         """Try to place what is with nobody; wait for news if nothing else is under way."""
@@ -218,7 +240,10 @@ class Lane:
         self._post_again(exchange, self._plan(exchange, exchange.pairs.take(todo)), todo)
         if exchange.todo.size and not exchange.open:
             exchange.check_for_failure(self._table, self._now())
-            self._wait_for_holder(exchange)
+            if self._now() < self._give_up_s():
+                self._wait_for_holder(exchange)
+            else:
+                exchange.drop_todo()
 
     def _post_again(self, exchange: Exchange, plan: Plan, origin: Int64s) -> None:
         exchange.attempt += 1
@@ -228,7 +253,7 @@ class Lane:
     def _wait_for_holder(self, exchange: Exchange) -> None:
         """Wait for a newer snapshot, the end of a quarantine or time to doubt a NOT_HERE."""
         self.counters.waits += 1
-        now_s, until_s = self._now(), exchange.deadline_s
+        now_s, until_s = self._now(), min(exchange.deadline_s, self._give_up_s())
         release_s = self._health.quarantine.next_release_s()
         if release_s is not None:
             until_s = min(until_s, release_s)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from experts.channel.channel import ChannelCounters, ChannelError, Connection, Server
-from experts.channel.frame import DEFAULT_LIMITS, Frame, FrameLimits, Kind, Status, reply_to
+from experts.channel.frame import (
+    DEFAULT_LIMITS,
+    RENORMALISED,
+    Frame,
+    FrameLimits,
+    Kind,
+    Status,
+    reply_to,
+)
 from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
 from experts.health import HopTimer, Quarantine, WorkerHealth
@@ -28,6 +36,7 @@ from router.errors import ExpertsUnavailable, RouterError
 from router.exchange import ExchangeCounters, Pending
 from router.gate import GateSpec, GateWeights
 from router.lane import Lane
+from router.outage import Outage
 from router.weights import load_gates
 
 logger = logging.getLogger(__name__)
@@ -59,6 +68,7 @@ class RouterWorker:
         self._spec = spec
         self._board = board
         self._client_factory = client_factory
+        self._outage = Outage()
         compile_kernels()  # the first token would wait some seconds for them
         self._own_lane = self._new_lane()
         self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
@@ -81,7 +91,9 @@ class RouterWorker:
         settings = config or RouterConfig()
         health = WorkerHealth(
             Quarantine(settings.quarantine_base_s, settings.quarantine_max_s),
-            HopTimer(settings.hop_timeout_s, settings.hop_timeout_factor),
+            HopTimer(
+                settings.hop_timeout_s, settings.hop_timeout_factor, settings.hop_timeout_cold_s
+            ),
         )
         new_client = partial(
             ExpertClient, board, secret, health, limits, settings.connect_timeout_s
@@ -91,7 +103,9 @@ class RouterWorker:
 
     def _new_lane(self) -> Lane:
         client = self._client_factory()
-        return Lane(self._gates, self._spec, client, self._board, self.config, self._limits)
+        return Lane(
+            self._gates, self._spec, client, self._board, self.config, self._limits, self._outage
+        )
 
     # --- in the same process ---
 
@@ -102,6 +116,11 @@ class RouterWorker:
     def finish(self, pending: Pending) -> Tensor:
         """The routed experts' output, [T, d] float32. Raises RouterError."""
         return self._own_lane.finish(pending)
+
+    @property
+    def num_renormalised(self) -> int:
+        """See MoeClient."""
+        return self._own_lane.counters.renormalised_tokens
 
     def forward(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Tensor:
         """begin and finish."""
@@ -184,7 +203,8 @@ class RouterWorker:
         left_s = [self._left_s(item, begun_s) for item in items]
         try:
             x = torch.cat([item.rows for item in items]) if len(items) > 1 else items[0].rows
-            y = lane.finish(lane.begin(items[0].layer, x.float(), min(left_s)))
+            pending = lane.begin(items[0].layer, x.float(), min(left_s))
+            y = lane.finish(pending)
         except Exception as error:
             if len(items) > 1:  # one of them may be at fault: each by itself
                 for item in items:
@@ -193,11 +213,14 @@ class RouterWorker:
             self._answer(items[0], _refusal(items[0], error))
             return
         compute_us = int((time.monotonic() - begun_s) * 1e6)
+        renormalised = pending.renormalised
         end = 0
         for item in items:
             end += item.num_rows
             rows = y[end - item.num_rows : end].to(item.rows.dtype)
             reply = reply_to(item.frame, rows)
+            if any(end - item.num_rows <= row < end for row in renormalised):
+                reply.flags |= RENORMALISED
             reply.compute_us = min(compute_us, _U32)
             reply.queue_us = min(max(0, int((begun_s - item.frame.received_s) * 1e6)), _U32)
             self._answer(item, reply)

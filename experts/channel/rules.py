@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from experts.channel.frame import (
+    ALL_FLAGS,
     MAX_DEADLINE_US,
-    ONE_ROW_PER_PAIR,
     RESULT_KINDS,
     ROW_DTYPES,
     FrameError,
@@ -87,8 +87,8 @@ def check_sizes(
 
 
 def check_flags(flags: int, deadline_us: int) -> None:
-    if flags & ~ONE_ROW_PER_PAIR:
-        raise FrameError("flags", flags, f"a combination of {ONE_ROW_PER_PAIR}")
+    if flags & ~ALL_FLAGS:
+        raise FrameError("flags", flags, f"a combination of the bits of {ALL_FLAGS}")
     if deadline_us > MAX_DEADLINE_US:
         raise FrameError("deadline_us", deadline_us, f"at most {MAX_DEADLINE_US}")
 

@@ -13,9 +13,10 @@ import torch
 from experts.channel.channel import ChannelCounters, Connection, Server
 from experts.channel.codec import HEADER_BYTES
 from experts.channel.frame import Frame, Kind, Status, reply_to
-from experts.client import PIPELINE_BYTES, ExpertClient
+from experts.client import ExpertClient
 from experts.health import HopTimer, Quarantine, WorkerHealth
 from experts.hop import Fault, Hop
+from experts.line import PIPELINE_BYTES
 from experts.messages import Snapshot, WorkerInfo
 from experts.snapshots import SnapshotBoard
 
@@ -291,12 +292,12 @@ def test_a_worker_that_does_not_answer_times_out_alone(remote: Workers) -> None:
 
 
 def test_a_timed_out_hop_can_be_waited_for_again(remote: Workers) -> None:
-    remote.client.health.hop_timer.timeout_s = 0.05
+    remote.client.health.hop_timer = HopTimer(0.05, cold_s=0.05)
     silent = Silent()
     remote.serve("a", silent)
     h = hop("a")
     remote.client.exchange([h])
-    remote.client.health.hop_timer.timeout_s = 20.0
+    remote.client.health.hop_timer = HopTimer(20.0)
     remote.client.wait_again(h)
     silent.answer(0)
     remote.client.gather([h])
@@ -304,7 +305,7 @@ def test_a_timed_out_hop_can_be_waited_for_again(remote: Workers) -> None:
 
 
 def test_a_late_answer_is_dropped_and_shows_that_the_worker_lives(remote: Workers) -> None:
-    remote.client.health.hop_timer.timeout_s = 0.05
+    remote.client.health.hop_timer = HopTimer(0.05, cold_s=0.05)
     silent = Silent()
     remote.serve("a", silent)
     remote.serve("b", double)
@@ -321,7 +322,7 @@ def test_a_late_answer_is_dropped_and_shows_that_the_worker_lives(remote: Worker
 
 
 def test_a_worker_that_hung_must_shake_hands_before_it_gets_more(remote: Workers) -> None:
-    remote.client.health.hop_timer.timeout_s = 0.05
+    remote.client.health.hop_timer = HopTimer(0.05, cold_s=0.05)
     silent = Silent()
     remote.serve("a", silent)
     first = hop("a")

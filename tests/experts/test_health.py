@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from experts.health import HopTimer, Quarantine, WorkerHealth
 
 
@@ -56,14 +60,65 @@ def test_workers_that_left_are_forgotten() -> None:
     assert not quarantine.admits("b", 0.0)
 
 
+def test_a_worker_that_hangs_is_out_for_all_until_it_answers() -> None:
+    quarantine = Quarantine(base_s=1.0)
+    assert quarantine.suspend("w")
+    assert not quarantine.suspend("w")
+    assert quarantine.is_suspended("w")
+    assert admitted(quarantine, [0.0, 1e9]) == []
+    assert quarantine.next_release_s() == math.inf
+    assert quarantine.absolve("w")
+    assert not quarantine.absolve("w")
+    assert quarantine.admits("w", 0.0)
+
+
+def test_a_worker_that_hung_and_is_gone_waits_as_after_two_faults() -> None:
+    quarantine = Quarantine(base_s=1.0)
+    quarantine.suspend("w")
+    quarantine.punish("w", 10.0)
+    assert not quarantine.is_suspended("w")
+    assert quarantine.next_release_s() == 12.0
+
+
+def observe(timer: HopTimer, num_rows: int, hop_s: float, times: int = 32) -> None:
+    for _ in range(times):
+        timer.observe(num_rows, hop_s)
+
+
 def test_the_time_given_to_a_worker_follows_the_slow_answers() -> None:
-    timer = HopTimer(floor_s=1.0, factor=8.0)
-    for _ in range(64):
-        timer.observe(0.01)
-    assert timer.timeout_s == 1.0
-    for _ in range(64):
-        timer.observe(0.5)
-    assert timer.timeout_s == 4.0
+    timer = HopTimer(floor_s=0.25, factor=8.0, cold_s=2.0)
+    observe(timer, 16, 0.01, times=31)
+    assert timer.timeout_s(16) == 2.0
+    observe(timer, 31, 0.01, times=1)  # 16..31 rows are one size
+    assert timer.timeout_s(16) == 0.25
+    observe(timer, 16, 0.05)
+    assert timer.timeout_s(16) == pytest.approx(0.4)
+
+
+def test_a_look_at_most_doubles_the_time() -> None:
+    timer = HopTimer(floor_s=0.25, factor=8.0)
+    observe(timer, 1, 0.01)
+    observe(timer, 1, 60.0)
+    assert timer.timeout_s(1) == 0.5
+    observe(timer, 1, 60.0)
+    assert timer.timeout_s(1) == 1.0
+
+
+def test_a_few_late_answers_change_nothing() -> None:
+    timer = HopTimer(floor_s=0.25, factor=8.0)
+    observe(timer, 1, 0.01, times=256 - 2)
+    observe(timer, 1, 60.0, times=2)
+    assert timer.timeout_s(1) == 0.25
+
+
+def test_a_size_that_is_not_known_has_the_time_of_the_next_larger() -> None:
+    timer = HopTimer(floor_s=0.25, factor=8.0, cold_s=2.0)
+    observe(timer, 4, 0.1)
+    assert [timer.timeout_s(n) for n in (0, 1, 2, 4, 8)] == [0.8, 0.8, 0.8, 0.8, 2.0]
+    observe(timer, 1, 0.01)
+    assert [timer.timeout_s(n) for n in (0, 1, 2, 4)] == [0.25, 0.25, 0.8, 0.8]
+    observe(timer, 8, 0.2)
+    assert [timer.timeout_s(n) for n in (2, 4, 8)] == [0.8, 0.8, 1.6]
 
 
 def test_outstanding_rows_are_counted_by_worker() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,25 @@ def spread(
     return held
 
 
+class StoppableWorker(ExpertWorker):
+    """Between `stop` and `resume` it accepts and reads, as the kernel does for a stopped process,
+    but answers nothing; then it answers everything, late."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._running = threading.Event()
+        self._running.set()
+        self.stop, self.resume = self._running.clear, self._running.set
+
+    def handle(self, frame: Frame, connection: Connection) -> Frame:
+        self._running.wait()
+        return super().handle(frame, connection)
+
+    def close(self) -> None:
+        self.resume()
+        super().close()
+
+
 class Pool:
     """Serves a placement, over inproc or (with a folder) unix sockets; publishes what it serves."""
 
@@ -52,7 +73,7 @@ class Pool:
     ) -> None:
         self.checkpoint = checkpoint
         self.board = SnapshotBoard()
-        self.workers: dict[str, ExpertWorker] = {}
+        self.workers: dict[str, StoppableWorker] = {}
         self.claims: dict[str, set[ExpertKey]] = {}
         self._folder = folder
         self._endpoints: dict[str, str] = {}
@@ -62,9 +83,9 @@ class Pool:
             self.add(worker_id, experts)
         self.publish()
 
-    def add(self, worker_id: str, experts: set[ExpertKey]) -> ExpertWorker:
+    def add(self, worker_id: str, experts: set[ExpertKey]) -> StoppableWorker:
         """Start a worker; `publish` makes it known."""
-        worker = ExpertWorker(self.checkpoint, worker_id, num_slots=len(experts) + 8)
+        worker = StoppableWorker(self.checkpoint, worker_id, num_slots=len(experts) + 8)
         worker.load(experts)
         self._endpoints[worker_id] = worker.start(self._new_endpoint(worker_id), SECRET)
         self.workers[worker_id] = worker
