@@ -251,10 +251,9 @@ class Roster:
         """Take over a plan; whether it changes anything."""
         changed = False
         for worker, experts in table.items():
-            member = self._members[worker]
-            if member.wish != set(experts):
-                member.wish = set(experts)
-                changed = True
+            member, wish = self._members[worker], set(experts)
+            if member.wish != wish:
+                member.wish, changed = wish, True
         if changed:
             self._moving = True
             self._touch()

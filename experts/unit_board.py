@@ -111,6 +111,8 @@ class UnitBoard:
                 progress = True
 
     def table(self) -> dict[str, list[ExpertKey]]:
+        if self._space.unit_size == 1:
+            return {worker: sorted(units) for worker, units in self._units.items()}
         experts_of = self._space.experts_of
         return {
             worker: [key for unit in sorted(units) for key in experts_of(unit)]
@@ -122,7 +124,7 @@ class UnitBoard:
     def _fitting(self, keys: Iterable[ExpertKey], worker: str) -> set[Unit]:
         """Units held in part count as held and will be completed; beyond the slots is dropped."""
         parts = _parts(self._space, keys)
-        units = parts.keys() & self._holders.keys()
+        units = {unit for unit in parts if unit in self._holders}
         if len(units) <= self._limit[worker]:
             return units
         return set(sorted(units, key=lambda unit: (-parts[unit], unit))[: self._limit[worker]])
@@ -307,4 +309,6 @@ def _parts(space: ExpertSpace, keys: Iterable[ExpertKey]) -> Mapping[Unit, int]:
 
 
 def _whole_units(space: ExpertSpace, keys: Iterable[ExpertKey]) -> set[Unit]:
+    if space.unit_size == 1:
+        return set(keys)
     return {unit for unit, number in _parts(space, keys).items() if number == space.unit_size}
