@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ import openai
 import pytest
 
 from attention.messages import Submit
+from cluster.config import parse_config
 from cluster.frontend.backend import Readiness
+from cluster.frontend.openai import CompletionRequest
 from cluster.frontend.replay import MAX_FRUITLESS_REPLAYS
+from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.inline import InlineCluster
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.fakes import TIMEOUT_S, FakeEngine
@@ -289,3 +293,45 @@ def test_a_storm_of_losses_changes_no_stream(serve: Callable[[FakeEngine], Serve
         assert (ids_of(text), ends, usage) == (ids[:-1], 1, len(ids))
     assert stormy.service.ledger.num_replays == len(stormy.engine.replayed) > NUM_STREAMS
     assert stormy.ended()
+
+
+# ---- with real engines
+
+
+def test_an_attention_worker_dies_under_streams(checkpoint_dir: Callable[[str], Path]) -> None:
+    """Its streams continue on the other one: every id is that of an undisturbed run."""
+    settings = {
+        "model": str(checkpoint_dir("v2lite")),
+        "deterministic": True,
+        "attention": {"num_workers": 2},
+        "router": {"mode": "inline"},
+    }
+    dies = asyncio.Event()
+
+    async def stream(service: InferenceService, seed: int) -> list[int]:
+        body = {"prompt": [20 + seed] * (5 + seed), "max_tokens": 40, "ignore_eos": True}
+        request = parse_body(CompletionRequest, {**body, "seed": seed, "temperature": 1.0})
+        ids: list[int] = []
+        with closing(await service.complete(request)) as generation:
+            async for delta in generation:
+                ids += delta.token_ids
+                if len(ids) > 5:
+                    dies.set()
+        return ids
+
+    async def all_streams(cluster: InlineCluster, disturb: bool) -> list[list[int]]:
+        async def kill() -> None:
+            await dies.wait()
+            await asyncio.to_thread(cluster.attention[0].worker.close)
+
+        dies.clear()
+        work = [stream(cluster.ingress.service, seed) for seed in range(6)]
+        if disturb:
+            return (await asyncio.gather(*work, kill()))[:-1]
+        return await asyncio.gather(*work)
+
+    with InlineCluster(parse_config(settings)) as cluster:
+        expected = asyncio.run(all_streams(cluster, False))
+        assert [len(ids) for ids in expected] == [40] * 6
+        assert asyncio.run(all_streams(cluster, True)) == expected
+        assert 1 <= cluster.ingress.service.ledger.num_replays <= 3  # every second one was on it
