@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from experts.channel.frame import Frame, FrameLimits, Status, reply_to
 from experts.messages import Snapshot, WorkerInfo
 from experts.snapshots import SnapshotBoard
 from router.client import RouterClient
-from router.errors import RemoteRouterError, RouterUnavailable
+from router.errors import RemoteUnavailable, RouterUnavailable
 
 SECRET = b"a secret of the tests"
 LAYER = 2
@@ -35,6 +37,7 @@ class Routers:
         self._servers: dict[str, Server] = {}
         self._nodes: dict[str, str] = {}
         self._clients: list[RouterClient] = []
+        self._unlisted: list[Server] = []
 
     def serve(self, name: str, handler: Handler, node: str = "here") -> None:
         server = Server(f"unix:{self._folder}/{name}", handler, SECRET)
@@ -57,6 +60,12 @@ class Routers:
         """The board still names it."""
         self._servers[name].close()
 
+    def forget(self, name: str) -> None:
+        """It still runs, but the board names it no longer."""
+        self._nodes.pop(name)
+        self._unlisted.append(self._servers.pop(name))
+        self.publish()
+
     def client(self, **settings: object) -> RouterClient:
         defaults = {"deadline_s": 20.0, "own_node": "here"}
         client = RouterClient(self.board, SECRET, "me", **{**defaults, **settings})  # type: ignore
@@ -66,7 +75,7 @@ class Routers:
     def close(self) -> None:
         for client in self._clients:
             client.close()
-        for server in self._servers.values():
+        for server in (*self._servers.values(), *self._unlisted):
             server.close()
 
 
@@ -152,6 +161,69 @@ def test_a_router_that_dies_with_batches_under_way(routers: Routers) -> None:
     assert client.failovers == 1
 
 
+def test_a_killed_router_with_many_batches_under_way_costs_well_below_a_second(
+    routers: Routers,
+) -> None:
+    """Its socket ends; what it had goes to the other one."""
+    asked, doomed = threading.Semaphore(0), []
+
+    def hold(frame: Frame, connection: Connection) -> None:
+        doomed.append(connection)
+        asked.release()
+
+    routers.serve("good", double, "far")
+    routers.serve("bad", hold)
+    client = routers.client()
+    tickets = [client.begin(LAYER, X + i) for i in range(8)]
+    for _ in tickets:
+        assert asked.acquire(timeout=20)
+    begun_s = time.monotonic()
+    doomed[0]._sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+    for i, ticket in enumerate(tickets):
+        assert torch.equal(client.finish(ticket), (X + i) * 2)
+    assert time.monotonic() - begun_s < 0.5
+    assert client.failovers == 1
+
+
+def test_a_router_that_hangs_is_left_when_the_snapshot_drops_it(routers: Routers) -> None:
+    """Long before its time is over."""
+    asked = threading.Event()
+
+    def hang(frame: Frame, connection: Connection) -> None:
+        asked.set()
+
+    routers.serve("good", double, "far")
+    routers.serve("bad", hang)
+    client = routers.client(router_timeout_s=1000.0, deadline_s=1000.0)
+    tickets = [client.begin(LAYER, X + i) for i in range(3)]
+    assert asked.wait(20)
+    routers.forget("bad")
+    for i, ticket in enumerate(tickets):
+        assert torch.equal(client.finish(ticket), (X + i) * 2)
+
+
+def test_news_of_other_routers_change_nothing(routers: Routers) -> None:
+    held, asked = [], threading.Event()
+
+    def hold(frame: Frame, connection: Connection) -> None:
+        held.append((frame, connection))
+        asked.set()
+
+    routers.serve("slow", hold)
+    client = routers.client(router_timeout_s=1000.0)
+    ticket = client.begin(LAYER, X)
+    assert asked.wait(20)
+    routers.serve("new", double, "far")
+
+    def answer() -> None:
+        frame, connection = held[0]
+        connection.send(double(frame, connection))
+
+    threading.Timer(0.15, answer).start()
+    assert torch.equal(client.finish(ticket), X * 2)
+    assert (len(held), client.failovers) == (1, 0)
+
+
 @pytest.mark.parametrize("status", [Status.DRAINING, Status.OVERLOADED])
 def test_a_router_that_refuses_is_left(routers: Routers, status: Status) -> None:
     routers.serve("good", double, "far")
@@ -182,7 +254,7 @@ def test_what_a_router_could_not_do_is_said_for_that_ticket_only(routers: Router
     client = routers.client()
     bad, good = client.begin(LAYER, torch.zeros(1, 4)), client.begin(LAYER, X)
     assert torch.equal(client.finish(good), X * 2)
-    with pytest.raises(RemoteRouterError, match="DEADLINE: layer 2, experts 5: nobody"):
+    with pytest.raises(RemoteUnavailable, match="DEADLINE: layer 2, experts 5: nobody"):
         client.finish(bad)
 
 

@@ -22,14 +22,15 @@ NUM_CALLERS = 3
 class Routers:
     """Deployed routers over a pool, and the board that attention sees."""
 
-    def __init__(self, pool: Pool, folder: Path) -> None:
+    def __init__(self, pool: Pool, folder: Path, **settings: object) -> None:
         self.board = SnapshotBoard()
+        self._settings = {"deterministic": True} | settings
         self._pool, self._folder, self._count = pool, folder, 0
         self._running: dict[str, tuple[RouterWorker, str]] = {}
 
     def add(self) -> None:
         name, self._count = f"r{self._count}", self._count + 1
-        router = self._pool.router(deterministic=True)
+        router = self._pool.router(**self._settings)
         self._running[name] = (router, router.start(f"unix:{self._folder}/{name}", SECRET))
         self.publish()
 
