@@ -140,7 +140,10 @@ def _by_command(state: PoolState, settings: Scaling, memory: Memory) -> Decision
     if state.commanded > 0 and state.num_running > 0:
         wanted = replace(state, target=state.commanded)
         memory = replace(memory, pool=None, direction=None)
-        return hold(wanted, settings, memory, "command", "that many were asked for")
+        decision = hold(wanted, settings, memory, "command", "")
+        if decision.cause == "command":
+            return replace(decision, reason=f"{decision.target} were asked for (`shoal scale`)")
+        return decision
     if not settings.follows_load:
         return Decision(state.target, "fixed", "the size changes by command only", memory)
     return None
