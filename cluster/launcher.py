@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cluster import machine_code, serve_proxy
+from cluster import machine_code, ray_messages, serve_proxy
 from cluster.config import SECRET_VARIABLE, ConfigError, ShoalConfig
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class LocalCluster:
 
         for name in ("ray", "ray.serve"):  # our own stages say what happens
             logging.getLogger(name).setLevel(logging.ERROR)
+        ray_messages.tame()
 
         context: Any = ray.init(
             address="local",
