@@ -5,26 +5,16 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster.config import (
-    ConfigError,
-    ShoalConfig,
-    StartFailed,
-    merge,
-    parse_config,
-    read_config_file,
-)
+from cluster.cli_common import DEFAULT_URL, JsonOption, UrlOption, user_errors
+from cluster.config import ConfigError, ShoalConfig, merge, parse_config, read_config_file
 from cluster.console import stderr, stdout
-from cluster.http_client import ApiClient, ApiError
-from experts.errors import CheckpointError
-
-DEFAULT_URL = "http://127.0.0.1:8000"
+from cluster.http_client import ApiClient
+from cluster.operations_cli import chaos_app, experts_app, scale
 
 app = typer.Typer(
     name="shoal",
@@ -35,6 +25,9 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Make and check checkpoints.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(experts_app, name="experts")
+app.command()(scale)
+app.add_typer(chaos_app, name="chaos")
 
 ModelArgument = Annotated[
     Path | None,
@@ -59,23 +52,6 @@ DeterministicOption = Annotated[
 InlineOption = Annotated[
     bool, typer.Option("--inline", help="Everything in this process, without Ray.")
 ]
-UrlOption = Annotated[str, typer.Option(help="Where the server listens.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Our own errors become one line and an exit code, never a traceback."""
-    try:
-        yield
-    except (ConfigError, CheckpointError) as error:
-        stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except (ApiError, StartFailed) as error:
-        stderr.print(f"shoal: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(3) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def settings(

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
+from cluster.cli_common import DEFAULT_URL, JsonOption, UrlOption, user_errors
 from cluster.config import ConfigError
 from cluster.console import stdout
 from cluster.expert_table import render_experts
 from cluster.http_client import ApiClient, RequestRefused
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 30.0
 WATCH_PERIOD_S = 1.0
 NO_OPERATIONS = "this server takes no commands: start it with the setting enable_operations: true"
@@ -28,8 +28,6 @@ chaos_app = typer.Typer(
     no_args_is_help=True,
 )
 
-UrlOption = Annotated[str, typer.Option(help="Where the server listens.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 WorkerOption = Annotated[str | None, typer.Option(help="Its id, as in `shoal status`.")]
 RandomOption = Annotated[bool, typer.Option("--random", help="Any one of the role.")]
 
@@ -52,8 +50,6 @@ class Role(StrEnum):
 @contextmanager
 def _errors() -> Iterator[None]:
     """One line and an exit code: 2 for a command that is refused, 3 when there is no server."""
-    from cluster.cli import user_errors  # mounts this module
-
     with user_errors():
         try:
             yield
