@@ -13,16 +13,22 @@ from attention.request import Finish, Request
 from attention.runner import ItemResult
 from attention.sampler import NOT_FINITE
 from attention.scheduler import RequestRefused, Schedule, ScheduledRequest, Scheduler
-from router.errors import RouterError
+from router.errors import RouterError, Unavailable
 
 logger = logging.getLogger(__name__)
+
+NOTICE_S = 0.2
+"""How long before a request's deadline it stops to wait for experts, so that its client hears why
+before its own clock ends it."""
+_CLOCKS_DIFFER_S = 0.05  # a deployed router measures the same wait by a clock of its own
 
 
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    def run(self, schedule: Schedule) -> Sequence[ItemResult]:
-        """Compute a step: one result an item, in order. May raise; the step then never was."""
+    def run(self, schedule: Schedule, wait_until_s: float | None = None) -> Sequence[ItemResult]:
+        """Compute a step: one result an item, in order. May raise; the step then never was.
+        wait_until_s: until when it may wait for experts, None = as the router is set."""
 
 
 class Engine:
@@ -44,6 +50,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._early: list[TokenOutput] = []  # of requests that ended outside a step
         self._num_deadlines = 0
+        self._is_stalled = False  # the last step waited for experts in vain
         self.counters = EngineCounters()
 
     @property
@@ -90,9 +97,12 @@ class Engine:
 
     def _run(self, schedule: Schedule) -> list[TokenOutput]:
         try:
-            results = self._runner.run(schedule)
+            results = self._runner.run(schedule, self._wait_until_s(schedule))
+        except Unavailable as error:
+            return self._stall(schedule, error)
         except Exception as error:  # of the experts or of ours: it must not end the other requests
             return self._fail_step(schedule, error)
+        self._is_stalled = False
         return [
             output
             for item, result in zip(schedule.items, results, strict=True)
@@ -104,6 +114,8 @@ class Engine:
         request, samples = item.request, item.samples
         if item.num_tokens > 1 or request.num_computed_tokens < request.num_prompt_tokens:
             self.counters.prompt_tokens += item.num_tokens
+        if result.renormalised:
+            request.is_tainted = request.tell_renormalised = True
         self._scheduler.advance(item)
         for place, logprob in result.prompt_logprobs:
             if request.prompt_logprobs is not None:
@@ -132,10 +144,10 @@ class Engine:
         self.counters.requests_finished += 1
         return _output(request, result, finish_reason=reason, stop_reason=stop_id)
 
-    def _failed(self, request: Request, text: str) -> TokenOutput:
+    def _failed(self, request: Request, text: str, reason: FinishReason = "error") -> TokenOutput:
         self._leave(request)
         self.counters.requests_failed += 1
-        return _output(request, finish_reason="error", error=text)
+        return _output(request, finish_reason=reason, error=text)
 
     def _fail_step(self, schedule: Schedule, error: Exception) -> list[TokenOutput]:
         """End the requests of a step that failed; the others never notice."""
@@ -144,12 +156,37 @@ class Engine:
         text = str(error) if isinstance(error, RouterError) else "the model failed"
         return [self._failed(item.request, text) for item in schedule.items]
 
+    def _wait_until_s(self, schedule: Schedule) -> float | None:
+        """When the first request of a step can wait no longer; None without deadlines."""
+        if not self._num_deadlines:
+            return None
+        requests = (item.request for item in schedule.items)
+        deadlines_s = [r.deadline_s for r in requests if r.deadline_s is not None]
+        return min(deadlines_s) - NOTICE_S if deadlines_s else None
+
+    def _stall(self, schedule: Schedule, error: Unavailable) -> list[TokenOutput]:
+        """End the requests that cannot wait longer for experts; the others' step is done again.
+
+        Nothing was advanced, so the next step is this one less those that ended. If it was no
+        deadline that cut the wait short, the router's limit did, which holds for requests without.
+        """
+        self.counters.step_errors += 1
+        self._is_stalled = True
+        logger.warning("a step of %d requests waited in vain: %s", len(schedule.items), error)
+        now_s, requests = self._clock(), [item.request for item in schedule.items]
+        ending = [r for r in requests if _is_due(r, now_s + NOTICE_S + _CLOCKS_DIFFER_S)]
+        if not ending:
+            ending = [r for r in requests if r.deadline_s is None]
+        return [self._failed(request, str(error), "unavailable") for request in ending]
+
     def _expire(self, now_s: float) -> None:
         if not self._num_deadlines:
             return
+        reason: FinishReason = "unavailable" if self._is_stalled else "error"
         for request in list(self._requests.values()):
-            if request.deadline_s is not None and request.deadline_s <= now_s:
-                self._early.append(self._failed(request, "the request's deadline has passed"))
+            if _is_due(request, now_s):
+                text = "the request's deadline has passed"
+                self._early.append(self._failed(request, text, reason))
 
     def _leave(self, request: Request) -> None:
         self._scheduler.finish(request)
@@ -200,6 +237,10 @@ class Engine:
         )
 
 
+def _is_due(request: Request, now_s: float) -> bool:
+    return request.deadline_s is not None and request.deadline_s <= now_s
+
+
 def _output(
     request: Request,
     result: ItemResult | None = None,
@@ -214,6 +255,7 @@ def _output(
         num_cached_tokens = request.num_cached_tokens
         if result is not None:
             prompt_logprobs, request.first_output_sent = request.prompt_logprobs, True
+    renormalised, request.tell_renormalised = request.tell_renormalised, False
     return TokenOutput(
         request_id=request.request_id,
         token_ids=[] if sampled is None else [sampled.token_id],
@@ -224,4 +266,5 @@ def _output(
         prompt_logprobs=prompt_logprobs,
         num_prompt_tokens=request.num_prompt_tokens,
         num_cached_tokens=num_cached_tokens,
+        renormalised=renormalised,
     )

@@ -12,6 +12,7 @@ where.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,10 @@ from experts.config import ModelConfig
 from experts.layer import swiglu
 from experts.linear import linear
 from router.client import MoeClient
+
+MIN_WAIT_S = 1.0
+"""What every layer may take for its experts: a deadline that passes in the middle of a step that
+goes well must not cost the others the step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,11 +81,12 @@ class DecoderModel:
         self._scale = softmax_scale(config)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, wait_until_s: float | None = None) -> Tensor:
         """Hidden states after the last layer, [T, d] float32, before the final norm.
 
         Writes the latents of all tokens to the cache. Raises what the MoE client raises; the cache
-        then holds rubbish in the slots of this batch and nowhere else.
+        then holds rubbish in the slots of this batch and nowhere else. wait_until_s: the time (of
+        time.monotonic) until which it may wait for experts, None = the MoE client's own limit.
         """
         eps = self.config.rms_norm_eps
         hidden = self._weights.embedding[batch.token_ids].float()
@@ -92,7 +98,7 @@ class DecoderModel:
                 x = add_rms_norm(hidden, delta, layer.input_norm, eps)
             delta = self._attend(index, layer, x, batch)
             x = add_rms_norm(hidden, delta, layer.post_attention_norm, eps)
-            delta = self._feed_forward(index, layer, x)
+            delta = self._feed_forward(index, layer, x, wait_until_s)
         return hidden if delta is None else hidden.add_(delta)
 
     @torch.inference_mode()
@@ -101,11 +107,21 @@ class DecoderModel:
         x = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
         return linear(x, self._weights.lm_head, deterministic=self.deterministic)
 
-    def _feed_forward(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
+    @property
+    def num_renormalised(self) -> int:
+        """Grows whenever a forward pass had to do without some experts."""
+        return self._moe.num_renormalised
+
+    def _feed_forward(
+        self, index: int, layer: LayerWeights, x: Tensor, wait_until_s: float | None
+    ) -> Tensor:
         """The dense FFN, or routed plus shared experts; the shared run while the others fly."""
         if not layer.is_moe:
             return swiglu(x, layer.mlp, deterministic=self.deterministic)
-        ticket = self._moe.begin(index, x)
+        limit_s = None
+        if wait_until_s is not None:  # a layer in good order gets its time even when that is over
+            limit_s = max(MIN_WAIT_S, wait_until_s - time.monotonic())
+        ticket = self._moe.begin(index, x, limit_s)
         shared = swiglu(x, layer.mlp, deterministic=self.deterministic)
         return shared.add_(self._moe.finish(ticket))
 

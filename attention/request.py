@@ -53,6 +53,10 @@ class Request:
     first_output_sent: bool = False
     """The client has what only the first output tells; a replay with emitted_ids starts so."""
     was_admitted: bool = False
+    is_tainted: bool = False
+    """Some step went without experts: its blocks are never offered to others."""
+    tell_renormalised: bool = False
+    """The next output has to say so."""
 
     @classmethod
     def create(cls, submit: Submit, max_model_len: int, deadline_s: float | None = None) -> Request:

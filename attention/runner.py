@@ -28,6 +28,8 @@ class ItemResult:
     """None while the prompt is not finished, and for max_tokens 0."""
     prompt_logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
     """(place in the prompt, logprob) of the tokens that follow the item's, if asked for."""
+    renormalised: bool = False
+    """The step went without some experts."""
 
 
 def slots_of(request: Request, start: int, stop: int, block_size: int) -> NDArray[np.int64]:
@@ -99,12 +101,15 @@ class ModelRunner:
         self._block_size = block_size
         self._eos = eos_token_ids
 
-    def run(self, schedule: Schedule) -> list[ItemResult]:
-        """Compute a step; results in the order of the schedule's items."""
+    def run(self, schedule: Schedule, wait_until_s: float | None = None) -> list[ItemResult]:
+        """Compute a step; results in the order of the schedule's items. See DecoderModel.forward
+        for wait_until_s and what it raises."""
         absorbed = [item for item in schedule.items if not self._is_naive(item)]
         naive = [item for item in schedule.items if self._is_naive(item)]
         batch = build_batch(absorbed, naive, self._block_size)
-        hidden = self._model.forward(batch)
+        num_renormalised = self._model.num_renormalised
+        hidden = self._model.forward(batch, wait_until_s)
+        renormalised = self._model.num_renormalised != num_renormalised
         first_rows, place = {}, 0
         for item in (*absorbed, *naive):
             first_rows[item.request.request_id] = place
@@ -114,6 +119,7 @@ class ModelRunner:
             ItemResult(
                 sampled.get(item.request.request_id),
                 self._prompt_logprobs(item, first_rows[item.request.request_id], hidden),
+                renormalised,
             )
             for item in schedule.items
         ]

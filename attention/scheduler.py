@@ -172,7 +172,7 @@ class Scheduler:
         """The item's tokens are in the cache now: publish the blocks that became full."""
         request = item.request
         request.num_computed_tokens += item.num_tokens
-        if not self.pool.enable_prefix_caching:
+        if not self.pool.enable_prefix_caching or request.is_tainted:
             return
         size = self.pool.block_size
         full = request.num_computed_tokens // size

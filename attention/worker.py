@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 5.0
 """An ingress that does not read for so long is cut off, as the others wait for it meanwhile."""
+CLOSE_TIMEOUT_S = 5.0
 CACHE_DTYPE = torch.float32
 
 
@@ -137,14 +138,15 @@ class AttentionWorker:
             return self._wake.wait_for(lambda: self._idle and not self._inbox, timeout_s)
 
     def close(self) -> None:
-        """Stop after the step under way. Clients see the connection end: what is open is lost."""
+        """End the connections, so that what is open is lost and goes elsewhere at once, then stop
+        after the step under way; one that waits for experts is not waited for."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
         if self._server is not None:
             self._server.close()
+        if self._thread is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     # --- connections' threads ---
 

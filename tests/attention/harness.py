@@ -24,6 +24,7 @@ from tests.router.pool import Pool, spread
 
 BLOCK_SIZE = 4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True)
 
 
 class Rig:
@@ -127,3 +128,25 @@ class Answers:
 
     def last(self, name: str) -> TokenOutput:
         return self.outputs[name][-1]
+
+
+class FakeClock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Flaky:
+    """A runner that fails on chosen steps, the first is 1."""
+
+    def __init__(self, runner: Any, errors: dict[int, Exception]):
+        self.runner, self.errors, self.steps = runner, errors, 0
+        self.waits: list[float | None] = []
+
+    def run(self, schedule: Any, wait_until_s: float | None = None) -> Any:
+        self.steps += 1
+        self.waits.append(wait_until_s)
+        if error := self.errors.get(self.steps):
+            raise error
+        return self.runner.run(schedule)

@@ -28,7 +28,9 @@ class RecordingRouter:
         self._gates = load_gates(rig.checkpoint)
         self._spec = GateSpec.of(rig.config)
 
-    def begin(self, layer: int, x: Tensor) -> Any:
+    num_renormalised = 0
+
+    def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
         self.routes[layer] = route(x, self._gates[layer], self._spec)
         return self._router.begin(layer, x)
 

@@ -46,13 +46,17 @@ class Gate:
         self.open.set()
         self.error: Exception | None = None
 
-    def begin(self, layer: int, x: Tensor) -> Any:
+    @property
+    def num_renormalised(self) -> int:
+        return self.moe.num_renormalised
+
+    def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
         self.reached.set()
         if not self.open.wait(WAIT_S):
             raise TimeoutError("nobody opened the gate")
         if self.error is not None:
             raise self.error
-        return self.moe.begin(layer, x)
+        return self.moe.begin(layer, x, deadline_s)
 
     def finish(self, ticket: Any) -> Tensor:
         return self.moe.finish(ticket)
