@@ -330,6 +330,7 @@ class IngressMember:
             "epoch": snapshot.epoch if snapshot else 0,
             "scale": snapshot.scale if snapshot else {},
             "replays": self.service.ledger.num_replays,
+            "parked": self.pool.num_parked,
             "workers": workers,
             "engines": [stats.model_dump() for stats in self.pool.stats()],
         }
