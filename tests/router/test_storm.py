@@ -1,4 +1,4 @@
-"""Workers and routers die, restart, move experts, all at once: no request fails, no bit changes."""
+"""Workers and routers die, hang, restart, move experts: no request fails, no bit changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from router.client import RouterClient
 from router.worker import RouterWorker
 from tests.router.pool import SECRET, NewPool, Pool, some_rows, spread
 
-NUM_DISRUPTIONS = 24
+NUM_WORKERS = 3
+NUM_DISRUPTIONS = 36
 NUM_CALLERS = 3
 
 
@@ -52,18 +53,26 @@ class Routers:
 
 
 def disrupt(pool: Pool, routers: Routers, rng: random.Random) -> None:
-    worker_id = f"w{rng.randrange(4)}"
+    """One blow; a worker that hangs goes on with the next, as others hold each expert only once."""
+    for worker in pool.workers.values():
+        worker.resume()
+    worker_id = f"w{rng.randrange(NUM_WORKERS)}"
     held = set(pool.claims[worker_id])
-    match rng.randrange(4):
+    match rng.randrange(6):
         case 0:
             routers.replace_one(rng)
         case 1:  # experts leave and come back behind the table's back
             some = rng.sample(sorted(held), 5)
             pool.workers[worker_id].unload(some)
             pool.workers[worker_id].load(some)
+        case 2:
+            pool.workers[worker_id].stop()
+        case 3:  # later than the limit, and then all at once
+            pool.workers[worker_id].stop()
+            threading.Timer(0.08, pool.workers[worker_id].resume).start()
         case restart:
             pool.kill(worker_id)
-            if restart == 2:
+            if restart == 4:
                 pool.forget(worker_id)
             pool.add(worker_id, held)
             pool.publish()
@@ -72,11 +81,11 @@ def disrupt(pool: Pool, routers: Routers, rng: random.Random) -> None:
 def test_callers_notice_nothing(
     new_pool: NewPool, checkpoint: Checkpoint, socket_folder: Path
 ) -> None:
-    pool = new_pool(checkpoint, spread(checkpoint, 4, replicas=2), socket_folder)
+    pool = new_pool(checkpoint, spread(checkpoint, NUM_WORKERS, replicas=2), socket_folder)
     quiet = pool.router(deterministic=True)
     cases = [(layer, some_rows(n, checkpoint, n)) for layer in (1, 2, 3) for n in (1, 5, 40)]
     right = [quiet.forward(layer, x) for layer, x in cases]
-    routers = Routers(pool, socket_folder)
+    routers = Routers(pool, socket_folder, hop_timeout_s=0.04, hop_timeout_cold_s=0.04)
     for _ in range(2):
         routers.add()
     storm_over, wrong = threading.Event(), []
