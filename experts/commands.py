@@ -60,7 +60,7 @@ def _replicate(roster: Roster, command: Replicate) -> str:
     workers, have = sum(units > 0 for units in capacity), sum(capacity) * space.unit_size
     if replicas > max(1, workers):
         raise CommandRefused(
-            f"{replicas} replicas need as many workers, have {workers}: add workers"
+            f"{replicas} replicas need as many expert workers, have {workers}: add workers"
         )
     further = sum(number - 1 for number in {**roster.pins, unit: replicas}.values())
     needed = space.num_total + further * space.unit_size

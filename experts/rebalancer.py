@@ -47,9 +47,11 @@ class Rebalancer:
     def begin(self, now_s: float) -> Step | str:
         """What to plan from; a line that says why not, if this is no moment for a step."""
         roster = self._roster
-        unrest, loads = roster.unrest(), self._loads()
-        if unrest or not loads:
-            return f"nothing moved: {unrest or 'no load has been reported yet'}"
+        if unrest := roster.unrest():
+            return f"nothing moved: {unrest}"
+        loads = self._loads()
+        if not loads:
+            return "nothing moved: no load has been reported yet"
         self._last_step_s = now_s
         space, table = roster.rules.space, roster.table()
         slots = roster.slots()
@@ -74,10 +76,14 @@ class Rebalancer:
         self._roster.adopt(plan.table)
         self._roster.counters.steps += 1
         self._roster.counters.moves += len(plan.moves)
-        size = step.space.unit_size
-        gained = sum(move.gains is not None for move in plan.moves) * size
-        lost = sum(move.loses is not None for move in plan.moves) * size
-        what = f"moved {gained} experts" if gained else f"dropped {lost} replicas"
+        what = _what(plan, step.space.unit_size)
         balances = (plan.before.balancedness, plan.after.balancedness)
         logger.info("rebalanced: %s, balancedness %.3f -> %.3f (predicted)", what, *balances)
         return f"{what}, {excess} -> {plan.after.excess * 100:.0f} % above the mean"
+
+
+def _what(plan: Plan, unit_size: int) -> str:
+    gained = sum(move.gains is not None for move in plan.moves) * unit_size
+    lost = sum(move.loses is not None for move in plan.moves) * unit_size
+    verb, number, thing = ("moved", gained, "expert") if gained else ("dropped", lost, "replica")
+    return f"{verb} {number} {thing}{'' if number == 1 else 's'}"

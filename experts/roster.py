@@ -211,7 +211,7 @@ class Roster:
         return {key for key in experts if key in space}
 
     def _shortage(self) -> str:
-        """Why the slots do not suffice, or ''. Spare ones heal, they are no place to begin with."""
+        """Why the slots do not suffice, or ''. Spare ones heal; nothing is begun with them."""
         try:
             check_slots(self.rules.space, self.all_slots() if self._placed else self.slots())
         except PlacementError as error:
@@ -219,8 +219,10 @@ class Roster:
         return ""
 
     def _may_place(self, now_s: float) -> bool:
-        if self._first_worker_s is None or self._shortage():
+        if self._first_worker_s is None:
             return False
+        if self._shortage() and len(self._covered()) < self.rules.space.num_total:
+            return False  # all covered: they held it in spare slots for the directory before this
         waited_s = now_s - self._first_worker_s
         enough = len(self.staying()) >= self.rules.expected_experts
         return enough or waited_s >= self.rules.grace_s
@@ -259,13 +261,16 @@ class Roster:
             self._touch()
         return changed
 
+    def _covered(self) -> set[ExpertKey]:
+        """Published by workers that stay."""
+        return set[ExpertKey]().union(*(m.published for m in self.staying().values()))
+
     def _release(self) -> dict[str, Order]:
         """Let go whom nobody needs any more."""
         leavers = {w: member for w, member in self.experts().items() if member.hands_over}
         if not leavers:
             return {}
-        staying = self.staying().values()
-        covered = set[ExpertKey]().union(*(member.published for member in staying))
+        staying, covered = self.staying(), self._covered()
         released: dict[str, Order] = {}
         for worker, member in leavers.items():
             nobody_stays = not staying and member.exit == "leave"

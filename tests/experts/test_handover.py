@@ -224,6 +224,17 @@ def test_the_first_placement_does_not_count_spare_slots() -> None:
     assert cluster.roster.snapshot.ready and cluster.num_held() == {"a": 2, "b": 2}
 
 
+def test_a_restarted_directory_heals_a_pool_that_lives_on_spare_slots() -> None:
+    cluster = Pool(FOUR, grace_s=0.0)
+    cluster.join("a", 1, spare=3, holds=[(1, 0), (1, 1)])
+    cluster.join("b", 2, spare=3, holds=[(1, 2), (1, 3)])
+    cluster.run()
+    assert cluster.roster.snapshot.ready
+    cluster.die("b")
+    cluster.run()
+    assert cluster.held_by() == ["a"] * 4
+
+
 def test_groups_use_spare_slots_whole() -> None:
     cluster = pool(GROUPED, "ab", 4, spare=3)
     cluster.die("b")
