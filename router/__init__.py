@@ -7,6 +7,7 @@
     client.py    how attention calls a router             errors.py    what callers may catch
     weights.py   checkpoint names of the gates            config.py    times, sizes, switches
     compiled.py  kernels ready before the first token     kernels/     compiled loops
+    outage.py    since when experts have no holder
 
 pair: one (token row, logical expert) with its weight; a token has k of them.
 lane: one thread with its own connections to the expert workers.

@@ -321,6 +321,57 @@ def test_a_late_answer_is_dropped_and_shows_that_the_worker_lives(remote: Worker
     assert remote.client.health.outstanding_rows("a") == 0
 
 
+def hang(remote: Workers) -> tuple[Silent, Server, int]:
+    """A worker that has not answered five rows and is asked again; the board's generation."""
+    remote.client.health.hop_timer = HopTimer(0.05, cold_s=0.05)
+    silent = Silent()
+    server = remote.serve("a", silent)
+    h = hop("a", 5)
+    remote.client.exchange([h])
+    assert h.fault is Fault.TIMEOUT
+    generation = remote.board.generation
+    for _ in range(2):
+        assert silent.asked.acquire(timeout=20)
+    return silent, server, generation
+
+
+def test_a_worker_that_hangs_is_asked_again_with_one_row(remote: Workers) -> None:
+    """On another connection; its answer ends the quarantine and wakes those who wait."""
+    silent, _, generation = hang(remote)
+    (first, its_line), (probe, other_line) = silent.frames
+    assert probe.rows is not None
+    assert (probe.rows.shape, probe.layer, probe.expert_ids.tolist()) == ((1, WIDTH), 3, [5])  # type: ignore[union-attr]
+    assert its_line is not other_line
+    assert remote.client.health.quarantine.is_suspended("a")
+    silent.answer(1)
+    assert remote.board.wait_newer(generation, 20.0)
+    assert len(remote.client.health.quarantine) == 0
+
+
+def test_a_worker_that_hung_and_died_is_in_quarantine_for_a_time(remote: Workers) -> None:
+    _, server, generation = hang(remote)
+    server.close()
+    assert remote.board.wait_newer(generation, 20.0)
+    assert not remote.client.health.quarantine.is_suspended("a")
+    assert len(remote.client.health.quarantine) == 1
+
+
+def test_a_deadline_of_the_hop_itself_says_nothing_of_the_worker(remote: Workers) -> None:
+    remote.serve("a", Silent())
+    h = hop("a", deadline_s=0.05)
+    remote.client.exchange([h])
+    assert h.fault is Fault.TIMEOUT
+    assert len(remote.client.health.quarantine) == 0
+
+
+def test_news_end_the_wait(remote: Workers) -> None:
+    remote.serve("a", Silent())
+    h = hop("a")
+    remote.client.post(h)
+    remote.client.gather([h], remote.board.generation - 1)
+    assert not h.settled
+
+
 def test_a_worker_that_hung_must_shake_hands_before_it_gets_more(remote: Workers) -> None:
     remote.client.health.hop_timer = HopTimer(0.05, cold_s=0.05)
     silent = Silent()

@@ -15,6 +15,7 @@ from experts.channel.frame import (
     DEFAULT_LIMITS,
     MAX_DEADLINE_US,
     ONE_ROW_PER_PAIR,
+    RENORMALISED,
     Frame,
     FrameError,
     FrameLimits,
@@ -62,7 +63,7 @@ def test_expert_batch_round_trip(
 @pytest.mark.parametrize("kind", [Kind.EXPERT_RESULT, Kind.ROUTE_BATCH, Kind.ROUTE_RESULT])
 @pytest.mark.parametrize("num_rows", [0, 1, 17])
 def test_rows_only_round_trip(kind: Kind, num_rows: int, dtype: torch.dtype) -> None:
-    frame = Frame(kind, flags=ONE_ROW_PER_PAIR, queue_us=7, compute_us=9)
+    frame = Frame(kind, flags=ONE_ROW_PER_PAIR | RENORMALISED, queue_us=7, compute_us=9)
     frame.rows = rows(num_rows, 9, dtype)
     same_frame(unwire(wire(frame)), frame)
 
@@ -145,7 +146,7 @@ BAD_FRAMES: list[tuple[Frame, str]] = [
     (changed(weights=torch.zeros(6, dtype=torch.float64)), "weights"),
     (changed(body=b"x"), "body_bytes"),
     (changed(status=Status.FAILED), "kind_status"),
-    (changed(flags=2), "flags"),
+    (changed(flags=4), "flags"),
     (changed(deadline_us=MAX_DEADLINE_US + 1), "deadline_us"),
     (changed(deadline_us=-1), "header"),
     (changed(request_id=2**64), "header"),
@@ -221,7 +222,7 @@ def test_the_payload_limit_holds_where_each_section_fits() -> None:
         (KIND, b"\x04", "num_pairs"),  # a route batch with pairs
         (STATUS, b"\x01", "kind_status"),
         (STATUS, b"\x06", "kind_status"),
-        (FLAGS, b"\x03", "flags"),
+        (FLAGS, b"\x05", "flags"),
         (DTYPE, b"\x00", "dtype"),
         (DTYPE, b"\x04", "dtype"),
         (DTYPE, b"\x02", "payload_len"),
