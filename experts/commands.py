@@ -3,9 +3,10 @@
 Each returns one line for people, or raises CommandRefused: what, why and what to do.
 """
 
+import secrets
 from collections.abc import Iterable
 
-from experts.messages import CommandRefused, Drain, Replicate, Scale
+from experts.messages import Chaos, CommandRefused, Drain, Replicate, Scale, Snapshot
 from experts.placement import check_slots
 from experts.roster import Roster
 from experts.space import PlacementError
@@ -22,7 +23,16 @@ def carry_out(roster: Roster, command: Drain | Replicate | Scale) -> str:
     return _scale(roster, command)
 
 
-def one_of(names: Iterable[str]) -> str:
+def target_of(chaos: Chaos, snapshot: Snapshot) -> str:
+    """The worker that is meant, or any one of the role. Raises CommandRefused."""
+    live = [worker.worker_id for worker in snapshot.workers_of(chaos.role)]
+    if not live or chaos.worker_id not in (None, *live):
+        which = chaos.worker_id or "worker"
+        raise CommandRefused(f"no {which} of role {chaos.role}: {_one_of(live)}")
+    return chaos.worker_id or secrets.choice(live)
+
+
+def _one_of(names: Iterable[str]) -> str:
     """The names to choose from, in a refusal."""
     known = sorted(names)
     more = f" and {len(known) - _NUM_NAMES} more" if len(known) > _NUM_NAMES else ""
@@ -33,7 +43,7 @@ def _drain(roster: Roster, command: Drain) -> str:
     worker = command.worker_id
     member = roster.experts().get(worker)
     if member is None:
-        raise CommandRefused(f"no expert worker {worker}: {one_of(roster.experts())}")
+        raise CommandRefused(f"no expert worker {worker}: {_one_of(roster.experts())}")
     if member.exit is not None:
         return f"{worker} is drained" if member.released else f"{worker} hands over already"
     others = {name: slots for name, slots in roster.all_slots().items() if name != worker}

@@ -18,14 +18,13 @@ closes a connection or plans a rebalancing step while holding it.
 """
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 
 from experts.channel.channel import Connection, Server
 from experts.channel.frame import Frame, Status, reply_to
-from experts.commands import carry_out, one_of
+from experts.commands import carry_out, target_of
 from experts.load import LoadBoard
 from experts.member_line import MemberLine
 from experts.messages import (
@@ -240,15 +239,11 @@ class Directory:
         """Caller holds the lock."""
         if not self._enable_chaos:
             raise CommandRefused("chaos is not enabled: start the cluster with enable_chaos")
-        members = {member.worker_id: member for member in self._members.values()}
-        live = [worker.worker_id for worker in self._roster.snapshot.workers_of(chaos.role)]
-        candidates = [name for name in live if chaos.worker_id in (None, name) and name in members]
-        if not candidates:
-            which = chaos.worker_id or "worker"
-            raise CommandRefused(f"no {which} of role {chaos.role}: {one_of(live)}")
-        chosen = secrets.choice(candidates)
+        chosen = target_of(chaos, self._published)
         signal = Signal(action=chaos.action, duration_s=chaos.duration_s)
-        members[chosen].post("signal", encode(signal))
+        for member in self._members.values():
+            if member.worker_id == chosen:
+                member.post(signal.type, encode(signal))
         for_s = f" for {chaos.duration_s:g} s" if chaos.action == "stop" else ""
         return f"{chaos.action} sent to {chosen}{for_s}"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from experts.replica_order import least_replicated_first, most_wanted_first
 from experts.space import ExpertKey, ExpertSpace, Table, Unit
 
 _Level = Callable[[str, int], tuple[float, float]]  # (worker, layer) -> how full; least is best
@@ -93,7 +94,7 @@ class UnitBoard:
 
     def fill(self, worker: str) -> None:
         room = self._normal[worker]
-        for unit in self._hottest_first(self._least_replicated_first()):
+        for unit in most_wanted_first(self._holders, self._loads, list(self._normal)):
             if self._used[worker] >= room:
                 return
             if worker not in self._holders[unit]:
@@ -104,7 +105,7 @@ class UnitBoard:
         progress = True
         while progress and sum(self._used.values()) < goal and self._open_workers():
             progress = False
-            waiting = self._least_replicated_first()
+            waiting = least_replicated_first(self._holders, list(self._normal))
             while sum(self._used.values()) < goal and (pick := self._next_replica(waiting)):
                 index, worker = pick
                 self._put(waiting.pop(index), worker)
@@ -270,35 +271,6 @@ class UnitBoard:
                 if worker not in self._holders[unit]:
                     return index, worker
         return None
-
-    def _hottest_first(self, units: list[Unit]) -> list[Unit]:
-        """By load per replica; in the given order while loads are unknown or equal."""
-        if not self._loads:
-            return units
-        holders, loads = self._holders, self._loads
-        return sorted(units, key=lambda u: -loads.get(u, 0.0) / max(1, len(holders[u])))
-
-    def _least_replicated_first(self) -> list[Unit]:
-        """Units with the fewest holders first; among equals alternating over layers, then holders.
-
-        So that a few replicas relieve all layers and all workers instead of the first ones.
-        """
-        rank = {worker: i for i, worker in enumerate(self._normal)}
-        turn: Counter[tuple[int, int, int]] = Counter()  # of a holder in a lane
-        lanes: dict[tuple[int, int], list[tuple[int, int, Unit]]] = {}  # by (holders, layer)
-        for unit in sorted(self._holders):
-            holders, layer = self._holders[unit], unit[0]
-            holder = rank[min(holders)] if holders else 0
-            bucket = (len(holders), layer, holder)
-            first_holder = (holder + layer) % max(1, len(rank))  # another one in each layer
-            lanes.setdefault(bucket[:2], []).append((turn[bucket], first_holder, unit))
-            turn[bucket] += 1
-        order = [
-            (num_holders, position, unit)
-            for (num_holders, _), lane in lanes.items()
-            for position, (_, _, unit) in enumerate(sorted(lane))
-        ]
-        return [unit for _, _, unit in sorted(order)]
 
 
 def _parts(space: ExpertSpace, keys: Iterable[ExpertKey]) -> Mapping[Unit, int]:
