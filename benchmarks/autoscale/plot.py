@@ -44,8 +44,8 @@ def draw(
         _devices(panels[1], day, curve)
         _latency(panels[2], day, curve)
     panels[1].set_ylabel("devices of the expert tier")
-    panels[1].set_ylim(bottom=0)
-    panels[1].legend(loc="upper left", fontsize=8)
+    panels[1].set_ylim(0, 1.25 * panels[1].get_ylim()[1])
+    panels[1].legend(loc="upper left", fontsize=8, ncols=len(curves))
     panels[2].axhline(bounds.tpot_s * 1e3, color="black", linestyle=":", linewidth=1)
     panels[2].text(0.1, bounds.tpot_s * 1e3, "service level", fontsize=8, va="bottom")
     panels[2].set_ylabel("ms a token, p95")
@@ -65,9 +65,10 @@ def _load(panel: Any, day: Day, trace: Sequence[Request]) -> None:
     late = [request for request in trace if request.item.domain in AFTERNOON]
     early = [request for request in trace if request.item.domain not in AFTERNOON]
     hours = [WINDOW_HOURS * number for number in range(int(HOURS / WINDOW_HOURS))]
-    heights = [_tokens_per_s(day, part) for part in (early, late)]
-    labels = ["arithmetic, code, facts", "French, chat, stories"]
-    panel.stackplot(hours, heights, labels=labels, colors=["#9ecae1", "#fdae6b"], step="post")
+    below, above = _tokens_per_s(day, early), _tokens_per_s(day, late)
+    style = {"width": WINDOW_HOURS, "align": "edge"}
+    panel.bar(hours, below, color="#9ecae1", label="arithmetic, code, facts", **style)
+    panel.bar(hours, above, bottom=below, color="#fdae6b", label="French, chat, stories", **style)
     panel.plot(hours, [day.tokens_per_s(h / HOURS * day.day_s) for h in hours], "k--", lw=0.8)
     panel.set_ylabel("tokens/s asked for")
     panel.legend(loc="upper left", fontsize=8)

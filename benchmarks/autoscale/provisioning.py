@@ -88,18 +88,18 @@ def _one_device(fleet: Fleet) -> dict[str, Any]:
 
 
 def _scaling(fleet: Fleet, lowest: int, highest: int) -> dict[str, Any]:
-    """Delays that suit a day of minutes: 20 minutes of it are few seconds."""
+    """Delays that suit a day of minutes, a wait for devices that take tens of ms for a batch."""
     return {
         "min_workers": lowest,
         "max_workers": highest,
         "target_busy": fleet.target_busy,
         "downscale_busy": 0.75 * fleet.target_busy,
-        "upscale_delay_s": 1.0,
+        "upscale_delay_s": 0.5,
         "downscale_delay_s": 6.0,
         "settle_s": 3.0,
         "window_s": 3.0,
-        "report_every_s": 0.5,
-        "max_queue_p95_ms": 500.0,
+        "report_every_s": 1.0,
+        "max_queue_p95_ms": 200.0,
     }
 
 

@@ -170,7 +170,7 @@ class _Rounds:
     def _counts(self) -> npt.NDArray[np.float64]:
         """Batches, pairs, busy seconds of all workers."""
         counters = [worker.counters for worker in self._workers]
-        return np.sum([(one.batches, one.pairs, one.busy_s) for one in counters], axis=0)
+        return np.array([(c.batches, c.pairs, c.busy_s) for c in counters]).sum(axis=0)
 
 
 @contextlib.contextmanager

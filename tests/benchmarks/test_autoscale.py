@@ -24,7 +24,7 @@ from serving.summary import RequestRecord
 from cluster.config import parse_config
 
 LONG_DAY = Day(peak_tokens_per_s=1000.0, day_s=2400.0)
-FLEET = Fleet("model", 96, 8, num_devices=12, pairs_per_s=100.0, target_busy=0.45)
+FLEET = Fleet("model", 96, 8, num_devices=12, pairs_per_s=100.0, target_busy=0.35)
 
 
 def draw_from(domain: str) -> Draw:
@@ -60,9 +60,7 @@ def test_the_day_begins_as_it_ends() -> None:
     assert max(level for _, level in LOAD) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "level"), [(2, 6, 0.1), (9.5, 11, 0.95), (14, 16, 0.975)]
-)
+@pytest.mark.parametrize(("first", "last", "level"), [(2, 5, 0.1), (10, 11, 0.95), (14, 16, 0.975)])
 def test_the_trace_asks_for_the_tokens_of_the_hour(first: float, last: float, level: float) -> None:
     assert tokens_per_s(first, last) == pytest.approx(1000 * level, rel=0.07)
 
@@ -70,7 +68,7 @@ def test_the_trace_asks_for_the_tokens_of_the_hour(first: float, last: float, le
 def test_the_domains_change_at_lunch() -> None:
     assert tokens_per_s(0, 13, AFTERNOON) == 0
     assert tokens_per_s(14, 24, MORNING) == 0
-    assert tokens_per_s(9.5, 11, {"facts"}) == pytest.approx(0.2 * 950, rel=0.15)
+    assert tokens_per_s(10, 11, {"facts"}) == pytest.approx(0.2 * 950, rel=0.15)
 
 
 def test_a_trace_depends_on_its_seed_only() -> None:
