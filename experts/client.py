@@ -149,7 +149,7 @@ class ExpertClient:
         lives = probe.run(self.health.quarantine)
         if lives:
             self._absolve(probe.worker_id)
-        elif lives is False:
+        elif lives is False and self.health.quarantine.is_suspended(probe.worker_id):
             self.health.quarantine.punish(probe.worker_id, self._now())
             self._board.touch()
 

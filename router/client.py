@@ -173,13 +173,14 @@ class RouterClient:
         return part.rows
 
     def _doubt(self, part: _Part, line: _Line) -> None:
-        """No answer yet: leave the router if it had its time or is not listed any more."""
+        """No answer yet: leave the router if it had its time, or others are listed and it is not
+        (a directory that restarted knows nobody for a moment)."""
         if self._clock() >= part.due_s:
             self._fail(line, f"{line.worker_id} does not answer")
         elif self._board.generation != line.seen_generation:
             line.seen_generation, snapshot = self._board.current
             listed = {(w.worker_id, w.endpoint) for w in snapshot.workers_of("router")}
-            if (line.worker_id, line.endpoint) not in listed:
+            if listed and (line.worker_id, line.endpoint) not in listed:
                 self._fail(line, f"{line.worker_id} has left")
 
     def _wait_for_router(self, left_s: float) -> None:

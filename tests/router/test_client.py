@@ -202,7 +202,9 @@ def test_a_router_that_hangs_is_left_when_the_snapshot_drops_it(routers: Routers
         assert torch.equal(client.finish(ticket), (X + i) * 2)
 
 
-def test_news_of_other_routers_change_nothing(routers: Routers) -> None:
+@pytest.mark.parametrize("news", ["another router", "no router at all"])
+def test_other_news_are_no_reason_to_leave(routers: Routers, news: str) -> None:
+    """A directory that restarted knows nobody for a moment."""
     held, asked = [], threading.Event()
 
     def hold(frame: Frame, connection: Connection) -> None:
@@ -213,7 +215,10 @@ def test_news_of_other_routers_change_nothing(routers: Routers) -> None:
     client = routers.client(router_timeout_s=1000.0)
     ticket = client.begin(LAYER, X)
     assert asked.wait(20)
-    routers.serve("new", double, "far")
+    if news == "another router":
+        routers.serve("new", double, "far")
+    else:
+        routers.forget("slow")
 
     def answer() -> None:
         frame, connection = held[0]
