@@ -165,7 +165,10 @@ class Directory:
 
     def _tick_loop(self) -> None:
         while not self._closing.wait(self._silence_limit_s / TICKS_PER_SILENCE_LIMIT):
-            self.tick()
+            try:
+                self.tick()
+            except Exception:  # without it nobody would notice silent members
+                logger.exception("a tick failed")
 
     def _handle(self, frame: Frame, connection: Connection) -> Frame | None:
         message = decode(frame)

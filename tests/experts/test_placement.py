@@ -71,6 +71,64 @@ def test_any_plan_keeps_the_invariants(case: tuple) -> None:
     assert plan(space, slots, table) == table
 
 
+@st.composite
+def pools(draw: st.DrawFn) -> tuple[ExpertSpace, Pool, Aims]:
+    """Workers in the middle of loading, some of them leaving, spare slots, pins and loads."""
+    space = draw(spaces)
+    slots = draw(slot_maps)
+    spare = {worker: draw(st.integers(0, 6)) for worker in slots}
+    units = st.sampled_from(sorted(space.units()))
+    wish: dict[str, set] = {}
+    held: dict[str, set] = {}
+    for worker in [*slots, "leaver"]:
+        limit = (slots.get(worker, 9) + spare.get(worker, 0)) // space.unit_size
+        wished = draw(st.sets(units, max_size=limit)) if limit else set()
+        wish[worker] = {key for unit in wished for key in space.experts_of(unit)}
+        held[worker] = {key for key in wish[worker] if draw(st.booleans())}
+    pins = draw(st.dictionaries(units, st.integers(2, 4), max_size=3))
+    loads = draw(st.dictionaries(units, st.floats(0, 100)))
+    joiners = draw(st.sampled_from([(), *[(worker,) for worker in slots]]))
+    aims = Aims(draw(st.integers(0, 6)), joiners, pins, loads)
+    del wish["leaver"]
+    return space, Pool(slots, wish, held, spare), aims
+
+
+def holders_by_unit(space: ExpertSpace, table: dict) -> dict:
+    """Workers that have a unit whole."""
+    return {
+        unit: {w for w, keys in table.items() if set(space.experts_of(unit)) <= set(keys)}
+        for unit in space.units()
+    }
+
+
+@settings(max_examples=300, deadline=None)
+@given(pools())
+def test_any_plan_keeps_a_holder_that_is_there_and_uses_spare_slots_last(case: tuple) -> None:
+    space, pool, aims = case
+    table = replan(space, pool, aims)
+    limits = {w: pool.slots[w] + pool.spare_slots[w] for w in pool.slots}
+    for worker, keys in table.items():
+        assert len(keys) == len(set(keys)) <= limits[worker]
+        assert set(Counter(map(space.unit_of, keys)).values()) <= {space.unit_size}
+    staying = {worker: pool.held[worker] & pool.wish[worker] for worker in pool.slots}
+    certain, after = holders_by_unit(space, staying), holders_by_unit(space, table)
+    for unit in certain:
+        assert not certain[unit] or certain[unit] & after[unit]
+    # at rest all is covered if the slots allow it, and spare slots only hold what has no other room
+    before = None
+    while table != before:
+        before = table
+        table = replan(space, Pool(pool.slots, table, None, pool.spare_slots), Aims(pins=aims.pins))
+    after = holders_by_unit(space, table)
+    whole = sum(number // space.unit_size for number in limits.values())
+    if whole * space.unit_size >= space.num_total:
+        assert all(after.values())
+    for worker, keys in table.items():
+        for unit in {space.unit_of(key) for key in keys}:
+            if len(keys) > pool.slots[worker]:  # in spare slots, so nothing here is a mere replica
+                assert len(after[unit]) == 1 or unit in aims.pins
+
+
 @settings(max_examples=100, deadline=None)
 @given(spaces, st.integers(1, 5), st.integers(0, 12))
 def test_slots_needed_suffice_and_the_table_is_even(
