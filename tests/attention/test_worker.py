@@ -221,6 +221,20 @@ def test_a_worker_that_goes_away_loses_its_requests(serve: Callable[..., Served]
         client.stats()
 
 
+def test_closing_loses_requests_at_once_even_while_a_step_hangs(
+    serve: Callable[..., Served],
+) -> None:
+    served, inbox = serve(), Inbox()
+    served.gate.open.clear()
+    served.client().submit(submit("a", [20]), inbox)
+    assert served.gate.reached.wait(WAIT_S)
+    closing = threading.Thread(target=served.worker.close)
+    closing.start()
+    assert inbox.all()[-1].finish_reason == "lost"
+    served.gate.open.set()
+    closing.join()
+
+
 def test_stats_answer_while_a_step_hangs(serve: Callable[..., Served]) -> None:
     served, inbox = serve(max_num_seqs=1), Inbox()
     client = served.client()
