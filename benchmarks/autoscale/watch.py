@@ -39,6 +39,7 @@ class Watch:
         self._samples: list[Sample] = []
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._begin_s = 0.0
+        self._failure: Exception | None = None
 
     def start(self, begin_s: float) -> None:
         """`begin_s` on time.perf_counter is second 0."""
@@ -46,12 +47,20 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> list[Sample]:
-        """All samples."""
+        """All samples. Raises what ended the sampling too early."""
         self._stopping.set()
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
         return self._samples
 
     def _run(self) -> None:
+        try:
+            self._sample_until_stopped()
+        except Exception as error:  # a day with half of its samples would look cheap
+            self._failure = error
+
+    def _sample_until_stopped(self) -> None:
         last = _Machine.now()
         while not self._stopping.wait(INTERVAL_S):
             try:
