@@ -23,12 +23,14 @@ import pytest
 import yaml
 
 from cluster.launcher import free_port
+from router.config import RouterConfig
 from tests.cluster.conftest import Server, wait_ready
 
 MARK = "SHOAL_CHAOS_RUN"
 """Environment variable that every process of a deployment inherits."""
 REPLICA_TITLE = "ray::ServeReplica:shoal:"
 NUM_EXPERTS = 3 * 16  # of the preset v3
+NUM_LANES = RouterConfig().lanes
 CONNECTED = "03"  # state of a socket in /proc/net/unix
 START_TIMEOUT_S = 180.0
 WHOLE_TIMEOUT_S = 90.0
@@ -125,6 +127,16 @@ class Deployment:
             if len(fields) == 8 and fields[5] == CONNECTED:
                 count += fields[7].startswith(str(self.folder))
         return count
+
+    @property
+    def most_connections(self) -> int:
+        """When everybody is connected to all that they may need."""
+        ingress, attention, router, experts = (
+            self.wanted[role] for role in ("ingress", "attention", "router", "experts")
+        )
+        to_directory = ingress + attention + router + experts
+        hops = ingress * attention + attention * router + router * NUM_LANES * experts
+        return to_directory + hops
 
 
 def until(fault: Callable[[], str], timeout_s: float, what: str) -> float:

@@ -5,6 +5,7 @@ All times are of `time.monotonic()`, which the processes of one machine share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +36,11 @@ class Stream:
     @property
     def ids(self) -> list[int]:
         return [token for _, ids in self.arrivals for token in ids]
+
+    def gaps(self) -> Iterable[tuple[float, float]]:
+        """Beginning and end of each wait between two arrivals."""
+        times = [when for when, _ in self.arrivals]
+        return zip(times, times[1:], strict=False)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,19 +91,13 @@ def tokens_per_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> flo
 
 
 def gaps_within_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> list[float]:
-    """All waits between two arrivals of a stream that lie within [begin_s, end_s], sorted.
-
-    Raises ValueError when there is none.
-    """
-    gaps = [
+    """All waits between two arrivals of a stream that lie within [begin_s, end_s], sorted."""
+    return sorted(
         later - earlier
         for stream in streams
-        for earlier, later in _pairs(stream)
+        for earlier, later in stream.gaps()
         if begin_s <= earlier and later <= end_s
-    ]
-    if not gaps:
-        raise ValueError(f"no stream got two tokens within {end_s - begin_s:.1f} s")
-    return sorted(gaps)
+    )
 
 
 def largest_gaps_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> list[float]:
@@ -108,17 +108,12 @@ def largest_gaps_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> l
     return sorted(
         max(gaps)
         for stream in streams
-        if (gaps := [b - a for a, b in _pairs(stream) if a < end_s and b > begin_s])
+        if (gaps := [b - a for a, b in stream.gaps() if a < end_s and b > begin_s])
     )
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of the sorted `values` do not exceed. Raises ValueError."""
+    """The value that `share` of the sorted `values` do not exceed; NaN of none."""
     if not values:
-        raise ValueError("no values")
+        return math.nan
     return values[min(len(values) - 1, int(share * len(values)))]
-
-
-def _pairs(stream: Stream) -> Iterable[tuple[float, float]]:
-    times = [when for when, _ in stream.arrivals]
-    return zip(times, times[1:], strict=False)
