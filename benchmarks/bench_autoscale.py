@@ -236,7 +236,7 @@ def _options() -> argparse.Namespace:
     ways = list(provisioning.ALL)
     add("--runs", nargs="+", choices=ways, default=ways)
     add("--minutes", type=float, default=10.0, help="that the day takes [10]")
-    add("--peak-tokens", type=float, default=120.0, help="a second, at the peak [120]")
+    add("--peak-tokens", type=float, default=100.0, help="a second, at the peak [100]")
     add("--devices", type=int, default=12, help="that the peak needs [12]")
     add("--busy", type=float, default=0.35, help="how busy they are then [0.35]")
     add("--seed", type=int, default=1, help="of the trace")
