@@ -74,7 +74,9 @@ def _cost(cost: dict[str, Any] | None) -> str:
         return ""
     low, high = cost["interval"]
     parts = cost["accounted"]
-    verdict = "met" if high <= GOAL_COST else "missed" if low > GOAL_COST else "too noisy to tell"
+    verdict = "met" if high <= GOAL_COST else "missed" if low > GOAL_COST else "too close to tell"
+    if high - low > 2 * GOAL_COST:
+        verdict = "too noisy to tell"
     return "\n".join(
         [
             "## Cost of counting and balancing (default model, one process, 8 streams)",
