@@ -100,6 +100,21 @@ def gaps_within_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> li
     )
 
 
+def time_per_token_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> float:
+    """Median over the streams of the mean time between tokens within [begin_s, end_s]; NaN of none.
+
+    Not the median of all gaps: a loaded proxy hands on two tokens at once, and half of the gaps are
+    nothing then.
+    """
+    found = []
+    for stream in streams:
+        inside = [(when, len(ids)) for when, ids in stream.arrivals if begin_s <= when <= end_s]
+        if len(inside) > 1:
+            later_tokens = sum(count for _, count in inside[1:])
+            found.append((inside[-1][0] - inside[0][0]) / later_tokens)
+    return quantile(sorted(found), 0.5)
+
+
 def largest_gaps_s(streams: Iterable[Stream], begin_s: float, end_s: float) -> list[float]:
     """Of each stream the longest wait between two arrivals that overlaps [begin_s, end_s], sorted.
 

@@ -14,6 +14,7 @@ from tests.chaos.records import (
     gaps_within_s,
     largest_gaps_s,
     quantile,
+    time_per_token_s,
     tokens_per_s,
 )
 
@@ -63,6 +64,13 @@ def test_throughput_counts_tokens_of_the_window() -> None:
 def test_gaps_within_a_window_reach_nowhere_else() -> None:
     assert gaps_within_s([stream(0, 1, 3), stream(2, 3, 9)], 0, 5) == [1, 1, 2]
     assert gaps_within_s([stream(0, 9)], 0, 5) == []
+
+
+def test_time_per_token_is_of_the_median_stream() -> None:
+    # Within 0..5 s: 3 s for 2 tokens, 1 s for 1; of the third stream only one arrival counts.
+    streams = [stream(0, 1, 3), stream(2, 3, 9), stream(4, 6, 7)]
+    assert time_per_token_s(streams, 0, 5) == 1.5
+    assert math.isnan(time_per_token_s([stream(0, 9)], 0, 5))
 
 
 def test_the_gap_is_the_longest_that_overlaps_the_window() -> None:

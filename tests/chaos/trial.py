@@ -7,6 +7,7 @@ connections and processes are as before. Times are figures for the tests to judg
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from tests.chaos.records import (
     gaps_within_s,
     largest_gaps_s,
     quantile,
+    time_per_token_s,
     tokens_per_s,
 )
 
@@ -67,8 +69,8 @@ class Trial:
 
     @property
     def itl_s(self) -> float:
-        """Median time between tokens, undisturbed."""
-        return quantile(gaps_within_s(self.streams, *self.calm), 0.5)
+        """Time between tokens, undisturbed."""
+        return time_per_token_s(self.streams, *self.calm)
 
     def gaps_s(self) -> list[float]:
         """The largest gap of each stream around the disturbances."""
@@ -98,16 +100,16 @@ class Trial:
             "load_average": self.load_average,
             "streams": len(self.streams),
             "tokens": sum(len(stream.ids) for stream in self.streams),
-            "itl_ms": round(self.itl_s * 1e3, 1),
-            "calm_gap_max_ms": round(self.calm_gap_max_s * 1e3),
+            "itl_ms": _ms(self.itl_s),
+            "calm_gap_max_ms": _ms(self.calm_gap_max_s),
             "tokens_per_s": round(tokens_per_s(self.streams, *self.calm), 1),
         }
         if self.disturbances:
             gaps = self.gaps_s()
             found |= {
-                "gap_p50_ms": round(quantile(gaps, 0.5) * 1e3),
-                "gap_p99_ms": round(quantile(gaps, 0.99) * 1e3),
-                "gap_later_ms": round(self._gap_later()[0] * 1e3),
+                "gap_p50_ms": _ms(quantile(gaps, 0.5)),
+                "gap_p99_ms": _ms(quantile(gaps, 0.99)),
+                "gap_later_ms": _ms(self._gap_later()[0]),
                 "gap_later_ended_s": round(self._gap_later()[1] - self.calm[1], 1),
                 "rate_kept": round(self.rate_kept, 2),
             }
@@ -121,6 +123,11 @@ class Trial:
             for a, b in stream.gaps()
             if b > self.calm[1] and a < self.end_s
         )
+
+
+def _ms(seconds: float) -> int | None:
+    """Whole milliseconds, None for NaN, which JSON lacks."""
+    return None if math.isnan(seconds) else round(seconds * 1e3)
 
 
 class Chaos:
