@@ -32,8 +32,9 @@ from bench_serving import commit, say  # noqa: E402
 
 from cluster.config import Rebalancing  # noqa: E402
 from cluster.model_store import default_model  # noqa: E402
-from experts.placement import Table, initial_table  # noqa: E402
-from experts.rebalance import Limits, rebalance  # noqa: E402
+from experts.placement.rebalance import Limits, rebalance  # noqa: E402
+from experts.placement.replan import initial_table  # noqa: E402
+from experts.placement.space import Table  # noqa: E402
 
 LIKE_R1 = 0.65
 """Zipf exponent that gives V3 on 32 workers the imbalance that TensorRT-LLM reports for R1."""

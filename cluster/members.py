@@ -38,12 +38,13 @@ from cluster.generation_defaults import GenerationDefaults
 from cluster.tokenizer import Tokenizer
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
-from experts.directory import Directory
-from experts.directory_client import DirectoryClient
+from experts.directory.client import DirectoryClient
+from experts.directory.roster import RosterRules
+from experts.directory.server import Directory
 from experts.messages import Assign, LoadReport, Register, Role
-from experts.placement import ExpertSpace, slots_needed
-from experts.rebalance import RebalanceRules
-from experts.roster import RosterRules
+from experts.placement.rebalance import RebalanceRules
+from experts.placement.replan import slots_needed
+from experts.placement.space import ExpertSpace
 from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.client import RouterClient

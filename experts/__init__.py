@@ -11,10 +11,9 @@ Computing
     layer.py       gated MLPs over the slots of a worker      kernels/  compiled loops
     worker.py      the slots, and what answers a frame        turns.py  who waits, joins the next
 Who holds what
-    placement.py   which worker holds which expert: pure      eplb.py   the same for a fixed grid
-    roster.py      the directory's state                      load.py   rows an expert had lately
-    directory.py   tells everyone       directory_client.py   a worker's line to it
-    snapshots.py   the newest answer    messages.py           what travels
+    placement/     which worker holds which expert: pure      load.py   rows an expert had lately
+    directory/     tells everyone who lives and holds what    messages.py           what travels
+    snapshots.py   the newest answer
 Calling
     client.py      send to all workers, then gather           hop.py    one batch and its answer
     line.py        the connection to one of them              probe.py  does it compute again

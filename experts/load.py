@@ -13,7 +13,7 @@ from time import monotonic
 import numpy as np
 import numpy.typing as npt
 
-from experts.eplb import balancedness
+from experts.placement.eplb import balancedness
 
 WINDOW_S = 60.0
 Counts = npt.NDArray[np.int64]

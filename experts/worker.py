@@ -30,7 +30,7 @@ from experts.checkpoint import Checkpoint
 from experts.kernels.runtime import warm_up
 from experts.layer import SlotWeights, grouped_swiglu
 from experts.load import WINDOW_S, LoadCounter
-from experts.placement import ExpertKey
+from experts.placement.space import ExpertKey
 from experts.turns import Turns
 from experts.weights import load_expert
 

@@ -18,7 +18,7 @@ from default_model.evaluation import held_out_dialogues, prompt_ids
 from default_model.vocabulary import load_tokenizer
 from experts.config import ModelConfig
 from experts.load import LoadCounter
-from experts.placement import ExpertSpace
+from experts.placement.space import ExpertSpace
 
 LONGER_THAN_A_RUN_S = 86_400.0
 MAX_TOKENS = 256

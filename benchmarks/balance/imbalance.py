@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from experts.eplb import rebalance_experts
-from experts.placement import ExpertSpace, Table
-from experts.rebalance import Limits, rebalance
+from experts.placement.eplb import rebalance_experts
+from experts.placement.rebalance import Limits, rebalance
+from experts.placement.space import ExpertSpace, Table
 
 Rows = npt.NDArray[np.float64]
 """[L, E]: rows by MoE layer and logical expert."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from balance.imbalance import Rows
-from experts.placement import ExpertSpace, slots_needed
+from experts.placement.replan import slots_needed
+from experts.placement.space import ExpertSpace
 
 REDUNDANT_SHARE = 8
 """One redundant slot for so many experts: 12.5 %."""

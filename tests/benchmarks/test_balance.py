@@ -4,8 +4,8 @@ from balance.cost import median_interval
 from balance.imbalance import Imbalance, eplb_imbalance, imbalance, run_steps, worker_rows
 from balance.traces import V2_LITE, V3_32, Pool, zipf_windows
 
-from experts.placement import ExpertSpace
-from experts.rebalance import Limits
+from experts.placement.rebalance import Limits
+from experts.placement.space import ExpertSpace
 
 TWO_LAYERS = ExpertSpace(moe_layers=(3, 4), num_experts=2)
 TABLE = {"a": [(3, 0), (4, 0)], "b": [(3, 0), (3, 1), (4, 1)]}

@@ -6,11 +6,11 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from experts.commands import carry_out
+from experts.directory.commands import carry_out
+from experts.directory.rebalancer import Rebalancer
+from experts.directory.roster import Roster, RosterRules
 from experts.messages import Assign, Drain, Register, Released, Replicate, Role
-from experts.rebalancer import Rebalancer
-from experts.roster import Roster, RosterRules
-from experts.space import ExpertKey, ExpertSpace, unit_loads
+from experts.placement.space import ExpertKey, ExpertSpace, unit_loads
 
 
 def register(

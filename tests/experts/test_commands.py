@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from experts.commands import carry_out
+from experts.directory.commands import carry_out
 from experts.messages import CommandRefused, Scale
-from experts.rebalance import RebalanceRules, rebalance
-from experts.space import ExpertSpace
+from experts.placement.rebalance import RebalanceRules, rebalance
+from experts.placement.space import ExpertSpace
 from tests.experts.pool import Pool, pool, register
 
 FOUR = ExpertSpace(moe_layers=(1,), num_experts=4)

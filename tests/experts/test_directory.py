@@ -19,8 +19,9 @@ from experts.channel.channel import (
     connect,
 )
 from experts.channel.frame import Frame, Kind, Status
-from experts.directory import Directory
-from experts.directory_client import DirectoryClient
+from experts.directory.client import DirectoryClient
+from experts.directory.roster import RosterRules
+from experts.directory.server import Directory
 from experts.messages import (
     Assign,
     ClusterLoadReply,
@@ -37,8 +38,7 @@ from experts.messages import (
     decode,
     encode,
 )
-from experts.roster import RosterRules
-from experts.space import ExpertSpace
+from experts.placement.space import ExpertSpace
 
 SECRET = b"test secret"
 SPACE = ExpertSpace(moe_layers=(1, 2), num_experts=4)
@@ -586,7 +586,7 @@ def test_failing_on_snapshot_does_not_cost_the_membership(cluster: Cluster) -> N
 
 CHILD = """
 import sys, threading
-from experts.directory_client import DirectoryClient
+from experts.directory.client import DirectoryClient
 from experts.messages import Register
 me = Register(worker_id="b", role="experts", endpoint="", pid=1, node="n", num_slots=4)
 def load(assign):

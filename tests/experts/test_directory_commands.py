@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from experts import directory_client
 from experts.channel.channel import ChannelClosed, ChannelTimeout, Connection, Server
 from experts.channel.frame import Frame, Status
-from experts.directory import Directory
-from experts.directory_client import DirectoryClient
+from experts.directory import client as directory_client
+from experts.directory.client import DirectoryClient
+from experts.directory.roster import RosterRules
+from experts.directory.server import Directory
 from experts.messages import (
     Assign,
     Chaos,
@@ -36,9 +37,8 @@ from experts.messages import (
     decode,
     encode,
 )
-from experts.rebalance import RebalanceRules
-from experts.roster import RosterRules
-from experts.space import ExpertSpace
+from experts.placement.rebalance import RebalanceRules
+from experts.placement.space import ExpertSpace
 from tests.experts.pool import register
 
 SECRET = b"test secret"

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.eplb import balancedness, rebalance_experts
-from experts.placement import PlacementError
+from experts.placement.eplb import balancedness, rebalance_experts
+from experts.placement.space import PlacementError
 
 PUBLISHED_LOADS = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

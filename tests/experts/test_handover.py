@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experts.messages import CommandRefused
-from experts.space import ExpertSpace
+from experts.placement.space import ExpertSpace
 from tests.experts.pool import Pool, pool
 
 FOUR = ExpertSpace(moe_layers=(1,), num_experts=4)

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.placement import Aims, check_slots, initial_table, replan, slots_needed
-from experts.space import ExpertSpace, PlacementError
-from experts.unit_board import Pool
+from experts.placement.replan import Aims, check_slots, initial_table, replan, slots_needed
+from experts.placement.space import ExpertSpace, PlacementError
+from experts.placement.unit_board import Pool
 
 EIGHT = ExpertSpace(moe_layers=(1, 2), num_experts=4)
 GROUPED = ExpertSpace(moe_layers=(1,), num_experts=8, num_groups=4)

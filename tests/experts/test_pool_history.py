@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.messages import CommandRefused
-from experts.placement import check_slots
-from experts.space import ExpertSpace, PlacementError
+from experts.placement.replan import check_slots
+from experts.placement.space import ExpertSpace, PlacementError
 from tests.experts.pool import Pool
 
 SPACES = (

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.eplb import balancedness, rebalance_experts
-from experts.placement import initial_table, slots_needed
-from experts.rebalance import Limits, Move, Plan, rebalance
-from experts.space import ExpertSpace, PlacementError, Table, Unit
+from experts.placement.eplb import balancedness, rebalance_experts
+from experts.placement.rebalance import Limits, Move, Plan, rebalance
+from experts.placement.replan import initial_table, slots_needed
+from experts.placement.space import ExpertSpace, PlacementError, Table, Unit
 
 ONE_LAYER = ExpertSpace(moe_layers=(1,), num_experts=4)
 GENEROUS = Limits(max_moves=10**6)

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experts.directory.roster import Roster, RosterRules
 from experts.messages import Register, Role
-from experts.roster import Roster, RosterRules
-from experts.space import ExpertSpace
+from experts.placement.space import ExpertSpace
 
 SPACE = ExpertSpace(moe_layers=(1,), num_experts=4)
 NOW = 1 << 40  # an epoch after every Assign

@@ -15,7 +15,7 @@ from experts.channel.channel import Connection, Server
 from experts.channel.frame import Frame
 from experts.checkpoint import Checkpoint
 from experts.messages import Snapshot, WorkerInfo
-from experts.placement import ExpertKey
+from experts.placement.space import ExpertKey
 from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.config import RouterConfig

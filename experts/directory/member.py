@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experts.messages import Assign, WorkerInfo
-from experts.space import ExpertKey
+from experts.placement.space import ExpertKey
 
 Exit = Literal["leave", "drain"]  # wants to stop, or shall stay without experts
 

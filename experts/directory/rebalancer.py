@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from experts.rebalance import Limits, Plan, rebalance
-from experts.roster import Roster
-from experts.space import ExpertSpace, Loads, Table, Unit
+from experts.directory.roster import Roster
+from experts.placement.rebalance import Limits, Plan, rebalance
+from experts.placement.space import ExpertSpace, Loads, Table, Unit
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from experts.space import Unit
+from experts.placement.space import Unit
 
 Holders = Mapping[Unit, Collection[str]]
 

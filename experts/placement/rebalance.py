@@ -24,10 +24,10 @@ from itertools import zip_longest
 
 import numpy as np
 
-from experts.eplb import balancedness
-from experts.relief import room_for_relief, search
-from experts.slot_board import Action, SlotBoard
-from experts.space import ExpertKey, ExpertSpace, Loads, Table, Unit
+from experts.placement.eplb import balancedness
+from experts.placement.relief import room_for_relief, search
+from experts.placement.slot_board import Action, SlotBoard
+from experts.placement.space import ExpertKey, ExpertSpace, Loads, Table, Unit
 
 _REAL = 1e-9  # relative; below it a gain is a rounding error
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from experts.member import Member
+from experts.directory.member import Member
 from experts.messages import Snapshot, Targets
-from experts.space import ExpertSpace
+from experts.placement.space import ExpertSpace
 
 Holders = dict[str, tuple[tuple[str, ...], ...]]
 

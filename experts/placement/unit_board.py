@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from experts.replica_order import least_replicated_first, most_wanted_first
-from experts.space import ExpertKey, ExpertSpace, Table, Unit
+from experts.placement.replica_order import least_replicated_first, most_wanted_first
+from experts.placement.space import ExpertKey, ExpertSpace, Table, Unit
 
 _Level = Callable[[str, int], tuple[float, float]]  # (worker, layer) -> how full; least is best
 

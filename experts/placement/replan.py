@@ -14,10 +14,8 @@ the arguments.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from experts.space import ExpertKey, ExpertSpace, PlacementError, Table, Unit
-from experts.unit_board import Pool, UnitBoard
-
-__all__ = ["ExpertKey", "ExpertSpace", "PlacementError", "Pool", "Table", "Unit"]
+from experts.placement.space import ExpertKey, ExpertSpace, PlacementError, Unit
+from experts.placement.unit_board import Pool, UnitBoard
 
 
 @dataclass(frozen=True)

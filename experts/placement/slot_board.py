@@ -8,7 +8,15 @@ the step itself adds do not count: whatever is changed, each unit keeps one of i
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from experts.space import ExpertKey, ExpertSpace, Loads, PlacementError, Table, Unit, unit_loads
+from experts.placement.space import (
+    ExpertKey,
+    ExpertSpace,
+    Loads,
+    PlacementError,
+    Table,
+    Unit,
+    unit_loads,
+)
 
 
 class Change(NamedTuple):

@@ -24,9 +24,11 @@ from collections.abc import Callable, Mapping
 
 from experts.channel.channel import Connection, Server
 from experts.channel.frame import Frame, Status, reply_to
-from experts.commands import carry_out, target_of
+from experts.directory.commands import carry_out, target_of
+from experts.directory.member_line import MemberLine
+from experts.directory.rebalancer import Rebalancer
+from experts.directory.roster import PoolCounters, Roster, RosterRules
 from experts.load import LoadBoard
-from experts.member_line import MemberLine
 from experts.messages import (
     Chaos,
     ClusterLoadReply,
@@ -51,9 +53,7 @@ from experts.messages import (
     decode,
     encode,
 )
-from experts.rebalancer import Rebalancer
-from experts.roster import PoolCounters, Roster, RosterRules
-from experts.space import Loads, Unit, unit_loads
+from experts.placement.space import Loads, Unit, unit_loads
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from experts.slot_board import Action, Change, SlotBoard
-from experts.space import Unit
+from experts.placement.slot_board import Action, Change, SlotBoard
+from experts.placement.space import Unit
 
 _NUM_TARGETS = 3  # workers tried for one unit, lightest first
 _NUM_HOT, _NUM_COLD = 3, 3  # units tried for making room: of the busiest, of a full worker

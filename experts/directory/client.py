@@ -23,6 +23,7 @@ from experts.channel.channel import (
     connect,
 )
 from experts.channel.frame import Frame, Status
+from experts.directory.questions import Questions
 from experts.messages import (
     Assign,
     ClusterLoadReply,
@@ -44,8 +45,7 @@ from experts.messages import (
     decode,
     encode,
 )
-from experts.questions import Questions
-from experts.space import ExpertKey
+from experts.placement.space import ExpertKey
 
 Answer = TypeVar("Answer", ClusterLoadReply, Done)
 

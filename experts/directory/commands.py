@@ -6,10 +6,10 @@ Each returns one line for people, or raises CommandRefused: what, why and what t
 import secrets
 from collections.abc import Iterable
 
+from experts.directory.roster import Roster
 from experts.messages import Chaos, CommandRefused, Drain, Replicate, Scale, Snapshot
-from experts.placement import check_slots
-from experts.roster import Roster
-from experts.space import PlacementError
+from experts.placement.replan import check_slots
+from experts.placement.space import PlacementError
 
 _NUM_NAMES = 8  # of workers in a refusal
 

@@ -21,13 +21,13 @@ experts has a published holder that stays. It is released at once if nobody stay
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from experts.member import Exit, Member
+from experts.directory.member import Exit, Member
+from experts.directory.publication import Seen, holders_of, num_held
 from experts.messages import Assign, Register, Released, Snapshot, Tier
-from experts.placement import Aims, check_slots, replan
-from experts.publication import Seen, holders_of, num_held
-from experts.rebalance import RebalanceRules
-from experts.space import ExpertKey, ExpertSpace, PlacementError, Table, Unit
-from experts.unit_board import Pool
+from experts.placement.rebalance import RebalanceRules
+from experts.placement.replan import Aims, check_slots, replan
+from experts.placement.space import ExpertKey, ExpertSpace, PlacementError, Table, Unit
+from experts.placement.unit_board import Pool
 
 Order = Assign | Released
 

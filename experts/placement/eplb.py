@@ -7,7 +7,7 @@ workers that come and go.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from experts.space import PlacementError
+from experts.placement.space import PlacementError
 
 
 def rebalance_experts(
