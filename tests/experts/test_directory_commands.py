@@ -200,7 +200,7 @@ def test_the_lock_is_free_while_a_step_is_planned(monkeypatch: pytest.MonkeyPatc
     with world() as it:
         it.say("a", LoadReport(window_s=60.0, rows=((50, 0, 50, 0),)))
         planning, go_on, texts = threading.Event(), threading.Event(), []
-        from experts import rebalancer
+        from experts.directory import rebalancer
 
         plan = rebalancer.Step.plan
 
