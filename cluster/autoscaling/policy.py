@@ -12,8 +12,8 @@ constant load moves the target one way only. In doubt nothing changes:
 - a queue that is too long although the workers look idle adds one worker;
 - a pool that was too small comes back only when there is less to do, however idle its successor
   looks: that a queue is gone does not say that it would stay away;
-- the hottest worker counts only against shrinking: if the mean is fine, placement has to move
-  work, and the reason says so.
+- the hottest worker counts against shrinking: if the mean is fine, placement has to move work, and
+  the reason says so; one that is all but full adds a worker, which takes copies of what is hot.
 
 Nothing here raises: whatever goes wrong inside, the target is held and the reason tells what.
 """
@@ -74,24 +74,31 @@ def _decide_experts(
     if held := _blind(len(stats), state, now_s, settings, memory):
         return held
     queue_ms = sum(one.queue_p95_ms for one in stats) / len(stats)
+    hottest = max(one.busy_fraction for one in stats)
     num_experts = max(one.num_experts for one in stats)
     load = Load(
         what="busy",
         use=sum(one.busy_fraction for one in stats),
         num_reporting=len(stats),
         num_missing=max(0, state.num_running - len(stats)),
-        hottest=max(one.busy_fraction for one in stats),
+        hottest=hottest,
         high=settings.target_busy,
         low=settings.downscale_busy,
         throughput=sum(one.rows_per_s for one in stats),
         remedy="placement has to move work",
-        pressure=f"queue p95 {queue_ms:.1f} ms exceeds {settings.max_queue_p95_ms:g} ms"
-        if queue_ms > settings.max_queue_p95_ms
-        else "",
+        pressure=_expert_pressure(queue_ms, hottest, settings),
         ready=all(one.num_held >= 0.5 for one in stats),
         complete=sum(one.num_held for one in stats) >= num_experts - 0.5,
     )
     return settle(load, state, now_s, settings, memory)
+
+
+def _expert_pressure(queue_ms: float, hottest: float, settings: ExpertScaling) -> str:
+    if queue_ms > settings.max_queue_p95_ms:
+        return f"queue p95 {queue_ms:.1f} ms exceeds {settings.max_queue_p95_ms:g} ms"
+    if hottest > settings.max_hottest_busy:
+        return f"the hottest worker, which all wait for, is busy {hottest:.2f}"
+    return ""
 
 
 def _decide_attention(

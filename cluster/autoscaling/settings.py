@@ -73,6 +73,9 @@ class ExpertScaling(Scaling):
     max_queue_p95_ms: Annotated[float, Field(gt=0, le=60_000)] = 20.0
     """Mean over the workers of their batches' p95 wait above which one worker is added, however
     idle they look: bursts make a queue before they make a busy average."""
+    max_hottest_busy: Fraction = 0.9
+    """Busy fraction of the busiest worker above which one worker is added, whatever the mean: every
+    token waits for it in each layer, and a newcomer takes copies of the hottest experts."""
 
     @model_validator(mode="after")
     def _there_is_a_band(self) -> Self:

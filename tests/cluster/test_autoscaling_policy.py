@@ -338,14 +338,22 @@ def test_a_queue_that_growing_removed_does_not_come_back_by_shrinking() -> None:
 
 def test_skew_is_told_and_does_not_change_the_size() -> None:
     # mean 0.4: 1.6 / 0.45 = 4
-    decision = decide(pool(worker(0.95), *[worker(0.2)] * 3))
+    decision = decide(pool(worker(0.85), *[worker(0.2)] * 3))
     assert (decision.target, decision.cause) == (4, "skew")
     assert decision.reason == (
-        "busy 0.39 of 4 workers, the hottest 0.95: skew, not size, is the problem; "
+        "busy 0.36 of 4 workers, the hottest 0.85: skew, not size, is the problem; "
         "placement has to move work"
     )
     # the mean queue is 25 / 4 ms
     assert decide(pool(worker(0.5, queue_p95_ms=25), *[worker(0.5)] * 3)).target == 4
+
+
+def test_a_worker_that_is_all_but_full_gets_help() -> None:
+    decision = decide(pool(worker(0.95), *[worker(0.2)] * 3))
+    assert (decision.target, decision.cause) == (5, "pressure")
+    assert decision.reason == (
+        "the hottest worker, which all wait for, is busy 0.95 at busy 0.39 of 4 workers"
+    )
 
 
 def test_a_skewed_pool_does_not_shrink() -> None:
