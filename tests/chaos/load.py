@@ -105,9 +105,6 @@ class _Generator:
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 await read(stream, request)
-        except (Refused, grpc.aio.AioRpcError) as error:
-            stream.refused = not stream.arrivals and _says_retry(error)
-            stream.error = str(error)[:500]
         except Exception as error:
             stream.error = f"{type(error).__name__}: {error}"[:500]
 
@@ -136,16 +133,6 @@ class _Generator:
         async for message in call:
             _take_message(stream, message)
         stream.ends.append("done")
-
-
-class Refused(Exception):
-    """The answer is no stream; str() is its head and body."""
-
-
-def _says_retry(error: Refused | grpc.aio.AioRpcError) -> bool:
-    if isinstance(error, Refused):
-        return " 503 " in str(error)[:16] and "retry-after" in str(error).lower()
-    return error.code() == grpc.StatusCode.UNAVAILABLE
 
 
 def _take_chunk(stream: Stream, chunk: dict[str, Any]) -> None:
@@ -188,7 +175,7 @@ async def _events(host: str, port: int, body: bytes) -> AsyncIterator[bytes]:
         )
         head = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in head[:16]:
-            raise Refused(f"{head.decode()} {(await reader.read(1000)).decode()}")
+            raise ValueError(f"{head.decode()} {(await reader.read(1000)).decode()}")
         rest = b""
         while size := int(await reader.readline(), 16):  # a chunked body
             part = await reader.readexactly(size + len(b"\r\n"))

@@ -30,8 +30,6 @@ class Stream:
     usage: tuple[int, int] | None = None
     """Prompt and completion tokens, as the server counts them."""
     error: str | None = None
-    refused: bool = False
-    """Told to try again later (503, UNAVAILABLE) before anything came."""
 
     @property
     def ids(self) -> list[int]:

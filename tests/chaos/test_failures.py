@@ -128,12 +128,15 @@ def test_demand_for_three_times_the_cache_preempts_and_finishes(chaos: Chaos) ->
 
 
 def kill_at_random(chaos: Chaos, seed: int, kills: int) -> None:
-    """Every three seconds another worker, whether the last one has been replaced or not."""
+    """Every three seconds another worker, whether the last one has been replaced or not.
+
+    So a tier may be gone altogether until Serve has started a worker: then all wait, and the gaps
+    say how long that takes.
+    """
     rng = random.Random(seed)
     roles = ["experts", "router", "attention"]
     kills_seen = []
     with chaos.trial(f"random kills, seed {seed}") as trial:
-        trial.may_refuse = True
         chaos.settle()
         for _ in range(kills):
             role = rng.choice(roles)

@@ -52,8 +52,6 @@ class Trial:
     notes: dict[str, Any] = field(default_factory=dict)
     load_average: float = 0.0
     """Of the machine, when the load ended."""
-    may_refuse: bool = False
-    """Whether a whole tier may be gone for a while: new requests are then told to come back."""
 
     def disturbed(self, at_s: float, lasting_s: float = 0.0) -> None:
         """Something happened at that moment."""
@@ -180,9 +178,6 @@ class Chaos:
         time.sleep(self.before_s)
 
     def _check_streams(self, trial: Trial) -> None:
-        if trial.may_refuse:
-            trial.notes["refused"] = sum(stream.refused for stream in trial.streams)
-            trial.streams = [stream for stream in trial.streams if not stream.refused]
         wrong = faults(trial.streams, self._expected)
         shown = "\n".join(wrong[:MAX_FAULTS_SHOWN])
         assert not wrong, f"{len(wrong)} of {len(trial.streams)} streams are at fault:\n{shown}"
