@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,23 @@ class RayHarness:
             wait_ready(url)
             self._current = config
         return Server(url, f"127.0.0.1:{self._listen['grpc_port']}", config.model_name)
+
+    @contextmanager
+    def from_serve_config(self, config: dict[str, Any], model: str) -> Iterator[Server]:
+        """The applications of a Serve config file instead of one of `serve`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from ray.serve.context import _get_global_client
+            from ray.serve.schema import ServeDeploySchema
+        if self._current is not None:
+            self.local.undeploy()
+        self._current = None
+        client = _get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+        url = f"http://127.0.0.1:{self._listen['http_port']}"
+        wait_ready(url)
+        yield Server(url, f"127.0.0.1:{self._listen['grpc_port']}", model)
+        self.local.undeploy()
 
     def stop(self) -> None:
         self.local.drain()

@@ -1,0 +1,154 @@
+"""Ray Serve scales the experts on their load, as a Serve config file asks it to: YAML in, no flags.
+
+What `serve deploy` and KubeRay do with `serveConfigV2` is done here with the same text and the same
+Serve; chaos tests scale under `shoal serve`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import RayHarness, Server
+
+SERVE_CONFIG = """
+applications:
+  - name: shoal
+    route_prefix: /
+    import_path: cluster.app:build_app
+    args:
+      model: {model}
+      deterministic: true
+      runtime_dir: {sockets}
+      experts:
+        num_workers: 2
+        emulated_pairs_per_s: 500
+        scaling:
+          min_workers: 2
+          max_workers: 3
+          upscale_delay_s: 0
+          downscale_delay_s: 2
+          settle_s: 3
+          report_every_s: 0.5
+          window_s: 2
+"""
+PROMPT = list(range(20, 40))
+SCALE_TIMEOUT_S = 90.0
+METRIC_TIMEOUT_S = 30.0
+
+
+@pytest.fixture
+def from_yaml(
+    ray_harness: RayHarness, checkpoint_dir: Callable[[str], Path], tmp_path: Path
+) -> Iterator[Server]:
+    """The application of SERVE_CONFIG on the shared Ray."""
+    model = checkpoint_dir("v3")
+    text = SERVE_CONFIG.format(model=model, sockets=tmp_path)
+    with ray_harness.from_serve_config(yaml.safe_load(text), model.name) as server:
+        yield server
+
+
+def num_experts(server: Server) -> int:
+    return sum(worker["role"] == "experts" for worker in server.get("/status")["workers"])
+
+
+def wait_for(server: Server, count: int) -> float:
+    """Seconds until there are so many expert workers."""
+    begun_s = time.monotonic()
+    while num_experts(server) != count:
+        if time.monotonic() - begun_s > SCALE_TIMEOUT_S:
+            pytest.fail(f"{num_experts(server)} expert workers, not {count}")
+        time.sleep(0.2)
+    return time.monotonic() - begun_s
+
+
+class Load:
+    """Streams that go on until told to stop; every answer must be the same."""
+
+    def __init__(self, server: Server, num_streams: int) -> None:
+        self.answers: list[list[int]] = []
+        self._server = server
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(num_streams)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.answers.append(ask(self._server))
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def ask(server: Server) -> list[int]:
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "max_tokens": 24,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    return list(server.post("/v1/completions", body)["choices"][0]["token_ids"])
+
+
+@pytest.mark.ray
+def test_the_pool_follows_the_load_up_and_down(from_yaml: Server) -> None:
+    assert num_experts(from_yaml) == 2
+    expected = ask(from_yaml)
+    load = Load(from_yaml, 4)
+    try:
+        grew_s = wait_for(from_yaml, 3)
+        held = [w["num_experts"] for w in from_yaml.get("/status")["workers"] if w["num_slots"]]
+    finally:
+        load.stop()
+    assert load.answers and all(answer == expected for answer in load.answers)
+    shrank_s = wait_for(from_yaml, 2)
+    assert ask(from_yaml) == expected
+    assert re.search(r"Experts: 2 -> 3 workers, (load|pressure): .+", controller_log())
+    assert re.search(r"Experts: 3 -> 2 workers, spare: .+", controller_log())
+    wait_for_metric("ray_shoal_scaling_decisions_total{", 'cause="spare"', 'deployment="Experts"')
+    print(f"grew after {grew_s:.1f} s, shrank after {shrank_s:.1f} s, held {held}")
+
+
+def controller_log() -> str:
+    """What Serve's controller wrote since Ray was started."""
+    import ray._private.worker as ray_worker
+
+    logs = Path(ray_worker.global_worker.node.get_logs_dir_path()) / "serve"
+    return "".join(file.read_text() for file in logs.glob("controller_*.log"))
+
+
+def wait_for_metric(*parts: str) -> None:
+    """Until a line of what Prometheus would scrape from this node has all the parts."""
+    import ray
+
+    port = ray.nodes()[0]["MetricsExportPort"]
+    deadline_s = time.monotonic() + METRIC_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        if any(all(part in line for part in parts) for line in lines):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"no metric with {parts} after {METRIC_TIMEOUT_S} s")
+
+
+def test_the_config_is_the_one_that_serve_reads(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(SERVE_CONFIG.format(model="/models/x", sockets=tmp_path))
+    assert ServeDeploySchema.model_validate(config).applications[0].name == "shoal"
