@@ -1,7 +1,7 @@
 """Processes of a cluster under load are killed and stopped; its clients see a pause at most.
 
-The limits of times are those of docs/failures.md. On a machine of two cores everything shares them
-with the start of the replacement, so the short form allows more where it says so.
+On two cores everything shares them with the start of the replacement, so the short form allows
+more time where it says so; --chaos-long demands the exact figures.
 """
 
 from __future__ import annotations
