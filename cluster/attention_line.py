@@ -3,12 +3,15 @@ that has stopped reading."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 
 from attention.client import AttentionClient
 from attention.messages import Stats, Submit, TokenOutput
+
+logger = logging.getLogger(__name__)
 
 OnOutput = Callable[[TokenOutput], None]
 
@@ -57,4 +60,7 @@ class AttentionLine:
 
     def _send(self) -> None:
         while (work := self._outbox.get()) is not None:
-            work()
+            try:
+                work()
+            except Exception:  # what comes behind it must still be sent
+                logger.exception("to %s: not sent", self.worker_id)

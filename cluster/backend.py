@@ -30,13 +30,17 @@ PROBE_TIMEOUT_S = 1.0
 """A worker that left the snapshot and answers nothing for so long hangs."""
 
 
+PARK_LIMIT_S = 300.0
+"""How long a sequence waits for an attention worker when all have died."""
+
+
 class NoWorker(OSError):
     """No attention worker is connected at this moment."""
 
 
 @dataclass(frozen=True)
 class _Parked:
-    """A replay that waits for a worker, since `parked_s`."""
+    """A sequence that waits for a worker, since `parked_s`."""
 
     submit: Submit
     on_output: OnOutput
@@ -84,18 +88,15 @@ class AttentionPool:
     # ---- sequences
 
     def submit(self, submit: Submit, on_output: OnOutput) -> None:
-        """Start a sequence; its outputs come to `on_output` from another thread.
-
-        Raises NoWorker.
+        """Start a sequence; its outputs come to `on_output` from another thread. When all workers
+        have died it waits for the next one. Raises NoWorker before the first was there.
         """
-        with self._lock:
-            line = self._least_loaded()
-            if line is None:
-                raise NoWorker("no attention worker is connected")
-            self._give(line, submit, on_output)
+        if not self._was_ready:
+            raise NoWorker("no attention worker is connected")
+        self.replay(submit, on_output)
 
     def replay(self, submit: Submit, on_output: OnOutput) -> None:
-        """Continue a lost sequence; without a worker it waits until one connects."""
+        """Continue a lost sequence; without a worker it waits for one, PARK_LIMIT_S at most."""
         with self._lock:
             line = self._least_loaded()
             if line is not None:
@@ -117,7 +118,7 @@ class AttentionPool:
 
     @property
     def num_parked(self) -> int:
-        """Replays that wait for a worker."""
+        """Sequences that wait for a worker."""
         return len(self._parked)
 
     def _least_loaded(self) -> AttentionLine | None:
@@ -174,8 +175,19 @@ class AttentionPool:
                 if self._closing:
                     return
                 work = self._due_work()
+                expired = self._take_expired()
+            for request_id, parked in expired.items():
+                parked.on_output(TokenOutput(request_id=request_id, finish_reason="unavailable"))
             for name, job in work.items():
                 threading.Thread(target=self._do, args=(name, job), daemon=True).start()
+
+    def _take_expired(self) -> dict[str, _Parked]:
+        """Sequences that have waited too long. Those with a deadline their reader ends earlier."""
+        limit_s = self._clock() - PARK_LIMIT_S
+        expired = {i: parked for i, parked in self._parked.items() if parked.parked_s < limit_s}
+        for request_id in expired:
+            del self._parked[request_id]
+        return expired
 
     def _due_work(self) -> dict[str, Callable[[], None]]:
         """What has to be done about which worker, if nobody is at it."""

@@ -121,8 +121,8 @@ class ShoalConfig(_Section):
     experts: ExpertTier = ExpertTier()
     listen: Listen = Listen()
     enable_operations: bool | None = None
-    """Routes that change the cluster (`shoal experts`, `shoal scale`); None: only if clients
-    must be on this machine, as there is no authentication yet."""
+    """Routes that change the cluster (`shoal experts`, `shoal scale`). There is no authentication
+    yet: None turns them on only where `shoal serve` listens on loopback itself."""
     enable_chaos: bool = False
     """`shoal chaos` may kill and stop workers."""
     channel: Literal["unix", "tcp"] = "unix"
@@ -135,12 +135,11 @@ class ShoalConfig(_Section):
         """What clients call the model."""
         return self.served_model_name or self.model.resolve().name
 
-    @property
-    def operations(self) -> bool:
-        """Whether clients may change the cluster."""
+    def served_here(self) -> ShoalConfig:
+        """With what only who opens the ports can know: whether clients are on this machine."""
         if self.enable_operations is not None:
-            return self.enable_operations
-        return self.listen.host in LOOPBACK
+            return self
+        return self.model_copy(update={"enable_operations": self.listen.host in LOOPBACK})
 
     @property
     def engine(self) -> AttentionConfig:

@@ -70,9 +70,9 @@ class ApiClient:
                 method, path, json.dumps(body) if body is not None else None, headers
             )
             return _Closing(connection), connection.getresponse()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
-            reason = error.strerror or str(error) or type(error).__name__
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ApiError(
                 f"no Shoal at {self.url}: {reason}; start it with `shoal serve`"
             ) from None

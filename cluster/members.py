@@ -297,7 +297,7 @@ class IngressMember:
         self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
         self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
         self._operations = (
-            Operations(self._line.command, self.pool.snapshot) if config.operations else None
+            Operations(self._line.command, self.pool.snapshot) if config.enable_operations else None
         )
         self._line.start()
 

@@ -10,13 +10,15 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from cluster.cli_common import DEFAULT_URL, JsonOption, UrlOption, user_errors
 from cluster.config import ConfigError
 from cluster.console import stdout
 from cluster.expert_table import render_experts
-from cluster.http_client import ApiClient, RequestRefused
+from cluster.http_client import ApiClient, ApiError, RequestRefused
 
 TIMEOUT_S = 30.0
 WATCH_PERIOD_S = 1.0
@@ -86,7 +88,11 @@ def _watch(client: ApiClient) -> None:
     with Live(render_experts(_load(client)), console=stdout, auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_PERIOD_S)
-            live.update(render_experts(_load(client)), refresh=True)
+            try:
+                view: RenderableType = render_experts(_load(client))
+            except ApiError as error:  # the directory may be starting anew
+                view = Text(str(error), "yellow")
+            live.update(view, refresh=True)
 
 
 def _load(client: ApiClient) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def running(
     """
     check_model(config.model)
     check_engine(config)
-    config = _with_ports(config)
+    config = _to_serve_here(config)
     check_ports(config)
     with stop_signals() as signals:
         launch = _launch(config, inline, dashboard)
@@ -78,12 +78,13 @@ def _launch(config: ShoalConfig, inline: bool, dashboard: bool) -> Launch:
     return LocalCluster(config, dashboard=dashboard)
 
 
-def _with_ports(config: ShoalConfig) -> ShoalConfig:
+def _to_serve_here(config: ShoalConfig) -> ShoalConfig:
     ports = {
         name: getattr(config.listen, name) or free_port(config.listen.host)
         for name in ("http_port", "grpc_port")
     }
-    return config.model_copy(update={"listen": config.listen.model_copy(update=ports)})
+    listen = config.listen.model_copy(update=ports)
+    return config.model_copy(update={"listen": listen}).served_here()
 
 
 def _url(config: ShoalConfig) -> str:

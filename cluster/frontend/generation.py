@@ -151,7 +151,9 @@ class Generation:
     def _error_of(self, output: TokenOutput) -> ShoalError:
         """What a sequence that did not finish means for the whole request."""
         if output.finish_reason == "unavailable":
-            return _experts_unavailable(output.error or "experts are not available")
+            if output.error is None:
+                return _no_worker()
+            return _experts_unavailable(output.error)
         if self.request.deadline is not None and self._clock() >= self.request.deadline:
             return self._too_late()
         reason = output.error or "the request was aborted"

@@ -96,7 +96,9 @@ class KeyStore:
     def keep(self, call: IdempotentCall, answer: bytes) -> None:
         """The finished answer, for who asks again."""
         entry = self._entries.get(call.key)
-        if entry is None or entry.answer or len(answer) > self._limits.max_kept_answer_bytes:
+        if entry is None or entry.digest != call.digest or entry.answer:
+            return  # forgotten meanwhile, and perhaps claimed by another request
+        if len(answer) > self._limits.max_kept_answer_bytes:
             return
         entry.answer = answer
         self._num_bytes += len(answer)

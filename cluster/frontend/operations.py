@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from ipaddress import ip_address
 from typing import Literal
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
-from cluster.errors import InvalidRequest, NotFound, Unavailable, quote
+from cluster.errors import InvalidRequest, NotFound, PermissionDenied, Unavailable, quote
 from cluster.frontend.api_docs import body_of
 from cluster.frontend.checks import check_number
 from cluster.frontend.http_guard import json_response
@@ -204,8 +206,24 @@ async def _answer(
     run: Callable[[SchemaT], Awaitable[str]],
     limits: Limits,
 ) -> Response:
+    _check_host(request.headers.get("host", ""))
     body = parse_body(schema, await read_json(request, limits))
     return json_response({"done": await run(body)})
+
+
+def _check_host(host: str) -> None:
+    """A page of the web may have its own name resolve to this machine and then post here, but it
+    cannot have our address or localhost for its name."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name == "localhost" or name.endswith((".svc", ".svc.cluster.local")):
+            return
+        ip_address(name)
+    except ValueError:
+        raise PermissionDenied(
+            "Commands are taken under an address, localhost or a cluster's service name, not"
+            f" {quote(host)}."
+        ) from None
 
 
 def _ids(names: Iterable[str]) -> str:

@@ -19,8 +19,9 @@ from cluster.frontend.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_FRUITLESS_REPLAYS = 5
-"""A sequence that loses so many workers in a row without a token between may be what kills them."""
+MAX_FRUITLESS_REPLAYS = 10
+"""A sequence that loses so many workers in a row without a token between may be what kills them;
+one that only waited in their queues has lost fewer by then."""
 
 
 @dataclass(frozen=True, eq=False)

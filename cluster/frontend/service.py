@@ -170,7 +170,7 @@ class InferenceService:
                 "The server is shutting down.", code="draining", retry_after_s=_RETRY_LOADING_S
             )
         ready = self.readiness()
-        if not ready.ready:
+        if not ready.ready and ready.missing != "attention":  # for that one it can wait
             raise Unavailable(
                 f"The model is not ready: {ready.stage}.", retry_after_s=_RETRY_LOADING_S
             )

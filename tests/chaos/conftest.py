@@ -25,6 +25,7 @@ NEW_TOKENS = 48
 FIRST_BYTE_ID, LAST_BYTE_ID = 17, 272  # of the tiny tokenizer: every byte is a token
 SETTINGS: dict[str, Any] = {
     "deterministic": True,
+    "enable_chaos": True,
     # 48 experts, each on two of three workers; rebalancing would give the hot ones three
     "experts": {"num_workers": 3, "redundancy": 48, "rebalance": {"enabled": False}},
     "router": {"num_workers": 2},

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -99,6 +101,35 @@ def test_a_stopped_expert_worker_is_left_alone_and_its_late_answers_dropped(chao
             trial.disturbed(send(victim["pid"], signal.SIGCONT))
         watch(chaos, short_s=4.0)
     assert trial.gap_p99_s <= limit_s(chaos, trial)
+
+
+def test_a_stopped_attention_worker_loses_its_streams_to_the_other(chaos: Chaos) -> None:
+    """Noticed after 3 s of silence and a probe of 1 s; awake again it finds its requests gone."""
+    victim = chaos.deployment.workers("attention")[0]
+    with chaos.trial("stop and continue an attention worker") as trial:
+        chaos.settle()
+        trial.disturbed(send(victim["pid"], signal.SIGSTOP))
+        try:
+            time.sleep(7.0)
+        finally:
+            trial.disturbed(send(victim["pid"], signal.SIGCONT))
+        watch(chaos, short_s=3.0)
+    assert trial.gap_p99_s <= limit_s(chaos, trial, floor_s=8.0)
+
+
+def test_the_command_line_kills_as_well(chaos: Chaos) -> None:
+    before = {worker["pid"] for worker in chaos.deployment.workers("router")}
+    with chaos.trial("shoal chaos kill router") as trial:
+        chaos.settle()
+        command = [sys.executable, "-m", "cluster", "chaos", "kill", "router", "--random"]
+        trial.disturbed(time.monotonic())
+        done = subprocess.run(
+            [*command, "--url", chaos.deployment.server.url], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "kill sent to router" in done.stdout, done.stderr
+        watch(chaos, short_s=2.0)
+    after = {worker["pid"] for worker in chaos.deployment.workers("router")}
+    assert len(before & after) == 1 and len(after) == 2
 
 
 def test_scaling_the_experts_under_load_is_not_felt(chaos: Chaos) -> None:

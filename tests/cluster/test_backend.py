@@ -22,7 +22,7 @@ from attention.messages import (
     encode_message,
     parse_message,
 )
-from cluster.backend import AttentionPool, NoWorker
+from cluster.backend import PARK_LIMIT_S, AttentionPool, NoWorker
 from experts.channel.channel import ChannelClosed, ChannelTimeout, Connection, Server
 from experts.channel.frame import Frame, Kind
 from experts.messages import Snapshot, WorkerInfo
@@ -202,7 +202,7 @@ def test_a_worker_that_drains_gets_nothing_more(world: World) -> None:
 # ---- no worker
 
 
-def test_new_requests_are_refused_and_replays_wait(world: World) -> None:
+def test_before_the_first_worker_new_requests_are_refused_and_replays_wait(world: World) -> None:
     with pytest.raises(NoWorker):
         world.submit("new")
     world.replay("kept", deadline_s=9.0, emitted_ids=[7, 8])
@@ -217,6 +217,24 @@ def test_new_requests_are_refused_and_replays_wait(world: World) -> None:
     assert a.calls.empty() and world.pool.num_parked == 0
     a.say("kept", token_ids=[9])
     assert world.output().token_ids == [9]
+
+
+def test_when_all_workers_died_new_requests_wait_too(world: World) -> None:
+    (a,) = world.start("a")
+    a.close()
+    world.submit("1")
+    assert world.pool.num_parked == 1
+    state = world.pool.ready()
+    assert (state.ready, state.missing) == (False, "attention")
+    (b,) = world.start("b")
+    assert b.next_call() == submit("1")
+
+
+def test_who_waits_too_long_for_a_worker_is_told(world: World) -> None:
+    world.replay("1")
+    world.now_s += PARK_LIMIT_S + 1
+    assert world.output() == TokenOutput(request_id="1", finish_reason="unavailable")
+    assert world.pool.num_parked == 0
 
 
 def test_closing_ends_what_waits_and_what_comes(world: World) -> None:

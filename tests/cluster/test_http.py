@@ -18,7 +18,7 @@ from cluster.frontend.backend import Readiness
 from cluster.frontend.http_server import build_app
 from cluster.frontend.idempotency import IdempotentCall, KeyStore
 from cluster.frontend.limits import Limits
-from cluster.frontend.openai import ChatCompletionRequest
+from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from tests.fakes import TIMEOUT_S, FakeEngine
@@ -240,6 +240,19 @@ def test_another_request_with_the_key_is_a_conflict(serve: Callable[..., Served]
         error = refused.json()["error"]
         assert (error["code"], error["param"]) == ("idempotency_key_reused", "Idempotency-Key")
     assert len(served.engine.submitted) == 1
+
+
+def test_a_late_answer_is_never_kept_for_another_request() -> None:
+    now_s = [0.0]
+    limits = Limits()
+    store = KeyStore(limits, lambda: now_s[0])
+    first = IdempotentCall("k", parse_body(CompletionRequest, {"prompt": "a"}))
+    second = IdempotentCall("k", parse_body(CompletionRequest, {"prompt": "b"}))
+    store.claim(first)
+    now_s[0] += limits.idempotency_ttl_s + 1
+    store.claim(second)
+    store.keep(first, b"of the first")
+    assert store.find(second) is None
 
 
 def test_every_ingress_draws_the_same_from_the_key(serve: Callable[..., Served]) -> None:

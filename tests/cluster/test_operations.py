@@ -113,6 +113,23 @@ def test_a_body_becomes_a_command(world: World, path: str, body: Any, command: C
     assert world.directory.commands == [command]
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "[::", ""]
+)
+def test_a_name_that_anybody_may_have_is_refused(world: World, host: str) -> None:
+    response = httpx.post(
+        world.url + SCALE, json={"tier": "experts", "workers": 4}, headers={"Host": host}
+    )
+    assert response.status_code == 403
+    assert world.directory.commands == []
+
+
+@pytest.mark.parametrize("host", ["localhost:80", "10.1.2.3", "[::1]:8000", "shoal.prod.svc"])
+def test_addresses_and_service_names_are_fine(world: World, host: str) -> None:
+    response = httpx.post(world.url + REBALANCE, json={}, headers={"Host": host})
+    assert response.status_code == 200
+
+
 MISTYPED, TOO_SMALL, TOO_LARGE = (
     "invalid_type",
     "integer_below_min_value",

@@ -573,6 +573,14 @@ def test_loading_model_is_unavailable_with_its_stage(
     assert (caught.value.code, caught.value.retry_after_s) == ("model_loading", 5)
 
 
+def test_who_comes_while_all_attention_workers_are_gone_waits_for_the_next(
+    serve: Callable[..., InferenceService],
+) -> None:
+    engine = FakeEngine(HELLO)
+    engine.readiness = Readiness(False, "connecting", missing="attention")
+    assert text_of(run(collect(serve(engine).chat(chat_body())))) == "Hello"
+
+
 # ---- the ledger
 
 
