@@ -13,7 +13,9 @@ constant load moves the target one way only. In doubt nothing changes:
 - a pool that was too small comes back only when there is less to do, however idle its successor
   looks: that a queue is gone does not say that it would stay away;
 - the hottest worker counts against shrinking: if the mean is fine, placement has to move work, and
-  the reason says so; one that is all but full adds a worker, which takes copies of what is hot.
+  the reason says so; one that is all but full adds a worker, which takes copies of what is hot;
+- a drained expert worker is neither capacity nor load: the others are sized without it, and it is
+  one more. Serve may stop any of them; placement uses it again if one that works is stopped.
 
 Nothing here raises: whatever goes wrong inside, the target is held and the reason tells what.
 """
@@ -50,17 +52,19 @@ def decide_attention(
 def coverage(stats: Iterable[ExpertStats]) -> int:
     """Workers that hold every expert once, whichever of them are stopped; 1 if nothing is known.
 
-    Serve chooses who stops, so the ones with the fewest slots may stay. Workers to come are taken
-    for average ones.
+    Serve chooses who stops, so the ones with the fewest slots may stay, the drained first. Workers
+    to come are taken for average ones of those that work.
     """
     known = list(stats)
     missing = max((one.num_experts for one in known), default=0.0)
-    slots = sorted(one.num_slots for one in known)
-    for number, more in enumerate(slots, start=1):
-        missing -= more
+    slots = sorted(0.0 if one.is_drained else one.num_slots for one in known)
+    for number, held in enumerate(slots, start=1):
+        missing -= held
         if missing <= ROUNDING:
             return number
-    return len(slots) + round_up(missing / (sum(slots) / len(slots))) if slots else 1
+    working = [number for number in slots if number]
+    more = round_up(missing / (sum(working) / len(working))) if working else 0
+    return max(1, len(slots) + more)
 
 
 def _decide_experts(
@@ -73,6 +77,11 @@ def _decide_experts(
         return set_by_hand
     if held := _blind(len(stats), state, now_s, settings, memory):
         return held
+    num_drained = sum(one.is_drained for one in stats)
+    num_missing = max(0, state.num_running - len(stats))
+    stats = [one for one in stats if not one.is_drained]
+    if not stats:
+        return hold(state, settings, memory, "unknown", "all workers that report are drained")
     queue_ms = sum(one.queue_p95_ms for one in stats) / len(stats)
     hottest = max(one.busy_fraction for one in stats)
     num_experts = max(one.num_experts for one in stats)
@@ -80,7 +89,8 @@ def _decide_experts(
         what="busy",
         use=sum(one.busy_fraction for one in stats),
         num_reporting=len(stats),
-        num_missing=max(0, state.num_running - len(stats)),
+        num_missing=num_missing,
+        num_drained=num_drained,
         hottest=hottest,
         high=settings.target_busy,
         low=settings.downscale_busy,

@@ -48,7 +48,10 @@ class PoolState:
 
 @dataclass(frozen=True)
 class Crowded:
-    """A pool that was too small at this throughput, and would be again with as much to do."""
+    """A pool that was too small at this throughput, and would be again with as much to do.
+
+    Without drained workers.
+    """
 
     num_workers: int
     throughput: float

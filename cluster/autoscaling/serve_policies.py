@@ -26,6 +26,8 @@ NOTICES = {"error", "unknown", "stalled", "skew", "bounds", "coverage"}
 """Causes that are logged although the target stays."""
 NOTICE_EVERY_S = 60.0
 MAX_MISSED_REPORTS = 3
+NEWEST = ("num_slots",)
+"""Values that change by command: their average over the window would be of no worker there is."""
 
 
 def autoscaling_config(scaling: Scaling, initial_workers: int) -> dict[str, Any]:
@@ -112,6 +114,9 @@ class _LoadPolicy:
                 commands.append((said[-1].timestamp, int(said[-1].value)))
             if points:
                 values = {n: averages[n][replica] for n in names if replica in averages.get(n, {})}
+                for name in NEWEST:
+                    if newest := series.get(name, {}).get(replica):
+                        values[name] = newest[-1].value
                 age_s = ctx.current_time - points[-1].timestamp
                 reports[str(replica)] = Report(values, age_s)
         # Of those that know: the newest word, not an average of the sizes asked for.

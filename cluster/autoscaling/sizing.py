@@ -22,6 +22,7 @@ class Load:
     """Sum over the workers that report: so many workers would be full."""
     num_reporting: int
     num_missing: int
+    """Workers that run and do not report."""
     hottest: float
     high: float
     """Mean use above which the pool grows."""
@@ -39,6 +40,8 @@ class Load:
     """Every worker takes part; one that has just started has no work yet."""
     complete: bool = True
     """Nothing is being loaded that requests wait for: the load seen is the load there is."""
+    num_drained: int = 0
+    """Workers beside those that report, which shall not work: every size is that much larger."""
 
     @property
     def mean(self) -> float:
@@ -46,12 +49,16 @@ class Load:
 
     @property
     def shown(self) -> str:
-        return f"{self.what} {self.mean:.2f} of {self.num_reporting} workers"
+        beside = f" beside {self.num_drained} drained" if self.num_drained else ""
+        return f"{self.what} {self.mean:.2f} of {self.num_reporting} workers{beside}"
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the load of one moment asks for: at least `grow_to`, and `shrink_to` would do."""
+    """What the load of one moment asks for: at least `grow_to`, and `shrink_to` would do.
+
+    Sizes of `_wish` and below are without drained workers.
+    """
 
     grow_to: int
     shrink_to: int
@@ -67,7 +74,9 @@ def settle(
     memory = _note(memory, load, state, now_s)
     if memory.coverage > highest or not lowest <= target <= highest:
         return hold(state, settings, memory, "coverage", _out_of_room(settings, memory))
-    wish = _wish(load, target, memory)
+    drained = load.num_drained
+    wish = _wish(load, target - drained, memory)
+    wish = replace(wish, grow_to=wish.grow_to + drained, shrink_to=wish.shrink_to + drained)
     wants_more = wish.grow_to > target
     if not wants_more and wish.shrink_to >= target:
         return Decision(target, wish.cause, wish.reason, replace(memory, direction=None))
@@ -84,7 +93,7 @@ def settle(
         new = max(memory.busiest, target - settings.max_step_down, lowest)
         return Decision(new, wish.cause, wish.reason, memory)
     new = min(wish.grow_to, target + settings.max_step_up, highest)
-    crowded = Crowded(target, load.throughput)
+    crowded = Crowded(target - drained, load.throughput)
     return Decision(new, wish.cause, wish.reason, replace(memory, crowded=crowded))
 
 
@@ -119,7 +128,7 @@ def _wish(load: Load, target: int, memory: Memory) -> Wish:
     if grow_to > target:
         reason = f"{load.shown} would need {grow_to} to stay at {load.high:g}"
         return Wish(grow_to, grow_to, "load", reason)
-    num_running = memory.pool[1] if memory.pool else 0
+    num_running = memory.pool[1] - load.num_drained if memory.pool else 0
     if load.pressure and load.ready and num_running >= target and not load.num_missing:
         return Wish(target + 1, target + 1, "pressure", f"{load.pressure} at {load.shown}")
     if load.hottest > load.high:

@@ -51,10 +51,15 @@ class ExpertStats(WorkerStats):
     """Token rows computed."""
     num_held: Amount
     """(layer, expert) pairs that it can compute now."""
-    num_slots: Number
-    """Pairs it can hold; whole groups only, where the model is group-limited."""
+    num_slots: Amount
+    """Pairs it can hold; whole groups only, where the model is group-limited. 0: it is drained."""
     num_experts: Number
     """Pairs of the whole model: what the pool must hold together."""
+
+    @property
+    def is_drained(self) -> bool:
+        """It takes no part and is no capacity."""
+        return self.num_slots < 0.5
 
 
 class AttentionStats(WorkerStats):
@@ -113,7 +118,9 @@ class ExpertMeter:
         self._last: ExpertStats | None = None
         self._remember(clock())
 
-    def read(self, num_held: int, commanded_workers: float = UNKNOWN) -> ExpertStats:
+    def read(
+        self, num_held: int, commanded_workers: float = UNKNOWN, *, is_drained: bool = False
+    ) -> ExpertStats:
         """The report since the last reading."""
         now_s = self._clock()
         elapsed_s = now_s - self._read_s
@@ -128,7 +135,7 @@ class ExpertMeter:
             queue_p95_ms=quantile_us(waits, 0.95) / 1e3,
             rows_per_s=max(0, counters.rows - self._rows) / elapsed_s,
             num_held=num_held,
-            num_slots=self._num_slots,
+            num_slots=0 if is_drained else self._num_slots,
             num_experts=self._num_experts,
             commanded_workers=commanded_workers,
         )

@@ -187,6 +187,9 @@ def test_more_load_than_max_workers_is_told() -> None:
         ([100, 10, 100, 100], 250, 4),  # 10 + 100 + 100 may be the ones that stay
         ([100, 10, 100, 100], 210, 3),
         ([10, 20], 60, 4),  # 30, and two more of 15
+        ([8, 0, 8], 16, 3),  # the drained one may stay and one of the others go
+        ([8, 0], 16, 3),  # one more of 8
+        ([0, 0], 16, 2),
     ],
 )
 def test_coverage_whoever_stays(slots: list[int], experts: int, workers: int) -> None:
@@ -198,6 +201,51 @@ def test_coverage_is_remembered_while_nobody_reports() -> None:
     known = decide(pool(*[worker(0.3, num_experts=20)] * 3)).memory
     decision = decide_experts(PoolState(2, 2), 1.0, PROMPT, known)
     assert (decision.target, decision.cause) == (3, "coverage")
+
+
+# --- drained workers ---
+
+DRAINED = worker(0.0, num_slots=0, num_held=0)
+
+
+def test_a_drained_worker_is_no_coverage() -> None:
+    """8 slots each and 16 experts: Serve might stop one of the two that work."""
+    idle = worker(0.0)
+    decision = decide(pool(DRAINED, idle, idle))
+    assert (decision.target, decision.cause) == (3, "bounds")
+    assert decision.reason.endswith(
+        "beside 1 drained: 1 would do; 3 are needed to hold every expert"
+    )
+
+
+def test_a_drained_worker_is_no_capacity() -> None:
+    # 2 x 0.9 / 0.6 = 3 that work; 3 are there, of which 2 do
+    decision = decide(pool(DRAINED, worker(0.9), worker(0.9)))
+    assert (decision.target, decision.cause) == (4, "load")
+    assert decision.reason == (
+        "busy 0.90 of 2 workers beside 1 drained would need 3 to stay at 0.6"
+    )
+    # 6 x 0.2 / 0.45: 3 of them would do, the drained one is a fourth
+    scaling = PROMPT.model_copy(update={"max_step_down": 20})
+    assert decide(pool(DRAINED, *[worker(0.2)] * 6), scaling).target == 4
+    # between the marks nothing changes: 2 x 0.5 = 1.0, not 1.0 of 3
+    assert decide(pool(DRAINED, worker(0.5), worker(0.5))).target == 3
+
+
+def test_a_drained_worker_is_not_one_that_starts() -> None:
+    queue = worker(0.3, queue_p95_ms=30)
+    decision = decide(pool(DRAINED, queue, queue))
+    assert (decision.target, decision.cause) == (4, "pressure")
+    assert decision.reason.startswith("queue p95 30.0 ms exceeds")
+    assert decision.memory.crowded == Crowded(num_workers=2, throughput=600)
+    same = decide_experts(pool(DRAINED, *[worker(0.2)] * 3), 1, PROMPT, decision.memory)
+    assert same.target == 4 and same.reason.endswith("2 were too few for as much work")
+
+
+def test_drained_workers_alone_hold_the_target() -> None:
+    decision = decide(pool(DRAINED, DRAINED))
+    assert (decision.target, decision.cause) == (2, "unknown")
+    assert decision.reason == "held at 2: all workers that report are drained"
 
 
 # --- metrics that are missing, old or absurd ---
@@ -218,7 +266,7 @@ ABSURD = [
     {**worker().values, "busy_fraction": 37.0},
     {**worker().values, "rows_per_s": math.inf},
     {**worker().values, "queue_p95_ms": None},
-    {**worker().values, "num_slots": 0},
+    {**worker().values, "num_slots": -1},
     {**worker().values, "num_experts": "many"},
 ]
 
@@ -424,7 +472,7 @@ SANE = st.builds(
     st.floats(0, 1),
     queue_p95_ms=st.floats(0, 100),
     num_held=st.integers(0, 12),
-    num_slots=st.integers(1, 12),
+    num_slots=st.integers(0, 12),
     num_experts=st.just(16),
     age_s=st.floats(0, 15),
 )

@@ -216,6 +216,14 @@ def test_the_options_fit_a_deployment() -> None:
     )
 
 
+def test_slots_are_the_newest_ones_not_an_average_over_a_drain() -> None:
+    ctx = context([expert(0.5)] * 3, serve_config(PROMPT))
+    series = ctx.raw_metrics["num_slots"]
+    series[next(iter(series))].append(TimeStampedValue(NOW_S, 0.0))
+    slots = [r.values["num_slots"] for r in ExpertLoadPolicy.read_state(ctx).reports.values()]
+    assert slots == [0.0, 8.0, 8.0]
+
+
 def test_the_newest_command_counts_and_newcomers_know_none() -> None:
     config = serve_config(PROMPT)
     ctx = context([expert(0.5, 0), expert(0.5, 4), expert(0.5)], config)

@@ -57,6 +57,16 @@ def test_rates_are_those_since_the_last_reading() -> None:
     assert (idle.busy_fraction, idle.rows_per_s, idle.queue_p95_ms) == (0, 0, 0)
 
 
+def test_a_drained_worker_has_no_slots() -> None:
+    clock = Clock()
+    meter = ExpertMeter(Counters(), num_slots=8, num_experts=16, clock=clock)
+    clock.now_s += 1
+    assert meter.read(num_held=3, is_drained=True).is_drained
+    clock.now_s += 1
+    again = meter.read(num_held=3)
+    assert (again.num_slots, again.is_drained) == (8, False)
+
+
 def test_a_batch_longer_than_the_interval_is_no_more_than_busy() -> None:
     clock, counters = Clock(), Counters()
     meter = ExpertMeter(counters, 8, 16, clock)
