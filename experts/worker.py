@@ -8,7 +8,7 @@ answer of another expert. An expert has no state between calls: a batch may be s
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ from experts.channel.frame import (
     reply_to,
 )
 from experts.checkpoint import Checkpoint
+from experts.errors import CheckpointError
 from experts.kernels.runtime import warm_up
 from experts.layer import SlotWeights, grouped_swiglu
 from experts.load import WINDOW_S, LoadCounter
@@ -40,6 +41,22 @@ MAX_WAITING = 64  # batches; more are refused, their senders have other holders 
 REPORT_EVERY_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
 _U32 = 0xFFFF_FFFF
+_NUM_NAMES = 8  # of experts in an error
+
+
+class ExpertsNotLoaded(Exception):
+    """Experts that could not be read, each with its reason; str() is one line."""
+
+    def __init__(self, failed: Mapping[ExpertKey, Exception]) -> None:
+        super().__init__(failed)
+        self.failed = failed
+
+    def __str__(self) -> str:
+        names = [f"{expert} of layer {layer}" for layer, expert in sorted(self.failed)]
+        more = f" and {len(names) - _NUM_NAMES} more" if len(names) > _NUM_NAMES else ""
+        shown = ", ".join(names[:_NUM_NAMES])
+        first = self.failed[min(self.failed)]
+        return f"could not load expert {shown}{more}: {type(first).__name__}: {first}"
 
 
 @dataclass(slots=True)
@@ -161,9 +178,11 @@ class ExpertWorker:
     ) -> None:
         """Hold exactly these: drop the others, load what is missing.
 
-        `report(holds)` is called about once a second while loading and at the end. Raises
-        ValueError when they do not fit in the slots, CheckpointError; what was loaded stays.
+        `report(holds)` is called about once a second while loading and at the end. One that cannot
+        be read holds up no other: ExpertsNotLoaded comes after the last report. Raises ValueError
+        when they do not fit in the slots.
         """
+        failed: dict[ExpertKey, Exception] = {}
         with self._load_lock:
             wished = set(experts)
             if len(wished) > self.num_slots:
@@ -171,13 +190,19 @@ class ExpertWorker:
             self._unload(self._slot_of.keys() - wished)
             reported_s = time.monotonic()
             for key in sorted(wished - self._slot_of.keys()):
-                self._load(key)
+                try:
+                    self._load(key)
+                except (CheckpointError, OSError) as error:
+                    failed[key] = error
                 if report is not None and time.monotonic() - reported_s > REPORT_EVERY_S:
                     report(self.holds)
                     reported_s = time.monotonic()
-            self.epoch = epoch
+            if not failed:
+                self.epoch = epoch
         if report is not None:
             report(self.holds)
+        if failed:
+            raise ExpertsNotLoaded(failed)
 
     def load(self, experts: Iterable[ExpertKey]) -> None:
         """Hold these as well. Raises as `hold` does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from experts.channel.frame import ONE_ROW_PER_PAIR, Frame, Kind, Status
 from experts.checkpoint import Checkpoint
-from experts.worker import ExpertWorker, _Batch
+from experts.errors import CheckpointError
+from experts.weights import load_expert
+from experts.worker import ExpertsNotLoaded, ExpertWorker, _Batch
 from tests.reference import Reference
 
 LAYER = 1
@@ -30,7 +32,7 @@ def folder(checkpoint_dir: Callable[[str], Path]) -> Path:
 def worker(folder: Path) -> ExpertWorker:
     """Holds experts 0-7 of layer 1 in 12 slots."""
     made = ExpertWorker(Checkpoint.open(folder), "w0", num_slots=12)
-    made.load([(LAYER, expert) for expert in range(8)])
+    made.hold([(LAYER, expert) for expert in range(8)])
     return made
 
 
@@ -102,7 +104,7 @@ def test_what_it_lacks_is_named_and_nothing_is_computed(worker: ExpertWorker) ->
 
 def test_an_expert_the_model_does_not_have_is_not_here(worker: ExpertWorker) -> None:
     """Not the last expert's answer, as a clipped index would give."""
-    worker.load([(LAYER, 15)])
+    worker.hold([(LAYER, 15)])
     answer = worker.handle(request(rows(1), [(0, 16, 1.0)]), NOBODY)
     assert answer.status == Status.NOT_HERE
     assert answer.expert_ids is not None
@@ -178,13 +180,40 @@ def test_experts_the_model_does_not_have_are_refused(
     worker: ExpertWorker, key: tuple[int, int]
 ) -> None:
     with pytest.raises(ValueError, match=f"no expert {key[1]} in layer {key[0]}"):
-        worker.load([key])
+        worker.hold([key])
 
 
-def test_load_and_unload_keep_the_rest(worker: ExpertWorker) -> None:
-    worker.load([(2, 0), (2, 0)])
-    worker.unload([(LAYER, 0), (3, 3)])
-    assert worker.holds == {(LAYER, expert) for expert in range(1, 8)} | {(2, 0)}
+def test_an_expert_that_cannot_be_read_holds_up_no_other(
+    worker: ExpertWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason: Exception = CheckpointError("m.safetensors", "data up to byte 9", "8 bytes")
+
+    def load(checkpoint: Checkpoint, layer: int, expert: int) -> Any:
+        if expert in (2, 5):
+            raise reason
+        return load_expert(checkpoint, layer, expert)
+
+    monkeypatch.setattr("experts.worker.load_expert", load)
+    reports: list[set] = []
+
+    def report(holds: Iterable[tuple[int, int]]) -> None:
+        reports.append(set(holds))
+
+    wished, there = [(2, e) for e in range(8)], {(2, e) for e in range(8) if e not in (2, 5)}
+    with pytest.raises(ExpertsNotLoaded) as caught:
+        worker.hold(wished, epoch=4, report=report)
+    assert str(caught.value) == (
+        "could not load expert 2 of layer 2, 5 of layer 2: CheckpointError: m.safetensors: "
+        "expected data up to byte 9, found 8 bytes"
+    )
+    assert worker.holds == there and reports == [there]
+    assert worker.epoch == 0  # not carried out
+    reason = OSError("stale handle")
+    with pytest.raises(ExpertsNotLoaded, match="OSError: stale handle"):
+        worker.hold(wished, epoch=4)
+    monkeypatch.undo()
+    worker.hold(wished, epoch=4)
+    assert worker.holds == set(wished) and worker.epoch == 4
 
 
 # --- several senders ---
