@@ -74,7 +74,7 @@ class Register(WorkerInfo):
 
     `seen_epoch` and `seen_version` are the newest that it was told: a restarted directory goes on
     above them. `seen_scale` is the newest `Snapshot.scale`: it goes on with that of the newest
-    version.
+    version. `drained`: the newest snapshot names this worker among the drained.
     """
 
     type: Literal["register"] = "register"
@@ -82,6 +82,7 @@ class Register(WorkerInfo):
     seen_epoch: Count = 0
     seen_version: Count = 0
     seen_scale: Targets = {}
+    drained: bool = False
 
     @property
     def info(self) -> WorkerInfo:
@@ -111,6 +112,7 @@ class Snapshot(_Message):
     `version` grows at every change, `epoch` only when a holder changes.
     `holders[str(layer)][expert]` are the ids of the workers that hold the expert, sorted; () while
     nobody does. `scale`: numbers of workers set by command; an absent role scales by its policy.
+    `drained`: expert workers that are no capacity: they hand over or hold nothing, by command.
     """
 
     type: Literal["snapshot"] = "snapshot"
@@ -121,6 +123,7 @@ class Snapshot(_Message):
     workers: Annotated[tuple[WorkerInfo, ...], Field(max_length=MAX_WORKERS)] = ()
     holders: Annotated[dict[str, HoldersOfLayer], Field(max_length=1 << 16)] = {}
     scale: Targets = {}
+    drained: Annotated[tuple[WorkerId, ...], Field(max_length=MAX_WORKERS)] = ()
 
     def workers_of(self, role: Role) -> tuple[WorkerInfo, ...]:
         """Live workers of one role, sorted by id."""
@@ -196,7 +199,10 @@ class Released(_Message):
 
 
 class Drain(_Message):
-    """Hand over all experts of a worker; it stays a member without experts until it registers."""
+    """Hand over all experts of a worker; it stays a member without experts.
+
+    It is used again when the others cannot hold every expert, or as a new process.
+    """
 
     type: Literal["drain"] = "drain"
     worker_id: WorkerId

@@ -1,7 +1,8 @@
 """The directory: who lives, who holds which expert, who shall hold it.
 
 server.py       the server side: threads, a lock and time around the roster
-roster.py       its state machine; member.py, publication.py  one member, the next snapshot
+roster.py       its state machine; member.py, publication.py  one member, the next snapshot;
+                journal.py  what is logged of it
 rebalancer.py   when a step towards even load is made
 commands.py     drain, replicate, rebalance, scale, chaos
 member_line.py  the directory's end of a connection

@@ -111,6 +111,7 @@ class DirectoryClient:
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._last_error = ""
+        self._last_failure = ""  # of on_assign
         self._threads = [threading.Thread(target=self._run, name="directory-client", daemon=True)]
         if on_assign is not None:
             self._threads.append(
@@ -255,6 +256,7 @@ class DirectoryClient:
                     "seen_epoch": max(newest.epoch if newest else 0, self._assign_epoch),
                     "seen_version": newest.version if newest else 0,
                     "seen_scale": newest.scale if newest else {},
+                    "drained": bool(newest and self._register.worker_id in newest.drained),
                 }
             )
             line.send(encode(register), SEND_TIMEOUT_S)
@@ -364,6 +366,13 @@ class DirectoryClient:
 
     # --- the thread of on_assign ---
 
+    def _note_failure(self, assign: Assign, error: Exception) -> None:
+        """Log it, once while it repeats."""
+        text = f"{type(error).__name__}: {error}"
+        if text != self._last_failure:
+            logger.error("on_assign failed at epoch %d: %s", assign.epoch, text, exc_info=error)
+        self._last_failure = text
+
     def _next_assign(self) -> Assign | None:
         with self._changed:
             self._changed.wait_for(lambda: self._assign or self._closing.is_set())
@@ -375,8 +384,9 @@ class DirectoryClient:
             try:
                 if self._on_assign is not None:
                     self._on_assign(assign)
-            except Exception:  # a load may fail for a moment: again, unless a newer one came
-                logger.exception("on_assign failed at epoch %d", assign.epoch)
+                self._last_failure = ""
+            except Exception as error:  # it may be for a moment: again, unless a newer one came
+                self._note_failure(assign, error)
                 self._closing.wait(self._retry_assign_s)
                 with self._changed:
                     self._assign = self._assign or assign

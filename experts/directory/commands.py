@@ -92,6 +92,10 @@ def _scale(roster: Roster, command: Scale) -> str:
     if workers is None:
         roster.set_scale(role, None)
         return f"{role}: as the policy says"
+    most = roster.rules.max_workers.get(role, workers)
+    if workers > most:
+        setting = f"{role}.scaling.max_workers"
+        raise CommandRefused(f"{workers} {role} workers are more than {setting} = {most}: raise it")
     space = roster.rules.space
     slots = max((member.info.num_slots for member in roster.experts().values()), default=0)
     if role == "experts" and slots >= space.unit_size:

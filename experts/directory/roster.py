@@ -1,9 +1,10 @@
 """Who is a member, who holds what, who shall load what: the directory's state machine. No I/O.
 
-    GATHERING --(expected workers there, or grace over; and the slots suffice)--> PLACED
+    GATHERING --(expected workers there, or grace over; and the slots suffice;
+                 or what they bring along covers every expert)--> PLACED
 
 GATHERING  Nothing is assigned. What workers bring along already counts, so that a restarted
-           directory is ready as soon as the old holders are back.
+           directory is ready, and heals, as soon as the old holders are back.
 PLACED     Every change of the members is followed by a small new plan (`placement.replan`), and
            by another one when all hold what they shall: it gives back spare slots and does what
            had to wait for a holder. There is no way back: short of slots, it keeps what there is
@@ -15,12 +16,15 @@ loaded appears when it is there. `epoch` grows when the published holders change
 anything published does; both go on above the newest that any member has seen.
 
 A worker that leaves or is drained has no slots for the plans, but stays a holder until each of its
-experts has a published holder that stays. It is released at once if nobody stays.
+experts has a published holder that stays. One that leaves is released at once if nobody stays,
+unless others may still be on their way back to a restarted directory. Drained workers are used
+again when the others' slots, spare ones included, cannot hold every expert.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from experts.directory.journal import Journal
 from experts.directory.member import Exit, Member
 from experts.directory.publication import Seen, holders_of, num_held
 from experts.messages import Assign, Register, Released, Snapshot, Tier
@@ -37,7 +41,9 @@ class RosterRules:
     """What the cluster must have before it is ready, and how it is kept even.
 
     Placement waits for `expected_experts` workers; once `grace_s` have passed since the first one,
-    for as many as can hold everything. `redundancy`: slots of the pool that take replicas.
+    for as many as can hold everything. `redundancy`: slots of the pool that take replicas. What a
+    worker has not loaded after `load_limit_s` without progress goes to another one. `max_workers`:
+    most that a command may ask for, by tier; absent: any number.
     """
 
     space: ExpertSpace
@@ -45,7 +51,9 @@ class RosterRules:
     redundancy: int = 0
     needs_router: bool = True  # False: routers live inside the attention workers
     grace_s: float = 30.0
+    load_limit_s: float = 60.0
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
+    max_workers: Mapping[Tier, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -84,9 +92,13 @@ class Roster:
         self._placed = False
         self._joiners: set[str] = set()
         self._must_replan = False
-        self._must_pin = False
+        self._must_adjust = False  # pins or failed loads, without adding replicas
         self._moving = False  # something has changed since all held what they shall
         self._stale = False
+        self._follows = False  # another directory: its members are on their way back
+        self._recalled = 0  # workers that were drained and are not, since all was covered
+        self._num_held = 0
+        self._journal = Journal()
         self._assign_epoch = -1
         self._seen = Seen()
         self.snapshot = Snapshot(version=0, epoch=0, ready=False, stage=self._blocker(0))
@@ -97,18 +109,24 @@ class Roster:
         """A worker is there; one of the same id is replaced."""
         self._touch()
         holds = self._known(register.holds)
-        self._members[register.worker_id] = Member(register.info, holds, set(holds))
+        exit_: Exit | None = "drain" if register.drained else None
+        member = Member(register.info, holds, set(holds), exit=exit_)
+        self._members[register.worker_id] = member
+        self._journal.joined(member)
+        self._follows |= register.seen_version > self.snapshot.version
         self._seen.take(register.seen_epoch, register.seen_version, register.seen_scale)
         if register.role == "experts":
             self.counters.joins += 1
-            self._joiners.add(register.worker_id)
+            if member.exit is None:
+                self._joiners.add(register.worker_id)
             if self._first_worker_s is None:
                 self._first_worker_s = now_s
 
-    def remove(self, worker_id: str) -> None:
+    def remove(self, worker_id: str, how: str = "its connection ended") -> None:
         """The worker is gone, and with it all it held."""
         self._touch()
         member = self._members.pop(worker_id)
+        self._journal.gone(member, how)
         self._joiners.discard(worker_id)
         if member.info.role == "experts":
             self.counters.deaths += not (member.released and member.exit == "leave")
@@ -133,6 +151,8 @@ class Roster:
         self._touch()
         self.counters.leaves += member.exit is None
         member.begin_exit(reason)
+        member.num_to_move = len(member.published - self._covered())
+        self._journal.hands_over(member)
         self._joiners.discard(worker_id)
         self._must_replan = True
 
@@ -142,7 +162,7 @@ class Roster:
         self.pins.pop(unit, None)
         if replicas > 1:
             self.pins[unit] = replicas
-        self._must_pin = True
+        self._must_adjust = True
 
     def set_scale(self, role: Tier, workers: int | None) -> None:
         """Target of a tier; None: its policy decides."""
@@ -151,8 +171,14 @@ class Roster:
         self._seen.set_scale(others if workers is None else {**others, role: workers})
 
     def adopt(self, table: Table) -> None:
-        """A plan made elsewhere from `table()` of this generation."""
-        self._wish(table)
+        """A plan made elsewhere from `table()` of this generation, but for what failed before."""
+        members = self._members
+        self._wish(
+            {
+                worker: set(experts) - (members[worker].failed - members[worker].wish)
+                for worker, experts in table.items()
+            }
+        )
 
     # --- views ---
 
@@ -192,14 +218,18 @@ class Roster:
 
     def settle(self, now_s: float) -> dict[str, Order]:
         """Plan if it is time to, refresh the snapshot; returns what workers are to be told."""
-        if not self._placed and self._may_place(now_s):
-            self._placed = self._must_replan = True
-            self._joiners.clear()  # the first plan spreads over all, nobody is filled up
+        if not self._placed:
+            self._try_to_place(now_s)
         if self._placed:
+            if not self._others_may_come(now_s) or not self._all_held():
+                self._recall_drained()
+            self._note_failed(now_s)
             self._plan()
-        released = self._release()
+        released = self._release(now_s)
         if self._stale:
             self._refresh()
+            if self._placed:
+                self._journal.covered(self._num_held, self.rules.space.num_total, now_s)
         return {**self._assigns(), **released}
 
     def _touch(self) -> None:
@@ -218,14 +248,58 @@ class Roster:
             return str(error)
         return ""
 
-    def _may_place(self, now_s: float) -> bool:
-        if self._first_worker_s is None:
-            return False
-        if self._shortage() and len(self._covered()) < self.rules.space.num_total:
-            return False  # all covered: they held it in spare slots for the directory before this
-        waited_s = now_s - self._first_worker_s
-        enough = len(self.staying()) >= self.rules.expected_experts
-        return enough or waited_s >= self.rules.grace_s
+    def _grace_is_over(self, now_s: float) -> bool:
+        first_s = self._first_worker_s
+        return first_s is not None and now_s - first_s >= self.rules.grace_s
+
+    def _others_may_come(self, now_s: float) -> bool:
+        """Workers of the directory before this one, or the first ones."""
+        return (self._follows or not self._placed) and not self._grace_is_over(now_s)
+
+    def _all_held(self) -> bool:
+        """By whoever, also by those that hand over."""
+        held = set[ExpertKey]().union(*(m.published for m in self.experts().values()))
+        return len(held) == self.rules.space.num_total
+
+    def _all_are_there(self) -> bool:
+        return len(self.staying()) >= self.rules.expected_experts
+
+    def _try_to_place(self, now_s: float) -> None:
+        """The first plan spreads over all, nobody is filled up. While some may still be on their
+        way back with their replicas, none are added."""
+        all_brought = self._all_held()
+        if not all_brought:
+            if not self._all_are_there() and not self._grace_is_over(now_s):
+                return
+            self._recall_drained()
+            if self._shortage():
+                return
+        self._placed = self._moving = True
+        self._must_replan |= not all_brought or self._all_are_there()
+        self._joiners.clear()
+
+    def _recall_drained(self) -> None:
+        drained = [m for m in self.experts().values() if m.exit == "drain"]
+        for member in sorted(drained, key=lambda m: -m.info.num_slots - m.info.spare_slots):
+            shortage = self._shortage()
+            if not shortage:
+                return
+            member.recall()
+            self._touch()
+            self._joiners.add(member.info.worker_id)
+            self._recalled += 1
+            self._journal.recalled(member, shortage)
+
+    def _note_failed(self, now_s: float) -> None:
+        """What was not loaded in time is not waited for any longer."""
+        limit_s = self.rules.load_limit_s
+        for member in self._members.values():
+            number = member.give_up(now_s, limit_s) if self._moving and not member.exit else 0
+            if number:
+                self._journal.cannot_load(member, number, limit_s)
+            if number or (member.failed and member.forgive(now_s, limit_s)):
+                self._must_adjust = True
+                self._touch()
 
     def _all_rest(self) -> bool:
         return all(member.rests for member in self.experts().values())
@@ -233,9 +307,9 @@ class Roster:
     def _plan(self) -> None:
         """After a change of the members; and again, adding nothing new, when all is loaded."""
         due = self._must_replan or bool(self._joiners)
-        if not due and not self._must_pin and not (self._moving and self._all_rest()):
+        if not due and not self._must_adjust and not (self._moving and self._all_rest()):
             return
-        self._moving &= due or self._must_pin
+        self._moving &= due or self._must_adjust
         redundancy = self.rules.redundancy if due else 0
         aims = Aims(redundancy, sorted(self._joiners), self.pins, self._loads())
         holders = {w: member for w, member in self.experts().items() if not member.released}
@@ -244,9 +318,10 @@ class Roster:
             wish=self.table(),
             held={worker: member.published for worker, member in holders.items()},
             spare_slots={worker: m.info.spare_slots for worker, m in self.staying().items()},
+            failed={worker: m.failed for worker, m in self.staying().items() if m.failed},
         )
         self._joiners.clear()
-        self._must_replan = self._must_pin = False
+        self._must_replan = self._must_adjust = False
         self.counters.replans += self._wish(replan(self.rules.space, pool, aims))
 
     def _wish(self, table: Table) -> bool:
@@ -265,16 +340,18 @@ class Roster:
         """Published by workers that stay."""
         return set[ExpertKey]().union(*(m.published for m in self.staying().values()))
 
-    def _release(self) -> dict[str, Order]:
+    def _release(self, now_s: float) -> dict[str, Order]:
         """Let go whom nobody needs any more."""
         leavers = {w: member for w, member in self.experts().items() if member.hands_over}
         if not leavers:
             return {}
-        staying, covered = self.staying(), self._covered()
+        nobody_stays = not self.staying() and not self._others_may_come(now_s)
+        covered = self._covered()
         released: dict[str, Order] = {}
         for worker, member in leavers.items():
-            nobody_stays = not staying and member.exit == "leave"
-            if nobody_stays or member.published <= covered:
+            for_nobody = nobody_stays and member.exit == "leave"
+            if for_nobody or member.published <= covered:
+                self._journal.handed_over(member, nobody_stays=for_nobody)
                 member.release()
                 self._touch()
                 if member.exit == "leave":
@@ -294,7 +371,10 @@ class Roster:
         """Next snapshot, if anything in it changed (30 ms for 15,000 experts)."""
         self._stale = False
         holders = holders_of(self.rules.space, self.experts())
-        blocker = self._blocker(num_held(holders))
+        self._num_held = num_held(holders)
+        blocker = self._blocker(self._num_held)
+        if self._num_held == self.rules.space.num_total:
+            self._recalled = 0
         total, workers = self.rules.space.num_total, len(self.slots())
         new = Snapshot(
             version=0,
@@ -304,6 +384,7 @@ class Roster:
             workers=tuple(member.info for _, member in sorted(self._members.items())),
             holders=holders,
             scale=self._seen.scale,
+            drained=tuple(w for w, member in self.experts().items() if member.exit == "drain"),
         )
         self.snapshot = self._seen.next(self.snapshot, new)
 
@@ -314,6 +395,8 @@ class Roster:
             if not self._placed and workers < self.rules.expected_experts:
                 return f"waiting for expert workers {workers}/{self.rules.expected_experts}"
             progress = f"loading experts {held}/{total} on {workers} workers"
+            if self._recalled:
+                progress += f" ({self._recalled} drained before and used again)"
             shortage = self._shortage()
             return f"{progress}: {shortage}" if shortage else progress
         roles = {member.info.role for member in self._members.values()}

@@ -154,11 +154,10 @@ class Directory:
                 for connection, member in self._members.items()
                 if now_s - member.last_heard_s > self._silence_limit_s
             ]
-            dropped = [self._remove(connection) for connection in silent]
+            dropped = [self._remove(connection, "silent") for connection in silent]
             self._settle()
         for member in dropped:
             if member is not None:
-                logger.warning("%s is silent, removed", member.worker_id)
                 member.close()
         if self._rebalancer.is_due(now_s):
             self._rebalance()
@@ -307,11 +306,13 @@ class Directory:
             raise MessageError(f"control message: {message}: register first")
         return member
 
-    def _remove(self, connection: Connection) -> MemberLine | None:
+    def _remove(
+        self, connection: Connection, how: str = "its connection ended"
+    ) -> MemberLine | None:
         """Caller holds the lock, and closes what it gets after releasing it."""
         member = self._members.pop(connection, None)
         if member is not None:
-            self._roster.remove(member.worker_id)
+            self._roster.remove(member.worker_id, how)
             self._loads.drop(member.worker_id)
         return member
 

@@ -1,7 +1,7 @@
 """EPLB: known loads and a fixed grid of GPUs -> how many replicas, on which GPU. Pure.
 
-The published greedy of github.com/deepseek-ai/EPLB, written anew. `placement.py` serves
-workers that come and go.
+The published greedy of github.com/deepseek-ai/EPLB, written anew, for tests and benchmarks to
+compare with. `replan.py` and `rebalance.py` serve workers that come and go.
 """
 
 import numpy as np

@@ -68,14 +68,16 @@ def replan(space: ExpertSpace, pool: Pool, aims: Aims | None = None) -> dict[str
     """What every live worker shall hold, given what it holds (or is loading) now.
 
     Orphans (no holder, or only one that leaves) go to free slots, then to slots of replicas, then
-    to spare slots, last to slots of pinned replicas. Pinned units get their holders. Who uses spare
-    slots gives back: a replica at once, another unit by a copy elsewhere, so that the next plan
-    finds a replica. Joiners are filled, the hottest units per replica first. Last, the least
+    to spare slots, last to slots of pinned replicas. What a worker could not load goes to another
+    one that has room, and from the first by a later plan. Pinned units get their holders. Who uses
+    spare slots gives back: a replica at once, another unit by a copy elsewhere, so that the next
+    plan finds a replica. Joiners are filled, the hottest units per replica first. Last, the least
     replicated get replicas until `redundancy` slots beyond coverage are in use.
     """
     aims = aims or Aims()
     board = UnitBoard(space, pool, aims.pins, aims.loads)
     board.place_orphans()
+    board.replace_failed()
     board.ensure_pins()
     board.give_back()
     for joiner in aims.joiners:

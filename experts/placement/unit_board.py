@@ -22,13 +22,15 @@ class Pool:
     """The expert workers as a plan finds them; all by worker_id.
 
     `held`: what is loaded, None if that is all of `wish`. Who is only in `held` leaves: what it
-    holds is wanted elsewhere, but less urgently than what nobody holds.
+    holds is wanted elsewhere, but less urgently than what nobody holds. `failed`: what a worker
+    could not load: it gets none of it if anybody else can take it.
     """
 
     slots: Mapping[str, int]
     wish: Table
     held: Table | None = None
     spare_slots: Mapping[str, int] = field(default_factory=dict)
+    failed: Table = field(default_factory=dict)
 
 
 class UnitBoard:
@@ -61,6 +63,10 @@ class UnitBoard:
         )
         for worker in self._normal:
             self._held.setdefault(worker, set())
+        self._failed: dict[Unit, set[str]] = {}  # workers that could not load it
+        for worker, keys in pool.failed.items():
+            for unit in _parts(space, keys):
+                self._failed.setdefault(unit, set()).add(worker)
         self._replicas: dict[bool, list[tuple[int, float, Unit]]] = {}  # heaps, see _evict
 
     # --- what a plan does, in its order ---
@@ -69,10 +75,20 @@ class UnitBoard:
         orphans = [unit for unit, holders in self._holders.items() if not holders]
         for of_leavers in (False, True):
             rest = [unit for unit in orphans if (unit in self._held_by_leavers) == of_leavers]
+            rest = [u for u in rest if u not in self._failed or not self._place_elsewhere(u)]
             rest = self._place(rest, self._normal, self._fill_level)
             rest = self._place_on_replicas(rest, pinned=False)
             rest = self._place(rest, self._limit, self._spare_level)
             self._place_on_replicas(rest, pinned=True)
+
+    def replace_failed(self) -> None:
+        """A unit that a worker could not load goes to another one, and then from the first."""
+        for unit, workers in sorted(self._failed.items()):
+            for worker in sorted(workers & self._holders[unit]):
+                if self._held_elsewhere(unit, worker):
+                    self._drop(unit, worker)
+                elif self._holders[unit] <= workers:
+                    self._place_elsewhere(unit)
 
     def ensure_pins(self) -> None:
         num_workers = sum(room > 0 for room in self._normal.values())
@@ -97,7 +113,7 @@ class UnitBoard:
         for unit in most_wanted_first(self._holders, self._loads, list(self._normal)):
             if self._used[worker] >= room:
                 return
-            if worker not in self._holders[unit]:
+            if self._may_take(unit, worker):
                 self._put(unit, worker)
 
     def add_replicas(self, num_redundant: int) -> None:
@@ -142,6 +158,9 @@ class UnitBoard:
         self._used[worker] -= 1
         self._used_in_layer[worker][unit[0]] -= 1
 
+    def _may_take(self, unit: Unit, worker: str) -> bool:
+        return worker not in self._holders[unit] and worker not in self._failed.get(unit, ())
+
     def _open_workers(self) -> list[str]:
         """With a free normal slot."""
         return [worker for worker, room in self._normal.items() if self._used[worker] < room]
@@ -184,10 +203,26 @@ class UnitBoard:
             self._put(unit, worker)
         return []
 
+    def _place_elsewhere(self, unit: Unit) -> bool:
+        """Where it has not failed: in a slot, in place of a replica, in a spare slot."""
+        worker = (
+            self._least_filled(unit, self._normal, self._fill_level)
+            or self._evict(unit, pinned=False)
+            or self._least_filled(unit, self._limit, self._spare_level)
+        )
+        if worker is not None:
+            self._put(unit, worker)
+        return worker is not None
+
+    def _least_filled(self, unit: Unit, limit: Mapping[str, int], level: _Level) -> str | None:
+        """Of the workers below their limit that may take the unit."""
+        open_workers = (w for w, room in limit.items() if self._used[w] < room)
+        workers = [w for w in open_workers if self._may_take(unit, w)]
+        return min(workers, key=lambda w: (level(w, unit[0]), w), default=None)
+
     def _add_replica(self, unit: Unit) -> bool:
         """In a free normal slot, else in place of a replica that nobody pinned."""
-        workers = [w for w in self._open_workers() if w not in self._holders[unit]]
-        best = min(workers, key=lambda w: (self._fill_level(w, unit[0]), w), default=None)
+        best = self._least_filled(unit, self._normal, self._fill_level)
         worker = best or self._evict(unit, pinned=False, only_normal=True)
         if worker is not None:
             self._put(unit, worker)
@@ -226,8 +261,7 @@ class UnitBoard:
             usable = [
                 w
                 for w in workers
-                if w not in self._holders[unit]
-                and not (only_normal and self._used[w] > self._normal[w])
+                if self._may_take(unit, w) and not (only_normal and self._used[w] > self._normal[w])
             ]
             if usable:
                 found = min(usable, key=lambda w: (self._used_in_layer[w][unit[0]], w))
@@ -268,7 +302,7 @@ class UnitBoard:
         by_level = sorted(self._open_workers(), key=lambda w: (self._used[w] / self._normal[w], w))
         for worker in by_level:
             for index, unit in enumerate(waiting):
-                if worker not in self._holders[unit]:
+                if self._may_take(unit, worker):
                     return index, worker
         return None
 

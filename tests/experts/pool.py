@@ -31,18 +31,22 @@ def register(
 
 @dataclass
 class Worker:
-    """`loaded` is the truth; its reports wait in `reports` until they are delivered."""
+    """`loaded` is the truth; its reports wait in `reports` until they are delivered. It cannot read
+    what is in `bad`."""
 
     loaded: set[ExpertKey] = field(default_factory=set)
     told: Assign | None = None
     at: Assign | None = None
     released: bool = False
     reports: deque[tuple[int, set[ExpertKey]]] = field(default_factory=deque)
+    bad: set[ExpertKey] = field(default_factory=set)
 
     @property
     def idle(self) -> bool:
-        done = self.told is None or (self.at is self.told and self.loaded == set(self.told.experts))
-        return done and not self.reports
+        if self.told is None:
+            return not self.reports
+        missing = set(self.told.experts) ^ self.loaded
+        return self.at is self.told and missing <= self.bad and not self.reports
 
     def work(self, num_loads: int) -> None:
         """Drop what the newest Assign lacks, load a few of the others, write a report."""
@@ -51,7 +55,7 @@ class Worker:
         self.at = self.told
         wished = set(self.at.experts)
         self.loaded &= wished
-        self.loaded |= set(sorted(wished - self.loaded)[:num_loads])
+        self.loaded |= set(sorted(wished - self.loaded - self.bad)[:num_loads])
         self.reports.append((self.at.epoch, set(self.loaded)))
 
 
@@ -61,6 +65,7 @@ class Pool:
     def __init__(self, space: ExpertSpace, expected: int = 2, **rules: object) -> None:
         self.space = space
         self.loads: dict[int, list[int]] = {}
+        self.now_s = 0.0
         self.workers: dict[str, Worker] = {}
         rules = {"needs_router": False, **rules}
         self.roster = Roster(RosterRules(space, expected, **rules), self._unit_loads)  # type: ignore[arg-type]
@@ -72,17 +77,27 @@ class Pool:
         return unit_loads(self.space, self.loads) if self.loads else {}
 
     def settle(self) -> None:
-        for name, order in self.roster.settle(0.0).items():
+        for name, order in self.roster.settle(self.now_s).items():
             if isinstance(order, Released):
                 self.workers[name].released = True
             else:
                 self.workers[name].told = order
 
     def join(
-        self, name: str, slots: int = 2, spare: int = 0, holds: Iterable[ExpertKey] = ()
+        self,
+        name: str,
+        slots: int = 2,
+        spare: int = 0,
+        holds: Iterable[ExpertKey] = (),
+        **fields: object,
     ) -> None:
         self.workers[name] = Worker(loaded=set(holds))
-        self.roster.join(register(name, slots=slots, spare=spare, holds=tuple(holds)), 0.0)
+        message = register(name, slots=slots, spare=spare, holds=tuple(holds), **fields)
+        self.roster.join(message, self.now_s)
+        self.settle()
+
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
         self.settle()
 
     def die(self, name: str) -> None:

@@ -214,6 +214,16 @@ def test_scale_below_coverage_is_refused_with_numbers() -> None:
     carry_out(cluster.roster, Scale(role="attention", workers=1))
 
 
+def test_scale_above_the_tier_s_bound_is_refused_with_the_setting() -> None:
+    cluster = pool(FOUR, "ab", 2, max_workers={"experts": 8})
+    words = r"9 experts workers are more than experts.scaling.max_workers = 8: raise it"
+    with pytest.raises(CommandRefused, match=words):
+        carry_out(cluster.roster, Scale(role="experts", workers=9))
+    assert cluster.roster.snapshot.scale == {}
+    carry_out(cluster.roster, Scale(role="experts", workers=8))
+    carry_out(cluster.roster, Scale(role="attention", workers=9))  # no bound is known
+
+
 def test_a_restarted_directory_goes_on_with_the_newest_scale_that_anybody_saw() -> None:
     cluster = Pool(FOUR)
     for name, version, workers in (("i", 7, 3), ("j", 9, 5), ("k", 8, 4), ("l", 0, 6)):

@@ -175,6 +175,21 @@ def test_commands_need_a_member_and_answer_with_the_request_id() -> None:
             it.command(Drain(worker_id="q"))
 
 
+def test_a_leaver_that_is_the_first_with_a_new_directory_is_not_let_go() -> None:
+    it = World(RosterRules(SPACE, 2, needs_router=False))
+    holds = [(1, e) for e in range(4)]
+    desk = it.join(register("a", slots=4, holds=holds, seen_version=9, seen_epoch=3))
+    it.say("a", Leave())
+    it.now_s += 1.0
+    it.directory.tick()
+    assert it.directory.snapshot.holders_of(1) == (("a",),) * 4
+    it.join(register("b", slots=4, seen_version=9))
+    it.obey()
+    desk.await_kind(Released)
+    assert it.directory.snapshot.holders_of(1) == (("b",),) * 4
+    it.directory.close()
+
+
 def test_rebalancing_by_command_and_by_the_clock() -> None:
     rules = RosterRules(
         SPACE, 2, needs_router=False, rebalance=RebalanceRules(every_s=10.0, max_moves=1)
@@ -417,11 +432,13 @@ def test_what_a_newer_assign_drops_is_not_registered_again(tmp_path: Path) -> No
     client.report_holding([(1, 0), (1, 1)])
     (line,) = server.connections
     line.send(encode(Assign(epoch=6, experts=[(1, 1), (1, 2)])))
-    line.send(encode(Snapshot(version=3, epoch=2, ready=False, stage="", scale={"experts": 2})))
+    news = Snapshot(version=3, epoch=2, ready=False, stage="", scale={"experts": 2})
+    line.send(encode(news.model_copy(update={"drained": ("a",)})))
     assert client.wait_newer(0, PATIENCE_S)
     assert told.acquire(timeout=PATIENCE_S)  # nobody answers its pings
     again = registers[-1]
     assert again.holds == ((1, 1),)
     assert (again.seen_epoch, again.seen_version, again.seen_scale) == (6, 3, {"experts": 2})
+    assert again.drained
     client.close()
     server.close()

@@ -58,6 +58,8 @@ EVERY_KIND = [
     ),
     REGISTER.model_copy(update={"spare_slots": 2, "seen_scale": {"experts": 3}}),
     SNAPSHOT.model_copy(update={"scale": {"experts": 3, "attention": 1}}),
+    REGISTER.model_copy(update={"drained": True}),
+    SNAPSHOT.model_copy(update={"drained": ("experts-0",)}),
     Leave(),
     Released(),
     Drain(worker_id="experts-0"),

@@ -221,3 +221,50 @@ def test_orphans_replace_replicas_where_no_slot_is_free() -> None:
 def test_lost_coverage_leaves_the_rest_in_place() -> None:
     held = initial_table(EIGHT, {"a": 4, "b": 4})
     assert plan(EIGHT, {"a": 4}, {"a": held["a"]}) == {"a": held["a"]}
+
+
+# ---------------------------------------------------------------- loads that failed
+
+ONE = ExpertSpace((1,), 4)
+WHOLE = {"a": [(1, 0), (1, 1)], "b": [(1, 2), (1, 3)]}
+"""b has not loaded expert 3."""
+
+
+def replaced(
+    slots: dict[str, int], spare: dict[str, int], failed: dict, wish: dict | None = None
+) -> dict:
+    held = {**WHOLE, "b": [(1, 2)]}
+    return replan(ONE, Pool(slots, wish or WHOLE, held, spare, failed))
+
+
+def test_what_failed_is_copied_first_and_dropped_when_it_is_there() -> None:
+    failed = {"b": [(1, 3)]}
+    table = replaced({"a": 3, "b": 2}, {}, failed)
+    assert table == {"a": [(1, 0), (1, 1), (1, 3)], "b": [(1, 2), (1, 3)]}
+    table = replan(ONE, Pool({"a": 3, "b": 2}, table, {**table, "b": [(1, 2)]}, {}, failed))
+    assert table == {"a": [(1, 0), (1, 1), (1, 3)], "b": [(1, 2)]}
+
+
+def test_what_failed_goes_to_a_spare_slot_if_need_be_and_stays_without_room() -> None:
+    failed = {"b": [(1, 3)]}
+    assert (1, 3) in replaced({"a": 2, "b": 2}, {"a": 1}, failed)["a"]
+    assert replaced({"a": 2, "b": 2}, {}, failed) == WHOLE
+
+
+def test_an_orphan_goes_where_it_failed_only_if_nobody_else_has_room() -> None:
+    failed = {"a": [(1, 3)]}
+    wish = {**WHOLE, "b": [(1, 2)]}
+    slots = {"a": 8, "b": 2}
+    assert replaced(slots, {}, failed, wish)["b"] == [(1, 2), (1, 3)]
+    slots["b"] = 1
+    assert (1, 3) in replaced(slots, {}, failed, wish)["a"]
+
+
+def test_a_group_that_failed_in_part_goes_as_a_whole() -> None:
+    wish = initial_table(GROUPED, {"a": 4, "b": 4})
+    held = {**wish, "b": wish["b"][1:]}
+    failed = {"b": wish["b"][:1]}
+    table = replan(GROUPED, Pool({"a": 6, "b": 4}, wish, held, {}, failed))
+    assert set(table["a"]) == {*wish["a"], *wish["b"][:2]} and table["b"] == wish["b"]
+    table = replan(GROUPED, Pool({"a": 6, "b": 4}, table, {**table, "b": held["b"]}, {}, failed))
+    assert table["b"] == wish["b"][2:]

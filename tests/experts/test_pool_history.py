@@ -31,6 +31,9 @@ events = st.one_of(
     st.tuples(st.just("deliver"), names),
     st.tuples(st.just("deliver"), names),
     st.tuples(st.just("run")),
+    st.tuples(st.just("bad"), names, st.integers(0, 3)),
+    st.tuples(st.just("wait"), st.sampled_from([1.0, 59.0, 61.0])),
+    st.tuples(st.just("again"), names),
     st.tuples(st.just("rebalance")),
     st.tuples(st.just("pin"), st.integers(0, 3), st.integers(1, 3)),
     st.tuples(st.just("loads"), st.lists(st.integers(0, 50), min_size=8, max_size=8)),
@@ -44,6 +47,12 @@ def apply(pool: Pool, event: tuple) -> None:
         pool.join(*args)
     elif kind == "deliver" and there and pool.workers[args[0]].reports:
         pool.deliver(*args)
+    elif kind == "bad" and there:
+        pool.workers[args[0]].bad = {(1, args[1])} - pool.workers[args[0]].loaded
+    elif kind == "wait":
+        pool.wait(*args)
+    elif kind == "again" and there:
+        register_again(pool, *args)
     elif kind == "work" and there:
         pool.workers[args[0]].work(args[1])
     elif kind in ("die", "leave") and there:
@@ -56,6 +65,24 @@ def apply(pool: Pool, event: tuple) -> None:
     elif kind in ("drain", "pin"):
         with contextlib.suppress(CommandRefused):
             pool.drain(*args) if kind == "drain" else pool.pin(1, *args)
+
+
+def register_again(pool: Pool, name: str) -> None:
+    """The line broke; the worker itself goes on."""
+    worker, member = pool.workers[name], pool.roster.experts()[name]
+    drained = name in pool.roster.snapshot.drained
+    kept = set(worker.told.experts) if worker.told else worker.loaded
+    leaves, info = member.exit == "leave", member.info
+    pool.join(
+        name,
+        info.num_slots,
+        info.spare_slots,
+        sorted(worker.loaded & kept),
+        drained=drained,
+        seen_version=pool.roster.snapshot.version,
+    )
+    if leaves:
+        pool.leave(name)
 
 
 def check_now(pool: Pool) -> None:
@@ -107,9 +134,14 @@ def test_any_history_is_safe_and_comes_to_rest(
         assert after.version >= before.version and after.epoch >= before.epoch
         assert (after.version == before.version) == (after == before)
         assert after.epoch > before.epoch or after.holders == before.holders
-        if event[0] != "die" and pool.roster.staying():
+        if event[0] not in ("die", "again") and pool.roster.staying():
             for key, holders in pool.published().items():
                 assert holders or not held[key], (event, key)  # no expert lost its last holder
+    for worker in pool.workers.values():
+        worker.bad = set()
+    pool.run()
+    pool.wait(1000.0)  # what failed may be tried again
+    pool.run()
     check_at_rest(pool)
 
     pool.loads = {
