@@ -75,13 +75,18 @@ class Engine:
         self._requests[submit.request_id] = request
         self._num_deadlines += deadline_s is not None
 
-    def abort(self, request_id: str) -> None:
-        """End a request; its last output says "abort". An unknown id is ignored."""
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """End a request, so that its id is free; its last output, which says "abort" unless it had
+        ended before. None for an unknown id."""
         request = self._requests.get(request_id)
         if request is not None:
             self._leave(request)
             self.counters.requests_aborted += 1
-            self._early.append(_output(request, finish_reason="abort"))
+            return _output(request, finish_reason="abort")
+        for index, output in enumerate(self._early):
+            if output.request_id == request_id:
+                return self._early.pop(index)
+        return None
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch; every output of the step, also of requests that ended before it."""

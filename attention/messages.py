@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "abort", "error", "lost", "unavailable"]
-"""lost: the worker is gone or drains, the request can be replayed on another. unavailable: experts
+"""lost: the worker is gone, the request can be replayed on another. unavailable: experts
 that it needs stayed away past its deadline, or past the router's limit if it has none."""
 MAX_REQUEST_ID_LENGTH = 256
 MAX_LOGPROBS = 128
@@ -151,7 +151,6 @@ class Stats(Message):
     generated_tokens: int = 0
     busy_s: float = 0.0
     """Seconds spent in steps."""
-    draining: bool = False
 
 
 AnyMessage = Annotated[

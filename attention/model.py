@@ -86,7 +86,7 @@ class DecoderModel:
 
         Writes the latents of all tokens to the cache. Raises what the MoE client raises; the cache
         then holds rubbish in the slots of this batch and nowhere else. wait_until_s: the time (of
-        time.monotonic) until which it may wait for experts, None = the MoE client's own limit.
+        time.monotonic) until which it may wait for experts, if the MoE client's own limit is later.
         """
         eps = self.config.rms_norm_eps
         hidden = self._weights.embedding[batch.token_ids].float()

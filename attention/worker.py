@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
@@ -108,9 +109,9 @@ class AttentionWorker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._owners: dict[str, Connection] = {}  # request id -> who gets its outputs
-        self._draining = False
+        self._opened: dict[Connection, int] = {}  # in which order
+        self._numbers = itertools.count()
         self._closing = False
-        self._idle = True
         self._thread: threading.Thread | None = None
         self._server: Server | None = None
 
@@ -119,7 +120,12 @@ class AttentionWorker:
     def start(self, endpoint: str, secret: bytes) -> str:
         """Serve until `close`; returns the endpoint with the port it got. Raises ChannelError."""
         self._server = Server(
-            endpoint, self.handle, secret, name=self._name, on_close=self._connection_lost
+            endpoint,
+            self.handle,
+            secret,
+            name=self._name,
+            on_open=self._connection_opened,
+            on_close=self._connection_lost,
         )
         self._server.start()
         self._thread = threading.Thread(target=self._loop, name=f"{self._name}-engine", daemon=True)
@@ -130,12 +136,6 @@ class AttentionWorker:
     def alive(self) -> bool:
         """Whether the engine thread runs; without it nothing is served any more."""
         return self._thread is not None and self._thread.is_alive()
-
-    def drain(self, timeout_s: float | None = None) -> bool:
-        """Answer new requests with "lost", wait for the open ones; whether all ended in time."""
-        self._draining = True
-        with self._wake:
-            return self._wake.wait_for(lambda: self._idle and not self._inbox, timeout_s)
 
     def close(self) -> None:
         """End the connections, so that what is open is lost and goes elsewhere at once, then stop
@@ -156,8 +156,7 @@ class AttentionWorker:
             return reply_to(frame, status=Status.FAILED, text=f"not for here: {frame.kind.name}")
         message = parse_message(frame.body)
         if isinstance(message, StatsRequest):
-            stats = self.engine.stats().model_copy(update={"draining": self._draining})
-            return _frame(stats, frame.request_id)
+            return _frame(self.engine.stats(), frame.request_id)
         if isinstance(message, Submit):
             self._leave_work(lambda: self._submit(message, connection))
         elif isinstance(message, Abort):
@@ -165,6 +164,9 @@ class AttentionWorker:
         else:
             return reply_to(frame, status=Status.FAILED, text=f"not for here: {message.type}")
         return None
+
+    def _connection_opened(self, connection: Connection) -> None:
+        self._opened[connection] = next(self._numbers)
 
     def _connection_lost(self, connection: Connection) -> None:
         self._leave_work(lambda: self._abort_all(connection))
@@ -188,38 +190,49 @@ class AttentionWorker:
     def _receive(self) -> bool:
         """Do what came in; sleep while there is nothing to do. False when closing."""
         with self._wake:
-            self._idle = not self.engine.has_work
             while not (self._inbox or self._closing or self.engine.has_work):
-                self._wake.notify_all()  # drain() may wait for this
                 self._wake.wait()
             work = list(self._inbox)
             self._inbox.clear()
-            self._idle = False
         for item in work:
             item()
         return not self._closing
 
     def _submit(self, submit: Submit, connection: Connection) -> None:
+        """Start a request. One that is open over an older connection is replaced without a word:
+        this is its replay, so that connection was lost, only its end is not noticed yet. An older
+        one replaces nothing: the same id may still lie in it, unread when this worker stood still.
+        """
         request_id = submit.request_id
-        if self._draining:  # lost, not error: another worker can have it
-            self._send(connection, [TokenOutput(request_id=request_id, finish_reason="lost")])
+        if connection not in self._opened:  # it has ended
             return
-        if request_id in self._owners:
+        owner = self._owners.get(request_id)
+        if owner is not None and self._opened[connection] <= self._opened[owner]:
             text = "the request id is in use"
             refused = TokenOutput(request_id=request_id, finish_reason="error", error=text)
             self._send(connection, [refused])
             return
+        if owner is not None:
+            self._end(request_id)
         self._owners[request_id] = connection
         self.engine.add(submit)
 
     def _abort(self, request_id: str, connection: Connection) -> None:
         if self._owners.get(request_id) is connection:
-            self.engine.abort(request_id)
+            last = self._end(request_id)
+            if last is not None:
+                self._send(connection, [last])
 
     def _abort_all(self, connection: Connection) -> None:
         for request_id, owner in list(self._owners.items()):
             if owner is connection:
-                self.engine.abort(request_id)
+                self._end(request_id)
+        self._opened.pop(connection, None)
+
+    def _end(self, request_id: str) -> TokenOutput | None:
+        """Forget a request; its last output, which nobody else sends."""
+        self._owners.pop(request_id, None)
+        return self.engine.abort(request_id)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """One frame a connection."""
@@ -252,7 +265,7 @@ class AttentionWorker:
             return
         request_id = outputs[0].request_id
         logger.warning("%s: output of %s refused: %s", self._name, request_id, error)
-        self.engine.abort(request_id)
+        self._end(request_id)
         failed = TokenOutput(
             request_id=request_id, finish_reason="error", error="the answer is too large to send"
         )

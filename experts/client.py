@@ -108,12 +108,6 @@ class ExpertClient:
         elif hop.fault is Fault.TIMEOUT:
             line.hung = True
 
-    def exchange(self, hops: Sequence[Hop]) -> None:
-        """Send all, then gather."""
-        for hop in hops:
-            self.post(hop)
-        self.gather(hops)
-
     def close(self) -> None:
         """Close every connection; hops under way fail as LOST."""
         for line in list(self._lines.values()):
@@ -132,15 +126,18 @@ class ExpertClient:
         hop.late = True
         self._fail(hop, Fault.TIMEOUT)
         if hop.due_s < hop.deadline_s:
-            self._suspend(hop)
+            limit_s = self.health.hop_timer.timeout_s(hop.num_rows)
+            self._suspend(hop, f"no answer to {hop.num_rows} rows within {limit_s:.2f} s")
 
-    def _suspend(self, hop: Hop) -> None:
+    def _suspend(self, hop: Hop, why: str) -> None:
         """Nobody sends to the worker until it answers: here, or a thread that asks it again.
 
         So a worker that hangs costs a step one timeout, once.
         """
         info = self._members.get(hop.worker_id)
-        if info is not None and self.health.quarantine.suspend(hop.worker_id):
+        if info is None:
+            return
+        if self.health.quarantine.suspend(hop.worker_id, self._now(), f"it hangs, {why}"):
             probe = Probe(hop, info.endpoint, self._secret, self._limits)
             name = f"probe {hop.worker_id}"
             threading.Thread(target=self._run_probe, args=(probe,), name=name, daemon=True).start()
@@ -168,7 +165,7 @@ class ExpertClient:
             self._members[info.worker_id] = info
             known = before.get(info.worker_id, info)
             if (known.pid, known.endpoint) != (info.pid, info.endpoint):
-                self.health.quarantine.absolve(info.worker_id)  # another process, another chance
+                self.health.quarantine.forget(info.worker_id)  # another process, another chance
         self.health.keep_only(self._members.keys())
         gone = [line for line in self._lines.values() if not self._is_current(line)]
         for line in gone:
@@ -213,12 +210,12 @@ class ExpertClient:
     def _lose(self, line: Line, fault: Fault, detail: str) -> None:
         """The connection failed: drop it and leave the worker alone for a while."""
         self._drop(line, fault, detail)
-        self.health.quarantine.punish(line.worker_id, self._now())
+        self.health.quarantine.punish(line.worker_id, self._now(), _told(fault, detail))
 
     def _blame(self, hop: Hop, error: Exception) -> None:
         """Of one that did not accept or read in time nobody knows whether it is gone or hangs."""
         if isinstance(error, ChannelTimeout):
-            self._suspend(hop)
+            self._suspend(hop, str(error))
         else:
             self.health.quarantine.punish(hop.worker_id, self._now())
 
@@ -246,7 +243,7 @@ class ExpertClient:
     def _unsend(self, line: Line, hop: Hop, fault: Fault, detail: str) -> None:
         self._retire(line, hop)
         self._fail(hop, fault, detail)
-        self._punish(line, fault)
+        self._punish(line, fault, detail)
 
     def _retire(self, line: Line, hop: Hop) -> None:
         """The hop is no longer in flight."""
@@ -308,12 +305,17 @@ class ExpertClient:
         self._fail(hop, fault, frame.text)
         if fault is Fault.MALFORMED:
             self._drop(line, Fault.LOST, "protocol broken")
-        self._punish(line, fault)
+        self._punish(line, fault, frame.text)
 
-    def _punish(self, line: Line, fault: Fault) -> None:
+    def _punish(self, line: Line, fault: Fault, detail: str) -> None:
         if fault in _PUNISHED:
-            self.health.quarantine.punish(line.worker_id, self._now())
+            self.health.quarantine.punish(line.worker_id, self._now(), _told(fault, detail))
 
     def _fail(self, hop: Hop, fault: Fault, detail: str = "") -> None:
         hop.fail(fault, detail)
         self.counters.faults[fault] += 1
+
+
+def _told(fault: Fault, detail: str) -> str:
+    """What the log says of a fault: nothing of one that a busy or leaving worker may have."""
+    return f"{fault.value} {detail}".strip() if fault is Fault.MALFORMED else ""

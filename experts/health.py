@@ -4,16 +4,34 @@ Without a quarantine one dead worker cost 195 retries and a failed frame in 1.3 
 ran into it again until the table caught up.
 """
 
+import logging
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from time import monotonic
+from typing import NamedTuple
 
+logger = logging.getLogger(__name__)
+
+TELL_EVERY_S = 10.0
+"""A worker that fails and answers in turns is told of once in so long."""
 _MAX_STRIKES = 16
 _WINDOW = 256  # hops of a size that the moving p99 looks back
 _REFRESH = 32  # hops of a size before the first look and between two
 _NUM_SIZES = 33  # by the bit length of the rows
+
+
+class _Case(NamedTuple):
+    """A worker in quarantine."""
+
+    until_s: float
+    strikes: int
+    told: bool
+    """The log says why, and shall say when it answers again."""
+
+
+_NO_CASE = _Case(-math.inf, 0, False)
 
 
 class Quarantine:
@@ -23,63 +41,100 @@ class Quarantine:
     out; `absolve` (an answer came) ends it, `punish` (a fault) prolongs it. A worker that hangs is
     suspended: a caller let through would hang as well, so it is out for all until it answers
     (`absolve`) or turns out to be gone (`punish`). Times in seconds of any clock that only grows.
+
+    A fault that comes with a reason is logged, the first until the worker answers; so is the answer
+    that ends it.
     """
 
-    def __init__(self, base_s: float = 0.05, max_s: float = 10.0) -> None:
+    def __init__(
+        self, base_s: float = 0.05, max_s: float = 10.0, kind: str = "expert worker"
+    ) -> None:
+        """`kind` names the workers in the log."""
         self._base_s = base_s
         self._max_s = max_s
+        self._kind = kind
         self._lock = threading.Lock()
-        self._until: dict[str, tuple[float, int]] = {}  # worker -> (time, strikes)
+        self._cases: dict[str, _Case] = {}
+        self._told_s: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return len(self._until)
+        return len(self._cases)
 
-    def punish(self, worker_id: str, now_s: float) -> None:
+    def punish(self, worker_id: str, now_s: float, why: str = "") -> None:
         """Start or prolong."""
         with self._lock:
-            strikes = min(self._until.get(worker_id, (0.0, 0))[1] + 1, _MAX_STRIKES)
-            self._until[worker_id] = (now_s + self._backoff_s(strikes), strikes)
+            _, strikes, told = self._cases.get(worker_id, _NO_CASE)
+            strikes = min(strikes + 1, _MAX_STRIKES)
+            told = self._tell(worker_id, now_s, told, why)
+            self._cases[worker_id] = _Case(now_s + self._backoff_s(strikes), strikes, told)
 
-    def suspend(self, worker_id: str) -> bool:
+    def suspend(self, worker_id: str, now_s: float, why: str = "") -> bool:
         """The worker hangs. False when that was known."""
         with self._lock:
-            until_s, strikes = self._until.get(worker_id, (0.0, 0))
-            self._until[worker_id] = (math.inf, min(strikes + 1, _MAX_STRIKES))
+            until_s, strikes, told = self._cases.get(worker_id, _NO_CASE)
+            told = self._tell(worker_id, now_s, told, why)
+            self._cases[worker_id] = _Case(math.inf, min(strikes + 1, _MAX_STRIKES), told)
             return until_s < math.inf
 
     def is_suspended(self, worker_id: str) -> bool:
-        return self._until.get(worker_id, (0.0, 0))[0] == math.inf
+        return self._cases.get(worker_id, _NO_CASE).until_s == math.inf
 
     def absolve(self, worker_id: str) -> bool:
         """The worker answered: forget its faults. False when there were none."""
-        if not self._until:
+        if not self._cases:
             return False
         with self._lock:
-            return self._until.pop(worker_id, None) is not None
+            case = self._cases.pop(worker_id, None)
+        if case is not None and case.told:
+            logger.warning("%s %s answers again", self._kind, worker_id)
+        return case is not None
+
+    def forget(self, worker_id: str) -> None:
+        """Another process has the name now."""
+        with self._lock:
+            self._forget(worker_id)
 
     def keep_only(self, worker_ids: Collection[str]) -> None:
         """Forget workers that are gone."""
         with self._lock:
-            for worker_id in self._until.keys() - set(worker_ids):
-                del self._until[worker_id]
+            for worker_id in (self._cases.keys() | self._told_s.keys()) - set(worker_ids):
+                self._forget(worker_id)
+
+    def is_out(self, worker_id: str, now_s: float) -> bool:
+        """Whether the worker is left alone now. If not, `admits` says who may use it."""
+        return now_s < self._cases.get(worker_id, _NO_CASE).until_s
 
     def admits(self, worker_id: str, now_s: float) -> bool:
         """Whether to use the worker now. True for the one caller that shall probe it."""
-        if worker_id not in self._until:
+        if worker_id not in self._cases:
             return True
         with self._lock:
-            until_s, strikes = self._until.get(worker_id, (now_s, 0))
-            if now_s < until_s:
+            case = self._cases.get(worker_id)
+            if case is None:
+                return True
+            if now_s < case.until_s:
                 return False
-            if strikes:
-                self._until[worker_id] = (now_s + self._backoff_s(strikes), strikes)
+            self._cases[worker_id] = case._replace(until_s=now_s + self._backoff_s(case.strikes))
             return True
 
-    def next_release_s(self) -> float | None:
-        """Time at which the next worker may be probed, infinite if all in quarantine hang; None
-        when nobody is in quarantine."""
+    def next_release_s(self, after_s: float) -> float | None:
+        """The first time after `after_s` at which a worker may be probed, infinite if those left
+        out all hang; None when nobody is. Who could be probed before is no news."""
         with self._lock:
-            return min((until_s for until_s, _ in self._until.values()), default=None)
+            times_s = (case.until_s for case in self._cases.values())
+            return min((until_s for until_s in times_s if until_s > after_s), default=None)
+
+    def _forget(self, worker_id: str) -> None:
+        self._cases.pop(worker_id, None)
+        self._told_s.pop(worker_id, None)
+
+    def _tell(self, worker_id: str, now_s: float, told: bool, why: str) -> bool:
+        """Log why, unless that is `told` or was a moment ago; whether it is told now."""
+        if told or not why or now_s - self._told_s.get(worker_id, -math.inf) < TELL_EVERY_S:
+            return told
+        self._told_s[worker_id] = now_s
+        logger.warning("%s %s is left alone: %s", self._kind, worker_id, why)
+        return True
 
     def _backoff_s(self, strikes: int) -> float:
         return min(self._max_s, self._base_s * 2.0 ** (strikes - 1))

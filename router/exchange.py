@@ -3,6 +3,7 @@
 An exchange is done when every (token, expert) pair has been answered once. `lane.py` drives it.
 """
 
+import math
 import operator
 from dataclasses import dataclass, field
 
@@ -64,6 +65,8 @@ class Exchange:
     renormalised: Int64s = field(default_factory=NO_PAIRS.copy)  # rows that `combine` scaled
     attempt: int = 0
     generation: int = -1  # of the table that was last looked at for it
+    planned_s: float = 0.0  # when holders were last chosen
+    lacking_since_s: float = math.inf  # when the outage that it waits through began
     denied: set[tuple[str, int]] = field(default_factory=set)  # (worker, expert it lacks)
     suspects: dict[str, str] = field(default_factory=dict)  # worker that failed on it -> why
 

@@ -62,8 +62,8 @@ class Lane:
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
         """Gate x [T, d] float32 and send it to the experts; x must not change until `finish`.
 
-        deadline_s: seconds from now, None = the configured one. Raises ValueError for a layer
-        without experts or another width, NonFiniteInput.
+        deadline_s: seconds from now, if that is less than the configured ones. Raises ValueError
+        for a layer without experts or another width, NonFiniteInput.
         """
         gate = self._gates.get(layer)
         if gate is None or x.ndim != 2 or x.shape[1] != self._width:
@@ -71,7 +71,8 @@ class Lane:
                 f"layer {layer}, x {tuple(x.shape)}: expected a MoE layer and [T, {self._width}]"
             )
         begun_s = self._now()
-        until_s = begun_s + (self._config.deadline_s if deadline_s is None else deadline_s)
+        limit_s = self._config.deadline_s
+        until_s = begun_s + (limit_s if deadline_s is None else min(limit_s, deadline_s))
         routed = [(chunk, *choose(chunk, gate, self._spec)) for chunk in self._chunks(x)]
         pending = Pending((x.shape[0], x.shape[1]), [])
         for chunk, ids, weights in routed:
@@ -129,21 +130,22 @@ class Lane:
         """Choose workers for pairs of the exchange by the newest table, not the one `besides`."""
         table = self._newest_table(exchange)
         now_s, quarantine = self._now(), self._health.quarantine
+        exchange.planned_s = now_s
         usable, load = table.everyone.copy(), table.nobody.copy()
         for i, worker_id in enumerate(table.worker_ids):
             load[i] = self._health.outstanding_rows(worker_id)
             if worker_id == besides or worker_id in exchange.suspects:
                 usable[i] = False
             elif len(quarantine):
-                usable[i] = quarantine.admits(worker_id, now_s)
+                usable[i] = not quarantine.is_out(worker_id, now_s)
         return plan_pairs(pairs, table.without(exchange.layer, exchange.denied), usable, load)
 
     def _newest_table(self, exchange: Exchange) -> RoutingTable:
         if self._table.generation != self._board.generation:
             generation, snapshot = self._board.current
             self._table = RoutingTable(generation, snapshot, self._spec.num_experts)
-            if snapshot.ready and not len(self._health.quarantine):
-                self._outage.end()
+            self._health.keep_only(self._table.worker_ids)
+            self._end_outage()
         if exchange.generation != self._table.generation:
             exchange.generation = self._table.generation
             exchange.denied.clear()
@@ -151,13 +153,18 @@ class Lane:
 
     def _post(self, exchange: Exchange, plan: Plan, origin: Int64s | None) -> None:
         """Send the shares of a plan over the pairs at `origin` (None: over all of them)."""
+        todo = [plan.unplaced if origin is None else origin[plan.unplaced]]
         for share in plan.shares:
             index = share.pair_index if origin is None else origin[share.pair_index]
+            worker_id = self._table.worker_ids[share.worker]
+            if not self._health.quarantine.admits(worker_id, exchange.planned_s):
+                todo.append(index)  # out meanwhile, or another lane probes it
+                continue
             hop = self._hop(exchange, share)
             self.client.post(hop)
             self.counters.visits += hop.num_rows
             exchange.open.append(OpenHop(hop, share.row_index, index))
-        exchange.todo = plan.unplaced if origin is None else origin[plan.unplaced]
+        exchange.todo = todo[0] if len(todo) == 1 else np.sort(np.concatenate(todo))
 
     def _hop(self, exchange: Exchange, share: Share) -> Hop:
         x, index = exchange.x, share.row_index
@@ -183,8 +190,11 @@ class Lane:
             self._sort_hops(exchange)
             if exchange.todo.size:
                 self._resend(exchange)
-        for worker_id in exchange.suspects:  # others answered what it failed on: the fault is its
-            self._health.quarantine.punish(worker_id, self._now())
+        for worker_id, why in exchange.suspects.items():  # others could do it: the fault is its own
+            self._health.quarantine.punish(worker_id, self._now(), why)
+        if not exchange.dropped.size and self._outage.lasts:
+            self._newest_table(exchange)
+            self._end_outage()
         total = exchange.combine(self._spec.top_k, self._config.deterministic)
         self.counters.renormalised_tokens += exchange.renormalised.size
         return total
@@ -217,7 +227,7 @@ class Lane:
         """Move a slow hop to other holders if they have all of it, else go on waiting for it."""
         hop, todo = item.hop, exchange.todo
         plan = self._plan(exchange, exchange.pairs.take(item.pair_index), besides=hop.worker_id)
-        if plan.unplaced.size and self._now() < self._give_up_s():
+        if plan.unplaced.size and self._now() < self._give_up_s(exchange):
             if hop.fault is Fault.TIMEOUT:
                 self.client.wait_again(hop)
             exchange.open.append(item)
@@ -226,11 +236,20 @@ class Lane:
         self._post_again(exchange, plan, item.pair_index)
         exchange.todo = np.sort(np.concatenate([todo, exchange.todo]))
 
-    def _give_up_s(self) -> float:
+    def _give_up_s(self, exchange: Exchange) -> float:
         """When pairs without a holder are given up."""
         if self._config.on_unavailable == "wait":
             return math.inf
-        return self._outage.since(self._now()) + self._config.expert_wait_s
+        since_s = self._outage.since(self._now())
+        exchange.lacking_since_s = min(exchange.lacking_since_s, since_s)
+        return exchange.lacking_since_s + self._config.expert_wait_s
+
+    def _end_outage(self) -> None:
+        """Unless an expert has no holder, or one that is left out may be its only one."""
+        if self._outage.lasts and self._table.ready:
+            self._health.keep_only(self._table.worker_ids)  # what left may have failed since
+            if not len(self._health.quarantine):
+                self._outage.end()
 
     def _resend(self, exchange: Exchange) -> None:
         """Try to place what is with nobody; wait for news if nothing else is under way."""
@@ -240,7 +259,7 @@ class Lane:
         self._post_again(exchange, self._plan(exchange, exchange.pairs.take(todo)), todo)
         if exchange.todo.size and not exchange.open:
             exchange.check_for_failure(self._table, self._now())
-            if self._now() < self._give_up_s():
+            if self._now() < self._give_up_s(exchange):
                 self._wait_for_holder(exchange)
             else:
                 exchange.drop_todo()
@@ -253,8 +272,8 @@ class Lane:
     def _wait_for_holder(self, exchange: Exchange) -> None:
         """Wait for a newer snapshot, the end of a quarantine or time to doubt a NOT_HERE."""
         self.counters.waits += 1
-        now_s, until_s = self._now(), min(exchange.deadline_s, self._give_up_s())
-        release_s = self._health.quarantine.next_release_s()
+        now_s, until_s = self._now(), min(exchange.deadline_s, self._give_up_s(exchange))
+        release_s = self._health.quarantine.next_release_s(exchange.planned_s)
         if release_s is not None:
             until_s = min(until_s, release_s)
         if exchange.denied:

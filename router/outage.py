@@ -11,6 +11,10 @@ class Outage:
         self._lock = threading.Lock()
         self._since_s: float | None = None
 
+    @property
+    def lasts(self) -> bool:
+        return self._since_s is not None
+
     def since(self, now_s: float) -> float:
         """When it began: now, unless it lasts already."""
         with self._lock:

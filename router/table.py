@@ -15,6 +15,7 @@ class RoutingTable:
     def __init__(self, generation: int, snapshot: Snapshot, num_experts: int) -> None:
         self.generation = generation
         self.epoch = snapshot.epoch
+        self.ready = snapshot.ready  # every expert has a holder
         self.worker_ids = tuple(sorted(w.worker_id for w in snapshot.workers_of("experts")))
         self.everyone = np.ones(len(self.worker_ids), np.bool_)
         self.nobody = np.zeros(len(self.worker_ids), np.int64)

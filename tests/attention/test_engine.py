@@ -263,7 +263,9 @@ def test_aborts_at_random_points_return_all_blocks(rig: RigOf) -> None:
         if waiting and rng.random() < 0.5:
             engine.add(waiting.pop())
         if rng.random() < 0.3:
-            engine.abort(f"r{rng.randrange(24)}")
+            last = engine.abort(f"r{rng.randrange(24)}")
+            if last is not None:
+                answers.outputs.setdefault(last.request_id, []).append(last)
         answers.step()
     stats = engine.stats()
     assert stats.kv_blocks_free == stats.kv_blocks_total == 40
@@ -272,6 +274,29 @@ def test_aborts_at_random_points_return_all_blocks(rig: RigOf) -> None:
     ends = [answers.last(name).finish_reason for name in answers.outputs]
     assert ends.count("abort") == stats.requests_aborted > 0
     assert stats.requests_finished == 24 - stats.requests_aborted
+
+
+def test_an_aborted_id_is_free_at_once(rig: RigOf) -> None:
+    """Of a request that runs, of one that was over when it came, of one that was refused."""
+    engine = rig("v2lite").engine()
+    over = submit("a", [20], emitted_ids=[21] * 12)
+    for request, reason in ((over, "length"), (submit("a", [10**6]), "error")):
+        engine.add(request)
+        last = engine.abort("a")
+        assert last is not None
+        assert last.finish_reason == reason
+    engine.add(submit("a", [20]))
+    engine.step()
+    last = engine.abort("a")
+    assert last is not None
+    assert last.finish_reason == "abort"
+    assert engine.abort("a") is None
+    answers = Answers(engine, [submit("a", [20])]).run()
+    assert (
+        answers.all_tokens()
+        == Answers(rig("v2lite").engine(), [submit("a", [20])]).run().all_tokens()
+    )
+    assert [o.finish_reason for o in answers.outputs["a"]] == [None] * 11 + ["length"]
 
 
 def test_a_deadline_ends_running_and_waiting_requests(rig: RigOf) -> None:

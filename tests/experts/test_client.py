@@ -104,6 +104,12 @@ def hop(worker_id: str, num_rows: int = 2, deadline_s: float = 20.0, attempt: in
     return Hop(worker_id, frame, time.monotonic() + deadline_s)
 
 
+def exchange(workers: Workers, hops: list[Hop]) -> None:
+    for h in hops:
+        workers.client.post(h)
+    workers.client.gather(hops)
+
+
 def test_all_are_sent_before_the_first_answer_is_awaited(remote: Workers) -> None:
     meet = threading.Barrier(3)
 
@@ -114,7 +120,7 @@ def test_all_are_sent_before_the_first_answer_is_awaited(remote: Workers) -> Non
     for name in ("a", "b", "c"):
         remote.serve(name, wait_for_the_others)
     hops = [hop(name) for name in ("a", "b", "c")]
-    remote.client.exchange(hops)
+    exchange(remote, hops)
     assert all(h.reply is not None for h in hops)
 
 
@@ -122,7 +128,7 @@ def test_answers_belong_to_their_hops(workers: Workers) -> None:
     workers.serve("a", double)
     workers.serve("b", lambda frame, _: reply_to(frame, frame.rows * 3))  # type: ignore[operator]
     first, second, third = hop("a"), hop("b"), hop("a", 5)
-    workers.client.exchange([first, second, third])
+    exchange(workers, [first, second, third])
     values = [h.reply.rows.unique().tolist() for h in (first, second, third)]  # type: ignore[union-attr]
     assert values == [[2.0], [3.0], [2.0]]
     assert third.reply.rows.shape == (5, WIDTH)  # type: ignore[union-attr]
@@ -133,7 +139,7 @@ def test_answers_belong_to_their_hops(workers: Workers) -> None:
 def test_one_connection_a_worker(workers: Workers) -> None:
     workers.serve("a", double)
     for _ in range(3):
-        workers.client.exchange([hop("a"), hop("a")])
+        exchange(workers, [hop("a"), hop("a")])
     assert workers.client.counters.connects == 1
 
 
@@ -152,7 +158,7 @@ def test_a_worker_nobody_knows_and_one_that_is_gone(workers: Workers) -> None:
     workers.serve("gone", double).close()
     workers.serve("b", double)
     hops = [hop("stranger"), hop("gone"), hop("b")]
-    workers.client.exchange(hops)
+    exchange(workers, hops)
     assert [h.fault for h in hops] == [Fault.LOST, Fault.LOST, None]
     assert not workers.client.health.quarantine.admits("gone", hops[1].deadline_s)
 
@@ -163,18 +169,18 @@ def test_everything_under_way_at_a_worker_that_dies_is_lost(remote: Workers) -> 
 
     remote.serve("a", die)
     hops = [hop("a"), hop("a"), hop("a", 10_000)]
-    remote.client.exchange(hops)
+    exchange(remote, hops)
     assert [h.fault for h in hops] == [Fault.LOST] * 3
     assert remote.client.health.outstanding_rows("a") == 0
 
 
 def test_a_worker_that_restarts_is_connected_to_again(workers: Workers) -> None:
     workers.serve("a", double)
-    workers.client.exchange([hop("a")])
+    exchange(workers, [hop("a")])
     workers.forget("a")
     workers.serve("a", double)
     again = hop("a")
-    workers.client.exchange([again])
+    exchange(workers, [again])
     assert again.reply is not None
     assert workers.client.counters.connects == 2
 
@@ -191,7 +197,7 @@ def test_a_worker_that_restarts_is_connected_to_again(workers: Workers) -> None:
 def test_a_refusal_keeps_its_reason(workers: Workers, status: Status, fault: Fault) -> None:
     workers.serve("a", lambda frame, _: reply_to(frame, status=status, text="because"))
     h = hop("a")
-    workers.client.exchange([h])
+    exchange(workers, [h])
     assert (h.fault, h.detail) == (fault, "because")
     assert workers.client.counters.faults[fault] == 1
 
@@ -208,18 +214,21 @@ def not_here(*experts: int) -> Handler:
 def test_not_here_names_the_experts(workers: Workers) -> None:
     workers.serve("a", not_here(5, 99))
     h = hop("a")
-    workers.client.exchange([h])
+    exchange(workers, [h])
     assert (h.fault, h.missing) == (Fault.NOT_HERE, [5])
     assert len(workers.client.health.quarantine) == 0
 
 
-def test_not_here_about_other_experts_breaks_the_protocol(workers: Workers) -> None:
+def test_not_here_about_other_experts_breaks_the_protocol(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
     """Believing it would send the same pairs to the same worker for ever."""
     workers.serve("a", not_here(99))
     h = hop("a")
-    workers.client.exchange([h])
+    exchange(workers, [h])
     assert h.fault is Fault.MALFORMED
     assert len(workers.client.health.quarantine) == 1
+    assert caplog.messages == ["expert worker a is left alone: answer broke the protocol"]
 
 
 def with_rows(make: Callable[[torch.Tensor], torch.Tensor]) -> Handler:
@@ -243,7 +252,7 @@ def with_rows(make: Callable[[torch.Tensor], torch.Tensor]) -> Handler:
 def test_rows_that_cannot_be_added(workers: Workers, handler: Handler, fault: Fault) -> None:
     workers.serve("a", handler)
     h = hop("a")
-    workers.client.exchange([h])
+    exchange(workers, [h])
     assert h.fault is fault
 
 
@@ -251,7 +260,7 @@ def test_large_finite_rows_are_finite(workers: Workers) -> None:
     """Their squares overflow."""
     workers.serve("a", with_rows(lambda rows: rows * 1e30))
     h = hop("a")
-    workers.client.exchange([h])
+    exchange(workers, [h])
     assert h.fault is None
 
 
@@ -261,7 +270,7 @@ def test_garbage_on_the_wire_ends_the_connection(remote: Workers) -> None:
 
     remote.serve("a", write_garbage)
     h = hop("a")
-    remote.client.exchange([h])
+    exchange(remote, [h])
     assert h.fault is Fault.MALFORMED
     assert len(remote.client.health.quarantine) == 1
 
@@ -286,7 +295,7 @@ def test_a_worker_that_does_not_answer_times_out_alone(remote: Workers) -> None:
     remote.serve("a", Silent())
     remote.serve("b", double)
     slow, quick = hop("a", deadline_s=0.05), hop("b")
-    remote.client.exchange([slow, quick])
+    exchange(remote, [slow, quick])
     assert (slow.fault, quick.fault) == (Fault.TIMEOUT, None)
     assert remote.client.health.outstanding_rows("a") == 2  # it still owes them
 
@@ -296,7 +305,7 @@ def test_a_timed_out_hop_can_be_waited_for_again(remote: Workers) -> None:
     silent = Silent()
     remote.serve("a", silent)
     h = hop("a")
-    remote.client.exchange([h])
+    exchange(remote, [h])
     remote.client.health.hop_timer = HopTimer(20.0)
     remote.client.wait_again(h)
     silent.answer(0)
@@ -310,12 +319,12 @@ def test_a_late_answer_is_dropped_and_shows_that_the_worker_lives(remote: Worker
     remote.serve("a", silent)
     remote.serve("b", double)
     h = hop("a")
-    remote.client.exchange([h])
+    exchange(remote, [h])
     remote.client.abandon(h)
     remote.client.health.quarantine.punish("a", 0.0)
     silent.answer(0)
     while not remote.client.counters.late_answers:
-        remote.client.exchange([hop("b")])
+        exchange(remote, [hop("b")])
     assert h.reply is None
     assert len(remote.client.health.quarantine) == 0
     assert remote.client.health.outstanding_rows("a") == 0
@@ -327,7 +336,7 @@ def hang(remote: Workers) -> tuple[Silent, Server, int]:
     silent = Silent()
     server = remote.serve("a", silent)
     h = hop("a", 5)
-    remote.client.exchange([h])
+    exchange(remote, [h])
     assert h.fault is Fault.TIMEOUT
     generation = remote.board.generation
     for _ in range(2):
@@ -335,7 +344,9 @@ def hang(remote: Workers) -> tuple[Silent, Server, int]:
     return silent, server, generation
 
 
-def test_a_worker_that_hangs_is_asked_again_with_one_row(remote: Workers) -> None:
+def test_a_worker_that_hangs_is_asked_again_with_one_row(
+    remote: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
     """On another connection; its answer ends the quarantine and wakes those who wait."""
     silent, _, generation = hang(remote)
     (first, its_line), (probe, other_line) = silent.frames
@@ -346,6 +357,9 @@ def test_a_worker_that_hangs_is_asked_again_with_one_row(remote: Workers) -> Non
     silent.answer(1)
     assert remote.board.wait_newer(generation, 20.0)
     assert len(remote.client.health.quarantine) == 0
+    hung, answers = caplog.messages
+    assert hung == "expert worker a is left alone: it hangs, no answer to 5 rows within 0.05 s"
+    assert answers == "expert worker a answers again"
 
 
 def test_a_worker_that_hung_and_died_is_in_quarantine_for_a_time(remote: Workers) -> None:
@@ -359,7 +373,7 @@ def test_a_worker_that_hung_and_died_is_in_quarantine_for_a_time(remote: Workers
 def test_a_deadline_of_the_hop_itself_says_nothing_of_the_worker(remote: Workers) -> None:
     remote.serve("a", Silent())
     h = hop("a", deadline_s=0.05)
-    remote.client.exchange([h])
+    exchange(remote, [h])
     assert h.fault is Fault.TIMEOUT
     assert len(remote.client.health.quarantine) == 0
 
@@ -377,7 +391,7 @@ def test_a_worker_that_hung_must_shake_hands_before_it_gets_more(remote: Workers
     silent = Silent()
     remote.serve("a", silent)
     first = hop("a")
-    remote.client.exchange([first])
+    exchange(remote, [first])
     remote.client.abandon(first)
     remote.client.post(hop("a"))
     assert remote.client.counters.connects == 2
@@ -386,7 +400,7 @@ def test_a_worker_that_hung_must_shake_hands_before_it_gets_more(remote: Workers
 def test_the_deadline_of_the_exchange_ends_a_longer_wait_for_the_worker(remote: Workers) -> None:
     remote.serve("a", Silent())
     h = hop("a", deadline_s=0.05)
-    remote.client.exchange([h])
+    exchange(remote, [h])
     assert h.fault is Fault.TIMEOUT
 
 
@@ -398,7 +412,7 @@ def test_the_worker_is_told_how_long_it_has(workers: Workers) -> None:
         return double(frame, connection)
 
     workers.serve("a", note)
-    workers.client.exchange([hop("a", deadline_s=20.0)])
+    exchange(workers, [hop("a", deadline_s=20.0)])
     assert 10e6 < seen[0] <= 20e6
 
 
@@ -448,12 +462,12 @@ def test_a_restarted_worker_starts_without_the_faults_of_the_last_process(
     workers: Workers,
 ) -> None:
     workers.serve("a", lambda frame, _: reply_to(frame, status=Status.OVERLOADED, text="no"))
-    workers.client.exchange([hop("a")])
+    exchange(workers, [hop("a")])
     assert len(workers.client.health.quarantine) == 1
     workers._servers.pop("a").close()
     workers.serve("a", double)  # no snapshot in between: the client never sees it gone
     again = hop("a")
-    workers.client.exchange([again])
+    exchange(workers, [again])
     assert again.fault is None
     assert len(workers.client.health.quarantine) == 0
 
@@ -461,10 +475,10 @@ def test_a_restarted_worker_starts_without_the_faults_of_the_last_process(
 def test_connections_of_workers_that_left_are_closed(workers: Workers) -> None:
     server = workers.serve("a", double)
     workers.serve("b", double)
-    workers.client.exchange([hop("a"), hop("b")])
+    exchange(workers, [hop("a"), hop("b")])
     workers._servers.pop("a")
     workers.publish()
-    workers.client.exchange([hop("b")])
+    exchange(workers, [hop("b")])
     for connection in server.connections:  # the server's thread may take a moment to see it
         with pytest.raises(OSError):
             connection.receive(20.0)
@@ -477,7 +491,7 @@ def test_bytes_on_the_wire(remote: Workers) -> None:
     4 d bytes a row."""
     remote.serve("a", double)
     num_rows, num_pairs = 7, 1
-    remote.client.exchange([hop("a", num_rows)])
+    exchange(remote, [hop("a", num_rows)])
     remote.forget("a")  # joins its threads: the server counts what it sent after sending
     row_bytes = num_rows * 4 * WIDTH
     assert remote.counters.bytes_in == HEADER_BYTES + 12 * num_pairs + row_bytes

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experts.health import HopTimer, Quarantine, WorkerHealth
+from experts.health import TELL_EVERY_S, HopTimer, Quarantine, WorkerHealth
 
 
 def admitted(quarantine: Quarantine, times: list[float]) -> list[float]:
@@ -16,7 +16,7 @@ def admitted(quarantine: Quarantine, times: list[float]) -> list[float]:
 def test_a_worker_without_faults_is_admitted() -> None:
     quarantine = Quarantine()
     assert quarantine.admits("w", 0.0)
-    assert quarantine.next_release_s() is None
+    assert quarantine.next_release_s(0.0) is None
 
 
 def test_each_fault_doubles_the_wait_up_to_the_limit() -> None:
@@ -24,7 +24,7 @@ def test_each_fault_doubles_the_wait_up_to_the_limit() -> None:
     releases = []
     for _ in range(4):
         quarantine.punish("w", 100.0)
-        releases.append(quarantine.next_release_s())
+        releases.append(quarantine.next_release_s(0.0))
     assert releases == [101.0, 102.0, 103.0, 103.0]
 
 
@@ -41,7 +41,7 @@ def test_an_answer_ends_it_and_forgets_the_strikes() -> None:
     quarantine.absolve("w")
     assert quarantine.admits("w", 0.0)
     quarantine.punish("w", 10.0)
-    assert quarantine.next_release_s() == 11.0
+    assert quarantine.next_release_s(0.0) == 11.0
 
 
 def test_workers_do_not_share_faults() -> None:
@@ -62,11 +62,11 @@ def test_workers_that_left_are_forgotten() -> None:
 
 def test_a_worker_that_hangs_is_out_for_all_until_it_answers() -> None:
     quarantine = Quarantine(base_s=1.0)
-    assert quarantine.suspend("w")
-    assert not quarantine.suspend("w")
+    assert quarantine.suspend("w", 0.0)
+    assert not quarantine.suspend("w", 0.0)
     assert quarantine.is_suspended("w")
     assert admitted(quarantine, [0.0, 1e9]) == []
-    assert quarantine.next_release_s() == math.inf
+    assert quarantine.next_release_s(0.0) == math.inf
     assert quarantine.absolve("w")
     assert not quarantine.absolve("w")
     assert quarantine.admits("w", 0.0)
@@ -74,10 +74,56 @@ def test_a_worker_that_hangs_is_out_for_all_until_it_answers() -> None:
 
 def test_a_worker_that_hung_and_is_gone_waits_as_after_two_faults() -> None:
     quarantine = Quarantine(base_s=1.0)
-    quarantine.suspend("w")
+    quarantine.suspend("w", 0.0)
     quarantine.punish("w", 10.0)
     assert not quarantine.is_suspended("w")
-    assert quarantine.next_release_s() == 12.0
+    assert quarantine.next_release_s(0.0) == 12.0
+
+
+def test_to_look_is_no_probe() -> None:
+    quarantine = Quarantine(base_s=1.0)
+    quarantine.punish("w", 0.0)
+    assert [quarantine.is_out("w", now_s) for now_s in (0.9, 1.0, 1.0)] == [True, False, False]
+    assert admitted(quarantine, [1.0, 1.0]) == [1.0]
+    assert quarantine.is_out("w", 1.0)
+    assert not quarantine.is_out("stranger", 0.0)
+
+
+def test_a_time_that_is_over_is_no_next_release() -> None:
+    """Whoever waits for one has looked at that worker already."""
+    quarantine = Quarantine(base_s=1.0)
+    quarantine.punish("a", 0.0)
+    quarantine.punish("b", 5.0)
+    times = [quarantine.next_release_s(after_s) for after_s in (0.0, 1.0, 6.0)]
+    assert times == [1.0, 6.0, None]
+
+
+def test_a_fault_with_a_reason_is_told_once_and_so_is_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quarantine = Quarantine()
+    quarantine.punish("quiet", 0.0)
+    quarantine.absolve("quiet")
+    for now_s in range(5):
+        quarantine.punish("w", float(now_s), "not finite")
+    quarantine.suspend("w", 5.0, "it hangs")
+    quarantine.absolve("w")
+    quarantine.absolve("w")
+    assert caplog.messages == [
+        "expert worker w is left alone: not finite",
+        "expert worker w answers again",
+    ]
+
+
+def test_a_worker_that_fails_and_answers_in_turns_is_told_of_now_and_then(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quarantine = Quarantine(kind="router")
+    for i in range(21):
+        quarantine.punish("w", i * TELL_EVERY_S / 10, "not finite")
+        quarantine.absolve("w")
+    assert caplog.messages.count("router w is left alone: not finite") == 3
+    assert caplog.messages.count("router w answers again") == 3
 
 
 def observe(timer: HopTimer, num_rows: int, hop_s: float, times: int = 32) -> None:

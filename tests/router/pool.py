@@ -104,12 +104,12 @@ class Pool:
         """Close a worker's server; the board still names it."""
         self.workers.pop(worker_id).close()
 
-    def forget(self, worker_id: str) -> None:
+    def forget(self, worker_id: str, ready: bool = True) -> None:
         """Publish without the worker."""
         del self._endpoints[worker_id], self.claims[worker_id]
-        self.publish()
+        self.publish(ready)
 
-    def publish(self) -> None:
+    def publish(self, ready: bool = True) -> None:
         """Show the claims of all workers."""
         version = self.board.generation + 1
         config = self.checkpoint.config
@@ -126,7 +126,7 @@ class Pool:
         )
         self.board.publish(
             Snapshot(
-                version=version, epoch=version, ready=True, stage="", workers=workers,
+                version=version, epoch=version, ready=ready, stage="", workers=workers,
                 holders=holders,
             )
         )  # fmt: skip

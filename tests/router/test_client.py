@@ -15,7 +15,7 @@ from experts.channel.channel import Connection, Server
 from experts.channel.frame import Frame, FrameLimits, Status, reply_to
 from experts.messages import Snapshot, WorkerInfo
 from experts.snapshots import SnapshotBoard
-from router.client import RouterClient
+from router.client import GRACE_S, RouterClient
 from router.errors import RemoteUnavailable, RouterUnavailable
 
 SECRET = b"a secret of the tests"
@@ -162,7 +162,7 @@ def test_a_router_that_dies_with_batches_under_way(routers: Routers) -> None:
 
 
 def test_a_killed_router_with_many_batches_under_way_costs_well_below_a_second(
-    routers: Routers,
+    routers: Routers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its socket ends; what it had goes to the other one."""
     asked, doomed = threading.Semaphore(0), []
@@ -183,6 +183,8 @@ def test_a_killed_router_with_many_batches_under_way_costs_well_below_a_second(
         assert torch.equal(client.finish(ticket), (X + i) * 2)
     assert time.monotonic() - begun_s < 0.5
     assert client.failovers == 1
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("router bad is left alone: ")
 
 
 def test_a_router_that_hangs_is_left_when_the_snapshot_drops_it(routers: Routers) -> None:
@@ -236,10 +238,131 @@ def test_a_router_that_refuses_is_left(routers: Routers, status: Status) -> None
     assert torch.equal(routers.client().forward(LAYER, X), X * 2)
 
 
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def test_a_router_that_hangs_is_left(routers: Routers) -> None:
+    """Not at the deadline of a ticket, experts may be missing as long; when it is silent then."""
     routers.serve("good", double, "far")
     routers.serve("bad", lambda frame, _: None)
-    assert torch.equal(routers.client(router_timeout_s=0.05).forward(LAYER, X), X * 2)
+    clock = Clock()
+    client = routers.client(deadline_s=20.0, router_timeout_s=1.0, clock=clock)
+    ticket = client.begin(LAYER, X)
+    clock.now_s += 20.0
+    with pytest.raises(RouterUnavailable, match="bad has not answered"):
+        client.finish(ticket)
+    ticket = client.begin(LAYER, X)
+    assert (client.failovers, ticket.parts[0].line) == (0, client._lines["bad"])
+    clock.now_s += GRACE_S
+    assert torch.equal(client.finish(ticket), X * 2)
+    assert client.failovers == 1
+
+
+def test_a_router_that_waits_for_experts_is_not_left(routers: Routers) -> None:
+    def answer_late(frame: Frame, connection: Connection) -> None:
+        threading.Timer(0.15, connection.send, [double(frame, connection)]).start()
+
+    routers.serve("good", double, "far")
+    routers.serve("slow", answer_late)
+    client = routers.client(router_timeout_s=0.01)
+    assert torch.equal(client.forward(LAYER, X), X * 2)
+    assert client.failovers == 0
+
+
+def test_a_router_that_waited_in_vain_may_say_so(
+    routers: Routers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It measures the same time, so its answer comes a moment after the deadline."""
+    monkeypatch.setattr("router.client.LOOK_S", 10.0)
+
+    def give_up(frame: Frame, connection: Connection) -> None:
+        answer = reply_to(frame, status=Status.DEADLINE, text="layer 2, experts 5: nobody")
+        threading.Timer(frame.deadline_us / 1e6, connection.send, [answer]).start()
+
+    routers.serve("r0", give_up)
+    with pytest.raises(RemoteUnavailable, match="experts 5"):
+        routers.client(deadline_s=0.2).forward(LAYER, X)
+
+
+def test_answers_that_lie_there_are_taken_after_the_deadline(routers: Routers) -> None:
+    """The process was stopped meanwhile."""
+    answered = threading.Semaphore(0)
+
+    def answer(frame: Frame, connection: Connection) -> None:
+        connection.send(double(frame, connection))
+        answered.release()
+
+    routers.serve("r0", answer)
+    clock = Clock()
+    client = routers.client(clock=clock)
+    first, second = client.begin(LAYER, X), client.begin(LAYER, X + 1)
+    for _ in range(2):
+        assert answered.acquire(timeout=20)
+    clock.now_s += 1000.0
+    assert torch.equal(client.finish(second), (X + 1) * 2)
+    assert torch.equal(client.finish(first), X * 2)
+    assert client.failovers == 0
+
+
+def test_the_log_says_when_a_router_is_no_longer_listed(
+    routers: Routers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection is closed, and nothing more is sent to it."""
+    routers.serve("other", double, "far")
+    routers.serve("near", double)
+    client = routers.client()
+    client.forward(LAYER, X)
+    assert list(client._lines) == ["near"]
+    routers.forget("near")
+    for _ in range(2):
+        assert torch.equal(client.forward(LAYER, X), X * 2)
+    assert list(client._lines) == ["other"]
+    assert caplog.messages == ["router near is left: it is no longer listed"]
+
+
+def test_a_line_that_is_still_needed_is_closed_later(routers: Routers) -> None:
+    held, asked = [], threading.Event()
+
+    def hold(frame: Frame, connection: Connection) -> None:
+        held.append((frame, connection))
+        asked.set()
+
+    routers.serve("other", double, "far")
+    routers.serve("near", hold)
+    client = routers.client()
+    ticket = client.begin(LAYER, X)
+    assert asked.wait(20)
+    routers.forget("near")
+    assert torch.equal(client.forward(LAYER, X + 1), (X + 1) * 2)
+    assert sorted(client._lines) == ["near", "other"]
+    held[0][1].send(double(*held[0]))
+    assert torch.equal(client.finish(ticket), X * 2)
+    routers.publish()
+    client.forward(LAYER, X)
+    assert list(client._lines) == ["other"]
+
+
+def test_waiting_for_a_router_is_no_busy_loop(routers: Routers) -> None:
+    """The end of a dead router's quarantine is no reason to look again and again."""
+    routers.serve("r0", lambda frame, connection: connection.close())  # type: ignore[arg-type]
+    client = routers.client(deadline_s=0.5)
+    ticket = client.begin(LAYER, X)
+    routers.kill("r0")
+    routers.forget("r0")
+    looks, wait_newer = [], routers.board.wait_newer
+
+    def wait(generation: int, timeout_s: float) -> bool:
+        looks.append(timeout_s)
+        return wait_newer(generation, timeout_s)
+
+    routers.board.wait_newer = wait  # type: ignore[method-assign]
+    with pytest.raises(RouterUnavailable):
+        client.finish(ticket)
+    assert 1 <= len(looks) <= 3
 
 
 def test_rows_of_another_shape_are_not_used(routers: Routers) -> None:
@@ -291,6 +414,13 @@ def test_the_deadline_ends_the_wait(routers: Routers) -> None:
         client.forward(LAYER, X)
     assert caught.value.layer == LAYER
     assert caught.value.waited_s >= 0.05
+
+
+def test_a_longer_limit_than_the_own_is_not_taken(routers: Routers) -> None:
+    client = routers.client(deadline_s=0.05)
+    with pytest.raises(RouterUnavailable) as caught:
+        client.finish(client.begin(LAYER, X, 5.0))
+    assert 0.05 <= caught.value.waited_s < 4.0
 
 
 def test_a_router_that_cannot_be_reached_is_named(routers: Routers, socket_folder: Path) -> None:

@@ -92,7 +92,10 @@ def infinite(frame: Frame, _: Connection) -> Frame:
 
 @pytest.mark.parametrize("answer", [wrong_shape, wrong_layer, wrong_dtype, infinite])
 def test_answers_that_cannot_be_right_are_not_used(
-    answer: Callable[[Frame, Connection], Frame], new_pool: NewPool, checkpoint: Checkpoint
+    answer: Callable[[Frame, Connection], Frame],
+    new_pool: NewPool,
+    checkpoint: Checkpoint,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     everything = set(every_expert(checkpoint))
     pool = new_pool(checkpoint, {"b": everything})
@@ -104,6 +107,9 @@ def test_answers_that_cannot_be_right_are_not_used(
     assert torch.equal(router.forward(LAYER, x), right)
     health = router._own_lane.client.health
     assert len(health.quarantine) == 1  # proven: another holder could
+    (told,) = caplog.messages
+    why = "answer is not finite" if answer is infinite else "answer broke the protocol"
+    assert told.startswith(f"expert worker a is left alone: {why}")
 
 
 def test_when_every_holder_fails_the_error_says_so_at_once(
@@ -199,6 +205,74 @@ def test_the_deadline_ends_the_wait_for_a_holder(new_pool: NewPool, checkpoint: 
     assert len(caught.value.experts) == 6
     assert caught.value.waited_s >= 0.05
     assert str(caught.value).startswith("layer 2, experts ")
+
+
+def test_a_longer_limit_than_the_own_is_not_taken(
+    new_pool: NewPool, checkpoint: Checkpoint
+) -> None:
+    router = new_pool(checkpoint, {"a": {(1, 0)}}).router(deadline_s=0.05)
+    with pytest.raises(ExpertsUnavailable) as caught:
+        router.forward(LAYER, some_rows(1, checkpoint), deadline_s=5.0)
+    assert 0.05 <= caught.value.waited_s < 4.0
+
+
+@pytest.mark.parametrize("dies", ["before it is dropped", "after it is dropped"])
+def test_waiting_for_a_holder_is_no_busy_loop(
+    dies: str, new_pool: NewPool, checkpoint: Checkpoint, socket_folder: Path
+) -> None:
+    """The end of a dead worker's quarantine is no reason to look again and again."""
+    pool = new_pool(checkpoint, {}, socket_folder)
+    pool.add_impostor("a", set(every_expert(checkpoint)), Silent())
+    pool.publish()
+    router = pool.router(deadline_s=0.6)
+    pending = router.begin(LAYER, some_rows(1, checkpoint))
+    if dies == "before it is dropped":
+        pool._servers[0].close()
+    pool.forget("a")
+    thread = threading.Timer(0.1, pool._servers[0].close)
+    thread.start()
+    with pytest.raises(ExpertsUnavailable):
+        router.finish(pending)
+    thread.join()
+    assert 1 <= router._own_lane.counters.waits <= 3
+
+
+def test_a_plan_that_is_thrown_away_probes_nobody(
+    new_pool: NewPool, checkpoint: Checkpoint, socket_folder: Path
+) -> None:
+    """Worker a is slow, b has but half of its experts and may be probed."""
+    everything = set(every_expert(checkpoint))
+    half = {key for key in everything if key[1] % 2}
+    pool = new_pool(checkpoint, {"b": half}, socket_folder)
+    pool.add_impostor("a", everything, Silent())
+    pool.publish()
+    router = pool.router(quarantine_base_s=1000.0, quarantine_max_s=1000.0)
+    lane = router._own_lane
+    quarantine, now_s = lane.client.health.quarantine, lane.client.health.clock()
+    exchange = router.begin(LAYER, some_rows(8, checkpoint)).exchanges[0]
+    (item,) = [item for item in exchange.open if item.hop.worker_id == "a"]
+    exchange.open.remove(item)
+    quarantine.punish("b", now_s - 2000.0)
+    lane._hedge(exchange, item)
+    assert item in exchange.open
+    assert quarantine.admits("b", now_s)
+
+
+def test_what_another_lane_probes_is_not_sent_too(
+    new_pool: NewPool, checkpoint: Checkpoint
+) -> None:
+    pool = new_pool(checkpoint, {"a": set(every_expert(checkpoint))})
+    lane = pool.router(quarantine_base_s=1000.0, quarantine_max_s=1000.0)._own_lane
+    quarantine, now_s = lane.client.health.quarantine, lane.client.health.clock()
+    exchange = lane.begin(LAYER, some_rows(2, checkpoint)).exchanges[0]
+    exchange.open.clear()
+    quarantine.punish("a", now_s - 2000.0)
+    plan = lane._plan(exchange, exchange.pairs)
+    assert len(plan.shares) == 1
+    assert quarantine.admits("a", lane.client.health.clock())
+    lane._post(exchange, plan, None)
+    assert exchange.open == []
+    assert exchange.todo.tolist() == list(range(12))
 
 
 class Silent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,74 @@ def test_a_full_snapshot_ends_the_outage(new_pool: NewPool, checkpoint: Checkpoi
         .router(deterministic=True)
         .forward(LAYER, x),
     )
+
+
+@pytest.mark.parametrize("successor", ["w0", "w1"], ids=["the same name", "another name"])
+def test_an_outage_ends_with_the_replacement_of_the_dead_worker(
+    successor: str, new_pool: NewPool, checkpoint: Checkpoint
+) -> None:
+    """Or the next one, an hour later, would find its time used up."""
+    everything = set(every_expert(checkpoint))
+    pool, x = new_pool(checkpoint, {"w0": everything}), some_rows(4, checkpoint)
+    router = pool.router(on_unavailable="renormalise", expert_wait_s=1000.0)
+    right = router.forward(LAYER, x)
+    pool.kill("w0")
+    pending = router.begin(LAYER, x)
+    pool.forget("w0", ready=False)
+
+    def replace() -> None:
+        patience = threading.Event()
+        while not router._outage.lasts:
+            patience.wait(0.005)
+        pool.add(successor, everything)
+        pool.publish()
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    assert torch.equal(router.finish(pending), right)
+    thread.join()
+    assert not router._outage.lasts
+
+
+def test_an_exchange_that_lacks_nothing_ends_the_outage(
+    new_pool: NewPool, checkpoint: Checkpoint
+) -> None:
+    """Without a newer snapshot; but not while somebody is left out, or experts are missing."""
+    pool, x = new_pool(checkpoint, {"a": set(every_expert(checkpoint))}), some_rows(4, checkpoint)
+    router = pool.router()
+    quarantine = router._own_lane.client.health.quarantine
+    lasts = []
+    for disturb in (lambda: pool.publish(ready=False), pool.publish):
+        router._outage.since(0.0)
+        disturb()
+        quarantine.punish("gone", 0.0)  # such as one that failed when it had left
+        router.forward(LAYER, x)
+        lasts.append(router._outage.lasts)
+    pool.add("b", {(LAYER, 0)})
+    pool.publish()
+    router.forward(LAYER, x)
+    router._outage.since(0.0)
+    quarantine.suspend("b", 0.0)
+    router.forward(LAYER, x)
+    lasts.append(router._outage.lasts)
+    quarantine.absolve("b")
+    router.forward(LAYER, x)
+    lasts.append(router._outage.lasts)
+    assert lasts == [True, False, True, False]
+
+
+def test_the_end_of_an_outage_does_not_prolong_a_wait(
+    new_pool: NewPool, checkpoint: Checkpoint
+) -> None:
+    """Exchanges that lack nothing may end it while one still waits for what no table tells of."""
+    router = pool_without(new_pool, checkpoint, {3}).router(
+        on_unavailable="renormalise", expert_wait_s=10.0
+    )
+    lane = router._own_lane
+    exchange = router.begin(LAYER, some_rows(4, checkpoint)).exchanges[0]
+    give_up_s = lane._give_up_s(exchange)
+    router._outage.end()
+    assert lane._give_up_s(exchange) == give_up_s
 
 
 def test_a_holder_that_hangs_is_given_up(
