@@ -172,13 +172,12 @@ class Roster:
 
     def adopt(self, table: Table) -> None:
         """A plan made elsewhere from `table()` of this generation, but for what failed before."""
-        members = self._members
-        self._wish(
-            {
-                worker: set(experts) - (members[worker].failed - members[worker].wish)
-                for worker, experts in table.items()
-            }
-        )
+        unit_of, kept = self.rules.space.unit_of, {}
+        for worker, experts in table.items():
+            member = self._members[worker]
+            barred = {unit_of(key) for key in member.failed - member.wish}
+            kept[worker] = {key for key in experts if unit_of(key) not in barred}
+        self._wish(kept)
 
     # --- views ---
 

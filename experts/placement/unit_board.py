@@ -58,6 +58,7 @@ class UnitBoard:
         }
         held = pool.wish if pool.held is None else pool.held
         self._held = {worker: _whole_units(space, keys) for worker, keys in held.items()}
+        self._held_in_part = {worker: set(_parts(space, keys)) for worker, keys in held.items()}
         self._held_by_leavers = set[Unit]().union(
             *(units for worker, units in self._held.items() if worker not in self._normal)
         )
@@ -239,7 +240,8 @@ class UnitBoard:
         return any(unit in self._held[w] for w in self._holders[unit] if w != worker)
 
     def _may_drop(self, unit: Unit, worker: str) -> bool:
-        return unit not in self._held[worker] or self._held_elsewhere(unit, worker)
+        in_part = unit in self._held_in_part.get(worker, ())
+        return not in_part or self._held_elsewhere(unit, worker)
 
     def _evict(self, unit: Unit, *, pinned: bool, only_normal: bool = False) -> str | None:
         """Free a slot on a worker that lacks the unit by dropping a replica; returns the worker.
