@@ -22,7 +22,6 @@ from ray.serve.handle import DeploymentHandle
 from cluster.autoscaling.serve_policies import autoscaling_config
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling, Scaling
 from cluster.config import (
-    MAX_COMMANDED,
     SECRET_VARIABLE,
     AttentionTier,
     ConfigError,
@@ -84,9 +83,7 @@ def _deploy_tier(
     name: str, replica: type, tier: ExpertTier | AttentionTier, kind: type[Scaling]
 ) -> serve.Deployment:
     """A deployment whose size its policy decides: by the load, by command, or by both."""
-    scaling = tier.scaling or kind(
-        max_workers=max(MAX_COMMANDED, tier.num_workers), follows_load=False
-    )
+    scaling = tier.scaling or kind(max_workers=tier.max_workers, follows_load=False)
     size = autoscaling_config(scaling, tier.num_workers)
     return _deploy(name, replica, tier.num_gpus, autoscaling_config=size)
 

@@ -23,8 +23,6 @@ class AttentionLine:
     def __init__(self, worker_id: str, client: AttentionClient) -> None:
         self.worker_id = worker_id
         self.open_tokens: dict[str, int] = {}  # request id -> tokens it may hold in the end
-        self.refuses = False
-        """It said "lost" to a sequence: it drains, and would say so to the next one."""
         self._client = client
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send, name=f"to {worker_id}", daemon=True)

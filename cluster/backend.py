@@ -126,7 +126,7 @@ class AttentionPool:
         return min(usable, key=lambda line: (line.load, line.worker_id)) if usable else None
 
     def _usable(self) -> list[AttentionLine]:
-        return [line for line in self._lines.values() if not (line.closed or line.refuses)]
+        return [line for line in self._lines.values() if not line.closed]
 
     def _give(self, line: AttentionLine, submit: Submit, on_output: OnOutput) -> None:
         """Send it over a line. A replay's emitted ids are part of its max_tokens."""
@@ -147,8 +147,6 @@ class AttentionPool:
             line.open_tokens.pop(output.request_id, None)
             if self._owner.get(output.request_id) is line:
                 del self._owner[output.request_id]
-            if output.finish_reason == "lost":
-                line.refuses = True
 
     # ---- connections
 

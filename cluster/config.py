@@ -38,7 +38,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class AttentionTier(_Section):
+class _Tier(_Section):
+    """A deployment whose size may change."""
+
+    num_workers: Count
+    scaling: AttentionScaling | ExpertScaling | None
+
+    @property
+    def max_workers(self) -> int:
+        """The most that load or a command can make it."""
+        if self.scaling is not None:
+            return self.scaling.max_workers
+        return max(MAX_COMMANDED, self.num_workers)
+
+
+class AttentionTier(_Tier):
     """The `Attention` deployment."""
 
     num_workers: Count = 1
@@ -73,7 +87,7 @@ class Rebalancing(_Section):
     """Part of the busiest worker's load that a change must take off it."""
 
 
-class ExpertTier(_Section):
+class ExpertTier(_Tier):
     """The `Experts` deployment."""
 
     num_workers: Count = 2

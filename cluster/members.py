@@ -143,6 +143,10 @@ class PlacementMember:
             redundancy=redundancy(config, space),
             needs_router=config.router.mode == "deployment",
             rebalance=RebalanceRules(**config.experts.rebalance.model_dump()),
+            max_workers={
+                "experts": config.experts.max_workers,
+                "attention": config.attention.max_workers,
+            },
         )
         self.directory = Directory(rules, enable_chaos=config.enable_chaos)
         self.directory.start(endpoint, secret)
@@ -185,7 +189,10 @@ class ExpertMember:
 
     def read_stats(self) -> ExpertStats:
         """How busy the worker was since the last time somebody asked."""
-        return self._meter.read(len(self.worker.holds), _commanded(self._line, "experts"))
+        snapshot, held = self._line.snapshot, len(self.worker.holds)
+        is_drained = snapshot is not None and self.worker.worker_id in snapshot.drained
+        commanded = _commanded(self._line, "experts")
+        return self._meter.read(held, commanded, is_drained=is_drained)
 
     def _assign(self, assign: Assign) -> None:
         report = partial(self._line.report_holding, epoch=assign.epoch)
@@ -277,7 +284,6 @@ def _way_to_the_experts(
         worker_id,
         site.node,
         deadline_s=settings.deadline_s,
-        router_timeout_s=settings.deadline_s,  # it may wait so long for lost experts
     )
 
 

@@ -21,6 +21,11 @@ COPY = 4
 """Devices that hold all experts together: of the default model one routing group of each layer."""
 
 
+SCALING_BUSY = 0.45
+"""What the pools that scale aim at. They can be fuller than the static one, which has to have room
+for the busiest moment of the day; a batch waits for its busiest worker, so not much fuller."""
+
+
 @dataclass(frozen=True)
 class Fleet:
     """What all three have in common."""
@@ -33,6 +38,7 @@ class Fleet:
     num_devices: int
     pairs_per_s: float
     target_busy: float
+    """At the peak, if all of them carry it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def copies(fleet: Fleet) -> Provisioning:
         "slots_per_worker": fleet.num_experts,
         "emulated_pairs_per_s": fleet.pairs_per_s * COPY,
         "num_workers": 1,
-        "scaling": _scaling(fleet, 1, most),
+        "scaling": _scaling(1, most, step_down=1),
     }
     return Provisioning("copies", "whole replicas", COPY, _settings(fleet, experts))
 
@@ -67,7 +73,7 @@ def shoal(fleet: Fleet) -> Provisioning:
     """Worker by worker."""
     experts = _one_device(fleet) | {
         "num_workers": COPY,
-        "scaling": _scaling(fleet, COPY, fleet.num_devices),
+        "scaling": _scaling(COPY, fleet.num_devices, step_down=COPY),
     }
     return Provisioning("shoal", "Shoal, worker by worker", 1, _settings(fleet, experts))
 
@@ -87,13 +93,14 @@ def _one_device(fleet: Fleet) -> dict[str, Any]:
     }
 
 
-def _scaling(fleet: Fleet, lowest: int, highest: int) -> dict[str, Any]:
+def _scaling(lowest: int, highest: int, step_down: int) -> dict[str, Any]:
     """Delays that suit a day of minutes, a wait for devices that take tens of ms for a batch."""
     return {
         "min_workers": lowest,
         "max_workers": highest,
-        "target_busy": fleet.target_busy,
-        "downscale_busy": 0.75 * fleet.target_busy,
+        "target_busy": SCALING_BUSY,
+        "downscale_busy": 0.75 * SCALING_BUSY,
+        "max_step_down": step_down,
         "upscale_delay_s": 0.5,
         "downscale_delay_s": 6.0,
         "settle_s": 3.0,

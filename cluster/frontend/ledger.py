@@ -25,11 +25,6 @@ class LedgerEntry:
     cache_salt: str = ""
     emitted_ids: list[int] = field(default_factory=list)
 
-    @property
-    def seed_position(self) -> int:
-        """Position of the random stream for the next token."""
-        return len(self.emitted_ids)
-
     def submission(self, now: float) -> Submit:
         """The message that starts the sequence, or continues it behind what was emitted."""
         left_s = None if self.deadline is None else max(self.deadline - now, 1e-3)

@@ -187,18 +187,6 @@ def test_replays_of_a_dead_worker_spread_over_the_others(world: World) -> None:
         assert client.calls.empty()
 
 
-def test_a_worker_that_drains_gets_nothing_more(world: World) -> None:
-    a, b = world.start("a", "b")
-    world.submit("1")
-    a.next_call()
-    a.say("1", finish_reason="lost")
-    assert world.output().finish_reason == "lost"
-    for name in ("1", "2", "3"):
-        world.replay(name)
-        assert b.next_call() == submit(name)
-    assert a.calls.empty()
-
-
 # ---- no worker
 
 

@@ -603,7 +603,7 @@ def test_ledger_knows_enough_to_continue_anywhere(serve: Callable[..., Inference
     again = entry.submission(now=time.monotonic())
     assert shown == "Hel"
     assert again.emitted_ids == HELLO[:3]
-    assert entry.seed_position == 3
+    assert len(entry.emitted_ids) == 3
     assert (again.prompt_ids, again.params) == (first.prompt_ids, first.params)
     assert again.params.seed == 5
     assert again.deadline_s is not None and 0 < again.deadline_s <= 60
