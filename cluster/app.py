@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import warnings
@@ -42,6 +43,7 @@ from cluster.members import (
 from experts.kernels.runtime import configure_threads
 
 ENDPOINT_TIMEOUT_S = 5.0
+PACKAGES = ("experts", "router", "attention", "cluster")
 GRACEFUL_SHUTDOWN_S = HANDOVER_TIMEOUT_S + 30.0
 
 
@@ -102,11 +104,22 @@ def _endpoint_for(config: ShoalConfig) -> Callable[[str], str]:
 
 
 def _site(config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> Site:
+    _log_with_serve()
+
     def directory() -> str:
         return str(placement.endpoint.remote().result(timeout_s=ENDPOINT_TIMEOUT_S))
 
     node = ray.get_runtime_context().get_node_id()
     return Site(config, secret, directory, _endpoint_for(config), node)
+
+
+def _log_with_serve() -> None:
+    """Our events into the replica's log file of Serve, whatever level Serve itself logs at."""
+    handlers = logging.getLogger("ray.serve").handlers
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.handlers = list(handlers)
+        logger.setLevel(logging.INFO)
 
 
 class Replica:
@@ -125,6 +138,7 @@ class PlacementReplica(Replica):
     _member: PlacementMember
 
     def __init__(self, config: ShoalConfig, secret: bytes) -> None:
+        _log_with_serve()
         endpoint = _endpoint_for(config)(_worker_id("placement"))
         self._member = PlacementMember(config, secret, endpoint)
 
