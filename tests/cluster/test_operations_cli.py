@@ -211,7 +211,9 @@ def test_show_as_json_is_what_the_server_said(shoal: Shoal) -> None:
 
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_watch_ends_cleanly_at_ctrl_c(shoal: Shoal, options: list[str]) -> None:
-    code = "from cluster.operations_cli import experts_app; experts_app()"
+    # A terminal's Ctrl-C is heard; what starts the tests in the background has it ignored.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heard + "from cluster.operations_cli import experts_app; experts_app()"
     args = ["show", "--watch", *options, "--url", shoal.url]
     with subprocess.Popen(
         [sys.executable, "-c", code, *args],
