@@ -15,7 +15,7 @@ import time
 import pytest
 
 from tests.chaos.conftest import NEW_TOKENS, SETTINGS
-from tests.chaos.deployment import send
+from tests.chaos.deployment import Worker, send
 from tests.chaos.trial import Chaos, Trial
 
 pytestmark = pytest.mark.chaos
@@ -90,7 +90,7 @@ def test_experts_that_lost_all_holders_come_back_within_five_seconds(chaos: Chao
 
 
 def test_a_stopped_expert_worker_is_left_alone_and_its_late_answers_dropped(chaos: Chaos) -> None:
-    victim = chaos.deployment.workers("experts")[0]
+    victim, is_sole_holder = least_alone(chaos)
     stopped_for_s = 30.0 if chaos.long else 8.0
     with chaos.trial("stop and continue an expert worker") as trial:
         chaos.settle()
@@ -100,7 +100,18 @@ def test_a_stopped_expert_worker_is_left_alone_and_its_late_answers_dropped(chao
         finally:
             trial.disturbed(send(victim["pid"], signal.SIGCONT))
         watch(chaos, short_s=4.0)
-    assert trial.gap_p99_s <= limit_s(chaos, trial)
+    # What it holds alone comes back when the directory misses it, after 3 s.
+    assert trial.gap_p99_s <= limit_s(chaos, trial, floor_s=5.0 if is_sole_holder else 0.4)
+
+
+def least_alone(chaos: Chaos) -> tuple[Worker, bool]:
+    """The expert worker that alone holds the fewest experts; whether there are any."""
+    layers = chaos.deployment.server.get("/v1/experts/load")["layers"]
+    holders = [expert["holders"] for layer in layers for expert in layer["experts"]]
+    workers = chaos.deployment.workers("experts")
+    alone = [holders.count([worker["worker_id"]]) for worker in workers]
+    fewest = min(range(len(workers)), key=alone.__getitem__)
+    return workers[fewest], alone[fewest] > 0
 
 
 def test_a_stopped_attention_worker_loses_its_streams_to_the_other(chaos: Chaos) -> None:

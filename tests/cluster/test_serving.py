@@ -239,7 +239,8 @@ def test_status_names_every_worker_by_role(server: Server) -> None:
     pids = {worker["pid"] for worker in status["workers"]}
     assert len(pids) == 5 and os.getpid() not in pids
     held = sum(w["num_experts"] for w in status["workers"])
-    assert held == 3 * 16  # three MoE layers of sixteen experts, each once
+    slots = sum(w["num_slots"] for w in status["workers"])
+    assert 3 * 16 < held == slots  # three MoE layers of sixteen experts, and some replicas
 
 
 def test_time_of_health_checks(server: Server) -> None:
