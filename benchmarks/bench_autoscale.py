@@ -48,10 +48,9 @@ from bench_serving import commit, say  # noqa: E402
 from serving.processes import adopt_orphans, end_all, exit_at_sigterm  # noqa: E402
 from serving.sse import SseTarget, wait_until_ok  # noqa: E402
 
-from cluster.config import parse_config  # noqa: E402
+from cluster.config import default_model, parse_config  # noqa: E402
 from cluster.launcher import LocalCluster, free_port  # noqa: E402
 from cluster.members import expert_space  # noqa: E402
-from cluster.model_store import default_model  # noqa: E402
 from experts.config import ModelConfig  # noqa: E402
 
 READY_TIMEOUT_S = 600.0

@@ -30,8 +30,7 @@ from balance.report import MAX_STEPS, markdown  # noqa: E402
 from balance.traces import V2_LITE, V3_32, V3_64, Pool, zipf_windows  # noqa: E402
 from bench_serving import commit, say  # noqa: E402
 
-from cluster.config import Rebalancing  # noqa: E402
-from cluster.model_store import default_model  # noqa: E402
+from cluster.config import Rebalancing, default_model  # noqa: E402
 from experts.placement.rebalance import Limits, rebalance  # noqa: E402
 from experts.placement.replan import initial_table  # noqa: E402
 from experts.placement.space import Table  # noqa: E402

@@ -53,25 +53,42 @@ def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
     if config.channel == "unix" and config.runtime_dir is None:
         raise ConfigError("runtime_dir = None: channel unix needs a folder for its sockets")
     secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32))
-    placement = _deploy("Placement", PlacementReplica).bind(config, secret)
+    directory = _deploy("Placement", PlacementReplica, config.placement.label_selector)
+    placement = directory.bind(config, secret)
     experts = _deploy_tier("Experts", ExpertReplica, config.experts, ExpertScaling)
     attention = _deploy_tier("Attention", AttentionReplica, config.attention, AttentionScaling)
     tiers = [experts.bind(config, secret, placement), attention.bind(config, secret, placement)]
     if config.router.mode == "deployment":
-        routers = _deploy("Router", RouterReplica, num_replicas=config.router.num_workers)
+        router = config.router
+        routers = _deploy(
+            "Router", RouterReplica, router.label_selector, num_replicas=router.num_workers
+        )
         tiers.append(routers.bind(config, secret, placement))
-    ingress = _deploy("Ingress", serve.ingress()(IngressReplica))
+    ingress = _deploy(
+        "Ingress",
+        serve.ingress()(IngressReplica),
+        config.ingress.label_selector,
+        num_replicas=config.ingress.num_workers,
+    )
     return ingress.bind(config, secret, placement, tiers)
 
 
-def _deploy(name: str, replica: type, num_gpus: float = 0, **size: Any) -> serve.Deployment:
-    """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them."""
+def _deploy(
+    name: str, replica: type, labels: dict[str, str], num_gpus: float = 0, **size: Any
+) -> serve.Deployment:
+    """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them.
+
+    labels: of the nodes that may have a replica.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus}
+    if labels:
+        options["label_selector"] = labels
     with warnings.catch_warnings():  # metrics_interval_s works and has no successor in Ray 2.60
         warnings.simplefilter("ignore", DeprecationWarning)
         return serve.deployment(
             replica,
             name=name,
-            ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus},
+            ray_actor_options=options,
             max_ongoing_requests=10_000,
             health_check_period_s=2.0,
             health_check_timeout_s=10.0,
@@ -87,7 +104,7 @@ def _deploy_tier(
     """A deployment whose size its policy decides: by the load, by command, or by both."""
     scaling = tier.scaling or kind(max_workers=tier.max_workers, follows_load=False)
     size = autoscaling_config(scaling, tier.num_workers)
-    return _deploy(name, replica, tier.num_gpus, autoscaling_config=size)
+    return _deploy(name, replica, tier.label_selector, tier.num_gpus, autoscaling_config=size)
 
 
 def _worker_id(role: str) -> str:
@@ -104,8 +121,6 @@ def _endpoint_for(config: ShoalConfig) -> Callable[[str], str]:
 
 
 def _site(config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> Site:
-    _log_with_serve()
-
     def directory() -> str:
         return str(placement.endpoint.remote().result(timeout_s=ENDPOINT_TIMEOUT_S))
 
@@ -123,9 +138,12 @@ def _log_with_serve() -> None:
 
 
 class Replica:
-    """What all replicas share: Serve calls `__del__` when it stops one."""
+    """What all replicas share: where they log, and their end: Serve calls `__del__`."""
 
     _member: PlacementMember | ExpertMember | RouterMember | AttentionMember | IngressMember
+
+    def __init__(self) -> None:
+        _log_with_serve()
 
     def __del__(self) -> None:
         if hasattr(self, "_member"):  # the constructor may have failed
@@ -138,7 +156,7 @@ class PlacementReplica(Replica):
     _member: PlacementMember
 
     def __init__(self, config: ShoalConfig, secret: bytes) -> None:
-        _log_with_serve()
+        super().__init__()
         endpoint = _endpoint_for(config)(_worker_id("placement"))
         self._member = PlacementMember(config, secret, endpoint)
 
@@ -153,6 +171,7 @@ class ExpertReplica(Replica):
     _member: ExpertMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        super().__init__()
         configure_threads(config.threads("experts"))
         self._member = ExpertMember(_site(config, secret, placement), _worker_id("experts"))
 
@@ -165,6 +184,7 @@ class RouterReplica(Replica):
     """Deployment `Router`."""
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        super().__init__()
         configure_threads(1)
         self._member = RouterMember(_site(config, secret, placement), _worker_id("router"))
 
@@ -175,6 +195,7 @@ class AttentionReplica(Replica):
     _member: AttentionMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        super().__init__()
         configure_threads(config.threads("attention"))
         self._member = AttentionMember(_site(config, secret, placement), _worker_id("attention"))
 
@@ -195,6 +216,7 @@ class IngressReplica(Replica, GrpcMethods):
     def __init__(
         self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle, tiers: list[Any]
     ) -> None:
+        super().__init__()
         # The tiers are bound so that Serve starts them; requests reach them over channels.
         self._member = IngressMember(_site(config, secret, placement), _worker_id("ingress"))
         self.service, self.loads = self._member.service, self._member.loads

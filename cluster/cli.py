@@ -63,8 +63,6 @@ def settings(
     **more: Any,
 ) -> ShoalConfig:
     """File and flags as one checked configuration, with the default model if none is named."""
-    from cluster.model_store import default_model
-
     data = read_config_file(config) if config else {}
     flags: dict[str, Any] = {
         "model": str(model) if model else None,
@@ -73,9 +71,7 @@ def settings(
         "router": {"mode": router_mode},
         **more,
     }
-    data = merge(data, _given(flags))
-    data.setdefault("model", str(default_model()))
-    return parse_config(data)
+    return parse_config(merge(data, _given(flags)))
 
 
 def _size(flag: str, given: str | None) -> dict[str, Any]:

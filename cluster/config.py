@@ -26,6 +26,12 @@ SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, no
 """Environment variable with the secret that members of a cluster prove to each other, in hex."""
 
 
+def default_model() -> Path:
+    """The model that is served when none is named: part of the package, trained by
+    tools/train_default_model.py."""
+    return Path(__file__).parent / "models" / "shoal-tiny"
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; str() is one line: field, value, what to do."""
 
@@ -38,7 +44,25 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _Tier(_Section):
+class _Pinned(_Section):
+    """A deployment whose replicas may be tied to certain nodes."""
+
+    label_selector: dict[str, str] = {}
+    """Ray node labels that a node must have, as in ray_actor_options: {} for any node."""
+
+
+class IngressTier(_Pinned):
+    """The `Ingress` deployment: HTTP and gRPC behind Serve's proxies."""
+
+    num_workers: Count = 1
+    """Replicas; a request and its idempotency key are known to one of them."""
+
+
+class PlacementTier(_Pinned):
+    """The `Placement` deployment, always one replica."""
+
+
+class _Tier(_Pinned):
     """A deployment whose size may change."""
 
     num_workers: Count
@@ -66,7 +90,7 @@ class AttentionTier(_Tier):
     engine: AttentionConfig = AttentionConfig()
 
 
-class RouterTier(_Section):
+class RouterTier(_Pinned):
     """The `Router` deployment, or the same class inside each attention worker."""
 
     mode: Literal["deployment", "inline"] = "deployment"
@@ -122,14 +146,17 @@ class Listen(_Section):
 class ShoalConfig(_Section):
     """Everything that `shoal serve` can be told."""
 
-    model: Path
-    """Folder of the checkpoint: config.json, safetensors, tokenizer.json."""
+    model: Path = Field(default_factory=default_model)
+    """Folder of the checkpoint: config.json, safetensors, tokenizer.json; without one, the tiny
+    model that ships with Shoal."""
     served_model_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name in the API; None: the folder's name."""
     deterministic: bool = False
     """Bit-identical answers whatever the placement, batch or failure; slower."""
     strict_params: bool = False
     """Answer 400 to unknown request fields instead of ignoring them with a header."""
+    ingress: IngressTier = IngressTier()
+    placement: PlacementTier = PlacementTier()
     attention: AttentionTier = AttentionTier()
     router: RouterTier = RouterTier()
     experts: ExpertTier = ExpertTier()

@@ -12,12 +12,6 @@ EXAMPLE_PROMPT = "Tell me a story about a brave fox named Pip."
 """A first request that the default model answers well."""
 
 
-def default_model() -> Path:
-    """The model that is served when none is named: part of the package, trained by
-    tools/train_default_model.py."""
-    return Path(__file__).parent / "models" / "shoal-tiny"
-
-
 def split_model_and_prompt(words: list[str]) -> tuple[Path | None, str | None]:
     """`[MODEL] [PROMPT]`: a first word that is a folder is the model, the rest is the prompt."""
     if words and _is_folder(words[0]):

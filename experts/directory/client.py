@@ -57,7 +57,7 @@ CONNECT_TIMEOUT_S = 2.0
 SEND_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 LOAD_TIMEOUT_S = 2.0
-COMMAND_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 15.0
 NO_LINE_LIMIT_S = 2.0  # a worker that leaves waits no longer for a directory that is away
 MISSED_PINGS = 3
 

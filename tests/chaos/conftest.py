@@ -28,7 +28,8 @@ SETTINGS: dict[str, Any] = {
     "enable_chaos": True,
     # 48 experts, each on two of three workers; rebalancing would give the hot ones three
     "experts": {"num_workers": 3, "redundancy": 48, "rebalance": {"enabled": False}},
-    "router": {"num_workers": 2},
+    # A tier that is gone is back when Serve has started a worker: a minute on a busy machine
+    "router": {"num_workers": 2, "worker": {"deadline_s": 150.0}},
     # One worker's cache just holds all streams, should the other die
     "attention": {"num_workers": 2, "engine": {"num_kv_blocks": 128, "max_num_seqs": 128}},
 }

@@ -33,7 +33,7 @@ NUM_EXPERTS = 3 * 16  # of the preset v3
 NUM_LANES = RouterConfig().lanes
 CONNECTED = "03"  # state of a socket in /proc/net/unix
 START_TIMEOUT_S = 180.0
-WHOLE_TIMEOUT_S = 90.0
+WHOLE_TIMEOUT_S = 150.0
 STOP_TIMEOUT_S = 90.0
 POLL_S = 0.1
 

@@ -1,7 +1,8 @@
 """Processes of a cluster under load are killed and stopped; its clients see a pause at most.
 
-On two cores everything shares them with the start of the replacement, so the short form allows
-more time where it says so; --chaos-long demands the exact figures.
+What every trial demands of the streams is the same in both forms. The figures are demanded by
+--chaos-long, on a quiet machine; the short form may share the machine with anything, so it only
+tells a pause from a timeout that somebody waited for.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from tests.chaos.trial import Chaos, Trial
 pytestmark = pytest.mark.chaos
 
 KILL_PERIOD_S = 3.0
+SHARED_MACHINE_S = 5.0
+"""Less than Serve takes to miss a worker that hangs (10 s) or a step to give up on its experts."""
 CONTROLLER, PLACEMENT = "ray::ServeController", "ray::ServeReplica:shoal:Placement"
 
 
 def limit_s(chaos: Chaos, trial: Trial, floor_s: float = 0.4, itls: float = 20) -> float:
     """The gap that is allowed: a time, or so many times what a token takes on this machine.
 
-    Short form: or three times the largest gap that a machine shared with others makes by itself,
-    as the replacement that starts takes two of three shares of the cores.
+    Short form: and as long as starting the replacement may keep the cores from everybody.
     """
-    noise_s = 0.0 if chaos.long else 3 * trial.calm_gap_max_s
-    return max(floor_s, itls * trial.itl_s, noise_s)
+    allowed_s = max(floor_s, itls * trial.itl_s)
+    return allowed_s if chaos.long else allowed_s + SHARED_MACHINE_S
 
 
 def watch(chaos: Chaos, short_s: float = 5.0, long_s: float = 10.0) -> None:
@@ -52,8 +54,8 @@ def kill_one(chaos: Chaos, role: str) -> Trial:
 def test_a_killed_expert_worker_whose_experts_have_replicas_costs_a_blink(chaos: Chaos) -> None:
     trial = kill_one(chaos, "experts")
     assert trial.gap_p99_s <= limit_s(chaos, trial)
-    # Short form: importing torch for the replacement takes one of two cores for most of the time.
-    assert trial.rate_kept >= (0.9 if chaos.long else 0.4)
+    if chaos.long:
+        assert trial.rate_kept >= 0.9
 
 
 def test_a_killed_router_costs_a_second(chaos: Chaos) -> None:

@@ -34,8 +34,12 @@ class Server:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return json.load(response)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:  # its text says why, unlike the status line
+                pytest.fail(f"POST {path}: {error.code} {error.read().decode()}")
 
     def free_blocks(self) -> list[int]:
         """Free KV blocks of each attention worker."""

@@ -16,7 +16,6 @@ import pytest
 from cluster.config import parse_config
 from cluster.inline_server import InlineServer
 from cluster.launcher import free_port
-from cluster.model_store import default_model
 from tests.cluster.conftest import wait_ready
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +48,7 @@ def request_of_readme() -> Curl:
 def url() -> Iterator[str]:
     """`shoal serve --inline` of the default model, on a free port."""
     port = free_port()
-    server = InlineServer(parse_config({"model": default_model(), "listen": {"http_port": port}}))
+    server = InlineServer(parse_config({"listen": {"http_port": port}}))
     server.start()
     try:
         wait_ready(f"http://127.0.0.1:{port}", TIMEOUT_S)
