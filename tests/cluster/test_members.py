@@ -1,0 +1,55 @@
+"""Members wired to a directory: what they make of the settings and of the snapshot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import parse_config
+from cluster.inline import InlineCluster
+from experts.messages import Drain
+
+
+def test_a_drained_expert_worker_says_so_to_the_policy(
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    tier = {"num_workers": 3, "redundancy": 48}
+    config = parse_config({"model": str(checkpoint_dir("v3")), "experts": tier})
+    with InlineCluster(config) as cluster:
+        first, *others = cluster.experts
+        assert not any(member.read_stats().is_drained for member in cluster.experts)
+        cluster.ingress._line.command(Drain(worker_id=first.worker.worker_id))
+        deadline_s = time.monotonic() + 20.0
+        while not first.read_stats().is_drained and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert first.read_stats().is_drained
+        assert not any(member.read_stats().is_drained for member in others)
+
+
+@pytest.mark.parametrize(
+    ("settings", "served_here", "behind_a_file"),
+    [
+        ({}, True, False),
+        ({"listen": {"host": "192.0.2.1"}}, False, False),
+        ({"enable_operations": True, "listen": {"host": "192.0.2.1"}}, True, True),
+        ({"enable_operations": False}, False, False),
+    ],
+)
+def test_only_who_opens_the_ports_turns_commands_on(
+    settings: dict[str, Any], served_here: bool, behind_a_file: bool
+) -> None:
+    config = parse_config(settings)
+    assert bool(config.served_here().enable_operations) is served_here
+    assert bool(config.enable_operations) is behind_a_file
+
+
+def test_an_ingress_takes_commands_only_if_told_to(checkpoint_dir: Callable[[str], Path]) -> None:
+    model = str(checkpoint_dir("v3"))
+    for enabled in (True, None):
+        with InlineCluster(parse_config({"model": model, "enable_operations": enabled})) as cluster:
+            paths = set(cluster.ingress.http_app().openapi()["paths"])
+            assert ("/v1/scale" in paths) is bool(enabled)
