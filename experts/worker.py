@@ -204,14 +204,6 @@ class ExpertWorker:
         if failed:
             raise ExpertsNotLoaded(failed)
 
-    def load(self, experts: Iterable[ExpertKey]) -> None:
-        """Hold these as well. Raises as `hold` does."""
-        self.hold(self.holds | set(experts), self.epoch)
-
-    def unload(self, experts: Iterable[ExpertKey]) -> None:
-        """Hold these no longer; unknown ones are ignored."""
-        self.hold(self.holds - set(experts), self.epoch)
-
     def _load(self, key: ExpertKey) -> None:
         """The slot is filled before the map names it, so no batch can see it half done."""
         layer, expert = key

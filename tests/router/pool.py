@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ class StoppableWorker(ExpertWorker):
     def close(self) -> None:
         self.resume()
         super().close()
+
+    def load(self, experts: Iterable[ExpertKey]) -> None:
+        """Hold these as well. Raises as `hold` does."""
+        self.hold(self.holds | set(experts), self.epoch)
+
+    def unload(self, experts: Iterable[ExpertKey]) -> None:
+        """Hold these no longer; unknown ones are ignored."""
+        self.hold(self.holds - set(experts), self.epoch)
 
 
 class Pool:
