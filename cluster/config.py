@@ -24,6 +24,8 @@ MAX_COMMANDED = 64
 """Workers that `shoal scale` may ask for in a tier without `scaling`."""
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the secret that members of a cluster prove to each other, in hex."""
+API_KEY_VARIABLE = "SHOAL_API_KEY"
+"""Environment variable with an API key: a server accepts it for everything, `shoal` sends it."""
 
 
 def default_model() -> Path:
@@ -143,6 +145,15 @@ class Listen(_Section):
     grpc_port: Port = 9000
 
 
+class Auth(_Section):
+    """API keys of clients; with none, here and in SHOAL_API_KEY, everything is open."""
+
+    keys_file: Path | None = None
+    """Lines `name scopes key`, see cluster/frontend/api_keys.py; read again when it changes."""
+    insecure: bool = False
+    """Let `shoal serve` listen beyond loopback without any key."""
+
+
 class ShoalConfig(_Section):
     """Everything that `shoal serve` can be told."""
 
@@ -161,9 +172,10 @@ class ShoalConfig(_Section):
     router: RouterTier = RouterTier()
     experts: ExpertTier = ExpertTier()
     listen: Listen = Listen()
+    auth: Auth = Auth()
     enable_operations: bool | None = None
-    """Routes that change the cluster (`shoal experts`, `shoal scale`). There is no authentication
-    yet: None turns them on only where `shoal serve` listens on loopback itself."""
+    """Routes that change the cluster (`shoal experts`, `shoal scale`). None turns them on where
+    they need an API key, and where `shoal serve` listens on loopback itself."""
     enable_chaos: bool = False
     """`shoal chaos` may kill and stop workers."""
     channel: Literal["unix", "tcp"] = "unix"
@@ -178,9 +190,9 @@ class ShoalConfig(_Section):
 
     def served_here(self) -> ShoalConfig:
         """With what only who opens the ports can know: whether clients are on this machine."""
-        if self.enable_operations is not None:
+        if self.enable_operations is not None or self.listen.host not in LOOPBACK:
             return self
-        return self.model_copy(update={"enable_operations": self.listen.host in LOOPBACK})
+        return self.model_copy(update={"enable_operations": True})
 
     @property
     def engine(self) -> AttentionConfig:
