@@ -165,7 +165,7 @@ def fleet_for(
     pairs_per_token = len(space.moe_layers) * config.num_experts_per_tok
     peak_pairs_per_s = busiest_tokens_per_s(trace, day) * pairs_per_token
     return Fleet(
-        model=str(model),
+        model=model.name,
         num_experts=space.num_total,
         unit_size=space.unit_size,
         num_devices=options.devices,

@@ -118,7 +118,6 @@ def _settings(fleet: Fleet, experts: dict[str, Any]) -> dict[str, Any]:
         "rebalance": {"every_s": 3.0},
     }
     return {
-        "model": fleet.model,
         "router": {"mode": "inline", "worker": {"hop_timeout_s": 10.0}},
         "attention": {
             "num_workers": 2,
