@@ -1,0 +1,127 @@
+"""What pydantic says against a tree of settings, in our words and with all faults at once."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from cluster.deploy.check.finding import Finding, suggest
+from cluster.deploy.check.node import Keys, Node
+from cluster.deploy.check.rayservice_model import MODELS, PARTS
+from cluster.deploy.check.schemas import NEWEST, part_findings, shown, wrong_type
+
+OTHER_KINDS = ("RayJob", "RayCronJob")
+"""Kinds of KubeRay that Shoal does not look into."""
+TYPES = {
+    "string_type": "string",
+    "int_type": "integer",
+    "int_parsing": "integer",
+    "int_from_float": "integer",
+    "bool_type": "boolean",
+    "bool_parsing": "boolean",
+    "float_type": "number",
+    "float_parsing": "number",
+    "dict_type": "object",
+    "model_type": "object",
+    "model_attributes_type": "object",
+    "list_type": "array",
+    "tuple_type": "array",
+}
+
+
+def ray_findings(root: Node, version: str = NEWEST) -> list[Finding]:
+    """What does not fit the schema of a RayService or RayCluster."""
+    kind = root["kind"].text
+    model = MODELS.get(kind)
+    if model is None:
+        is_known = kind in OTHER_KINDS or root["apiVersion"].text.partition("/")[0] != "ray.io"
+        message = f"KubeRay has no kind {kind}"
+        return [] if is_known else [root["kind"].finding(message, suggest(kind, MODELS))]
+    found = list(typed_findings(model, root))
+    for path, definition in PARTS[kind].items():
+        for node in _places(root, path):
+            found += part_findings(node, definition, version)
+    return found
+
+
+def typed_findings(model: type[BaseModel], node: Node) -> Iterator[Finding]:
+    """What a model refuses in the tree at a place."""
+    try:
+        model.model_validate(node.value)
+    except ValidationError as error:
+        told: set[Keys] = set()
+        for fault in error.errors(include_url=False):
+            keys = _keys_in(node, fault["loc"])
+            if keys not in told:  # a union tells the same of each of its members
+                told.add(keys)
+                yield _explain(model, node, keys, fault)
+
+
+def _explain(model: type[BaseModel], root: Node, keys: Keys, fault: Any) -> Finding:
+    node, kind = root.at(*keys), fault["type"]
+    if kind == "extra_forbidden":
+        fields = _fields(model, keys[:-1])
+        given = root.at(*keys[:-1]).value
+        return node.finding("no such field", suggest(str(keys[-1]), fields - set(given)))
+    if kind == "missing":
+        above = root.at(*keys[:-1])
+        return above.finding(f"{keys[-1]} is missing", f"add {keys[-1]}")
+    if kind in TYPES:
+        return wrong_type(node, [TYPES[kind]])
+    if kind == "literal_error":
+        return node.finding(
+            f"{shown(node.value)} is not allowed", f"one of {fault['ctx']['expected']}"
+        )
+    message, _, fix = fault["msg"].removeprefix("Value error, ").partition(": ")
+    return node.finding(f"{shown(node.value)}: {message}", fix or "change this value")
+
+
+def _keys_in(node: Node, loc: tuple[str | int, ...]) -> Keys:
+    """The part of pydantic's location that is in the tree: it names members of unions too."""
+    keys: list[str | int] = []
+    for i, key in enumerate(loc):
+        last = i == len(loc) - 1
+        below = node.at(*keys).value
+        is_there = isinstance(below, list) if isinstance(key, int) else isinstance(below, dict)
+        if is_there and (last or isinstance(key, int) or key in below):
+            keys.append(key)
+    return tuple(keys)
+
+
+def _fields(model: type[BaseModel], keys: Keys) -> set[str]:
+    """Names of the fields of the model at a place; empty if none is there."""
+    found: list[type[BaseModel]] = [model]
+    for key in keys:
+        found = [below for one in found for below in _below(one, key)]
+    return {info.alias or name for one in found for name, info in one.model_fields.items()}
+
+
+def _below(model: type[BaseModel], key: str | int) -> list[type[BaseModel]]:
+    if isinstance(key, int):  # a list's element: `_models` went through the list already
+        return [model]
+    for name, info in model.model_fields.items():
+        if key == (info.alias or name):
+            return _models(info.annotation)
+    return []
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models in a type: of a union, a list, an optional."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple, Annotated):
+        return [model for arg in get_args(annotation) for model in _models(arg)]
+    return []
+
+
+def _places(root: Node, path: str) -> list[Node]:
+    """The places that a path with `[]` stands for, where something is given."""
+    nodes = [root]
+    for step in path.split("."):
+        nodes = [node[step.removesuffix("[]")] for node in nodes]
+        if step.endswith("[]"):
+            nodes = [element for node in nodes for element in node.each()]
+    return [node for node in nodes if node.given]
