@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -10,10 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli_common import DEFAULT_URL, JsonOption, UrlOption, user_errors
-from cluster.config import ConfigError, ShoalConfig, merge, parse_config, read_config_file
+from cluster.cli_common import DEFAULT_URL, ApiKeyOption, JsonOption, UrlOption, user_errors
+from cluster.config import (
+    API_KEY_VARIABLE,
+    ConfigError,
+    ShoalConfig,
+    merge,
+    parse_config,
+    read_config_file,
+)
 from cluster.console import stderr, stdout
 from cluster.http_client import ApiClient
+from cluster.key_cli import key_app
 from cluster.operations_cli import chaos_app, experts_app, scale
 
 app = typer.Typer(
@@ -28,6 +37,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(experts_app, name="experts")
 app.command()(scale)
 app.add_typer(chaos_app, name="chaos")
+app.add_typer(key_app, name="key")
 
 ModelArgument = Annotated[
     Path | None,
@@ -109,6 +119,12 @@ def serve(
     enable_chaos: Annotated[
         bool, typer.Option("--enable-chaos", help="Let `shoal chaos` kill and stop workers.")
     ] = False,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="API keys, a line each; see `shoal key new`.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without any API key.")
+    ] = False,
     inline: InlineOption = False,
 ) -> None:
     """Serve a checkpoint over HTTP and gRPC until Ctrl-C."""
@@ -125,6 +141,7 @@ def serve(
             served_model_name=served_model_name,
             enable_chaos=enable_chaos or None,
             listen={"host": host, "http_port": http_port, "grpc_port": grpc_port},
+            auth={"keys_file": str(keys_file) if keys_file else None, "insecure": insecure or None},
         )
         with running(chosen, inline=inline, dashboard=dashboard) as server:
             _print_ready(chosen, server.url, server.dashboard_url, inline)
@@ -136,9 +153,11 @@ def _print_ready(config: ShoalConfig, url: str, dashboard_url: str | None, inlin
     from cluster.model_store import EXAMPLE_PROMPT
 
     body = {"messages": [{"role": "user", "content": EXAMPLE_PROMPT}], "max_tokens": 256}
+    needs_key = config.auth.keys_file is not None or API_KEY_VARIABLE in os.environ
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if needs_key else ""
     stdout.print(f"ready: {config.model_name}", style="bold green", markup=False)
     stdout.print(
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'",
         soft_wrap=True,
         markup=False,
@@ -161,6 +180,7 @@ def run(
     inline: InlineOption = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Answer one prompt, or chat when there is none."""
     from cluster.model_store import split_model_and_prompt
@@ -182,7 +202,7 @@ def run(
             params["temperature"] = temperature
         with running(chosen, inline=inline, dashboard=False) as server:
             server.signals.interrupt_on_first()
-            client = ApiClient(server.url)
+            client = ApiClient(server.url, api_key=api_key)
             if prompt is not None:
                 _answer(client, [{"role": "user", "content": prompt}], params)
             else:
@@ -244,12 +264,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")]) -
 
 
 @app.command()
-def status(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
+def status(
+    url: UrlOption = DEFAULT_URL, api_key: ApiKeyOption = None, as_json: JsonOption = False
+) -> None:
     """Show what runs: stage, workers, cache use."""
     from cluster.status import render_status
 
     with user_errors():
-        _, body = ApiClient(url, timeout_s=5).get("/status")
+        body = ApiClient(url, timeout_s=5, api_key=api_key).read("/status")
         if as_json:
             stdout.print_json(data=body)
         else:

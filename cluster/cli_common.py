@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.config import ConfigError, StartFailed
+from cluster.config import API_KEY_VARIABLE, ConfigError, StartFailed
 from cluster.console import stderr
 from cluster.http_client import ApiError
 from experts.errors import CheckpointError
@@ -16,6 +16,14 @@ from experts.errors import CheckpointError
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 UrlOption = Annotated[str, typer.Option(help="Where the server listens.")]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar=API_KEY_VARIABLE,
+        help="Key for the server; others on this machine can see arguments, but not the variable.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 

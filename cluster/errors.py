@@ -46,6 +46,12 @@ class InvalidRequest(ShoalError):
     default_code = "invalid_value"
 
 
+class Unauthenticated(ShoalError):
+    """No API key came with the request, or one that is not valid."""
+
+    default_code = "missing_api_key"
+
+
 class PermissionDenied(ShoalError):
     """The field or route is not for this client."""
 
@@ -138,6 +144,7 @@ class ErrorKind:
 
 TABLE: dict[type[ShoalError], ErrorKind] = {
     InvalidRequest: ErrorKind(400, "INVALID_ARGUMENT", "invalid_request_error"),
+    Unauthenticated: ErrorKind(401, "UNAUTHENTICATED", "authentication_error"),
     PermissionDenied: ErrorKind(403, "PERMISSION_DENIED", "invalid_request_error"),
     NotFound: ErrorKind(404, "NOT_FOUND", "invalid_request_error"),
     MethodNotAllowed: ErrorKind(405, "UNIMPLEMENTED", "invalid_request_error"),
@@ -176,6 +183,8 @@ def error_headers(error: ShoalError) -> dict[str, str]:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = error.allow
     if isinstance(error, BodyTimeout):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+HOW_TO_GIVE_A_KEY = "Set SHOAL_API_KEY or give --api-key."
+
 
 class ApiError(Exception):
     """The server could not be reached or refused; str() is one line."""
@@ -23,13 +25,16 @@ class RequestRefused(ApiError):
 
 
 class ApiClient:
-    """One server, one connection a call."""
+    """One server, one connection a call, with an API key if there is one."""
 
-    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 600.0, api_key: str | None = None) -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise ApiError(f"{url}: expected http://HOST:PORT")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ApiError("the API key has characters that no key has: is it complete?")
         self.url = f"http://{parts.netloc}"
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._address = (parts.hostname, parts.port or 80)
         self._timeout_s = timeout_s
 
@@ -65,10 +70,10 @@ class ApiClient:
     ) -> tuple[_Closing, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection(*self._address, timeout=self._timeout_s)
         try:
-            headers = {"Content-Type": "application/json"} if body is not None else {}
-            connection.request(
-                method, path, json.dumps(body) if body is not None else None, headers
-            )
+            headers, data = self._headers, None
+            if body is not None:
+                headers, data = headers | {"Content-Type": "application/json"}, json.dumps(body)
+            connection.request(method, path, data, headers)
             return _Closing(connection), connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
@@ -110,7 +115,8 @@ def _is_error(body: Any) -> bool:
 
 
 def _message(body: Any, status: int) -> str:
-    return str(body["error"]["message"]) if _is_error(body) else f"HTTP status {status}"
+    text = str(body["error"]["message"]) if _is_error(body) else f"HTTP status {status}"
+    return f"{text} {HOW_TO_GIVE_A_KEY}" if status == 401 else text
 
 
 def _text_of(chunk: Any) -> Iterator[str]:

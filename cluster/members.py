@@ -28,6 +28,8 @@ from cluster.autoscaling.stats import (
 )
 from cluster.backend import AttentionPool
 from cluster.config import ShoalConfig
+from cluster.frontend.api_keys import open_keys
+from cluster.frontend.auth import Authorizer
 from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.http_guard import json_response
 from cluster.frontend.http_server import build_app
@@ -292,19 +294,23 @@ class IngressMember:
 
     def __init__(self, site: Site, worker_id: str) -> None:
         config = site.config
+        authorizer = Authorizer(open_keys(config.auth))
         self.pool = AttentionPool(site.secret)
         self.service = InferenceService(
             Tokenizer(config.model),
             self.pool,
             model_info(config),
             strict_params=config.strict_params,
+            authorizer=authorizer,
         )
         register = site.register("ingress", worker_id, "")
         self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
         self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
-        self._operations = (
-            Operations(self._line.command, self.pool.snapshot) if config.enable_operations else None
-        )
+        operations = Operations(self._line.command, self.pool.snapshot)
+        enabled = config.enable_operations
+        if enabled is None:
+            enabled = authorizer.needs_keys
+        self._operations = operations if enabled else None
         self._line.start()
 
     def http_app(self, *, echo_request_id: bool = True) -> FastAPI:

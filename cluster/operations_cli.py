@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from cluster.cli_common import DEFAULT_URL, JsonOption, UrlOption, user_errors
+from cluster.cli_common import DEFAULT_URL, ApiKeyOption, JsonOption, UrlOption, user_errors
 from cluster.config import ConfigError
 from cluster.console import stdout
 from cluster.expert_table import render_experts
@@ -66,6 +66,7 @@ def _errors() -> Iterator[None]:
 @experts_app.command()
 def show(
     url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = None,
     as_json: JsonOption = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Once a second, until Ctrl-C; with --json a line each.")
@@ -73,7 +74,7 @@ def show(
 ) -> None:
     """Show the load of the experts, their replicas, and who holds how many."""
     with _errors():
-        client = ApiClient(url, TIMEOUT_S)
+        client = _client(url, api_key)
         if not watch:
             _print_load(_load(client), as_json)
         elif as_json:
@@ -111,10 +112,11 @@ def _print_load(body: dict[str, Any], as_json: bool) -> None:
 def drain(
     worker: Annotated[str, typer.Argument(help="Id of an expert worker.")],
     url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Hand over all experts of a worker; it stays without experts."""
     with _errors():
-        _command(url, "/v1/experts/drain", {"worker": worker})
+        _command(_client(url, api_key), "/v1/experts/drain", {"worker": worker})
 
 
 @experts_app.command()
@@ -122,6 +124,7 @@ def replicate(
     expert: Annotated[str, typer.Argument(metavar="LAYER:EXPERT")],
     replicas: Annotated[int, typer.Option(help="1: no more than needed.")] = 2,
     url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Keep at least so many holders of an expert from now on."""
     with _errors():
@@ -129,14 +132,14 @@ def replicate(
         if not (_is_number(layer) and _is_number(number)):
             raise ConfigError(f"{expert!r} is not LAYER:EXPERT, for example 1:3")
         body = {"layer": int(layer), "expert": int(number), "replicas": replicas}
-        _command(url, "/v1/experts/replicate", body)
+        _command(_client(url, api_key), "/v1/experts/replicate", body)
 
 
 @experts_app.command()
-def rebalance(url: UrlOption = DEFAULT_URL) -> None:
+def rebalance(url: UrlOption = DEFAULT_URL, api_key: ApiKeyOption = None) -> None:
     """Move replicas to where the load is, one step now."""
     with _errors():
-        _command(url, "/v1/experts/rebalance", {})
+        _command(_client(url, api_key), "/v1/experts/rebalance", {})
 
 
 # ---- scale
@@ -146,13 +149,14 @@ def scale(
     tier: Annotated[Tier, typer.Argument()],
     workers: Annotated[str, typer.Argument(metavar="N|auto", help="auto: as the policy says.")],
     url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Set how many workers a tier shall have; they come and go after the answer."""
     with _errors():
         if workers != "auto" and not _is_number(workers):
             raise ConfigError(f"{workers!r} is neither a number of workers nor auto")
         wanted = None if workers == "auto" else int(workers)
-        _command(url, "/v1/scale", {"tier": tier.value, "workers": wanted})
+        _command(_client(url, api_key), "/v1/scale", {"tier": tier.value, "workers": wanted})
 
 
 # ---- chaos
@@ -164,9 +168,11 @@ def kill(
     worker: WorkerOption = None,
     at_random: RandomOption = False,
     url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Kill a worker's process at once, as the system does when memory is short."""
-    _chaos("kill", role, worker, at_random, url)
+    with _errors():
+        _chaos(_client(url, api_key), "kill", role, worker, at_random)
 
 
 @chaos_app.command()
@@ -176,27 +182,33 @@ def stop(
     at_random: RandomOption = False,
     for_s: Annotated[float, typer.Option("--for", help="Seconds.")] = 30.0,
     url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Freeze a worker's process for a while: it neither works nor closes its connections."""
-    _chaos("stop", role, worker, at_random, url, for_s=for_s)
+    with _errors():
+        _chaos(_client(url, api_key), "stop", role, worker, at_random, for_s=for_s)
 
 
 def _chaos(
-    action: str, role: Role, worker: str | None, at_random: bool, url: str, **more: float
+    client: ApiClient,
+    action: str,
+    role: Role,
+    worker: str | None,
+    at_random: bool,
+    **more: float,
 ) -> None:
-    with _errors():
-        if worker is not None and at_random:
-            raise ConfigError("give either --worker or --random")
-        if worker is None and not at_random:
-            worker = _only_worker(url, role)
-        body = {"action": action, "role": role.value, "worker": worker, **more}
-        _command(url, "/v1/chaos", body)
+    if worker is not None and at_random:
+        raise ConfigError("give either --worker or --random")
+    if worker is None and not at_random:
+        worker = _only_worker(client, role)
+    body = {"action": action, "role": role.value, "worker": worker, **more}
+    _command(client, "/v1/chaos", body)
 
 
-def _only_worker(url: str, role: Role) -> str:
+def _only_worker(client: ApiClient, role: Role) -> str:
     """The id of the one worker of a role; with several, which one is for the user to say."""
     member_role = "experts" if role is Role.EXPERT else role.value
-    workers = ApiClient(url, TIMEOUT_S).read("/status")["workers"]
+    workers = client.read("/status")["workers"]
     ids = [str(worker["worker_id"]) for worker in workers if worker["role"] == member_role]
     if not ids:
         raise ConfigError(f"there is no {role.value} worker")
@@ -211,8 +223,12 @@ def _only_worker(url: str, role: Role) -> str:
 # ---- all of them
 
 
-def _command(url: str, path: str, body: dict[str, Any]) -> None:
-    done = ApiClient(url, TIMEOUT_S).post(path, body)["done"]
+def _client(url: str, api_key: str | None) -> ApiClient:
+    return ApiClient(url, TIMEOUT_S, api_key)
+
+
+def _command(client: ApiClient, path: str, body: dict[str, Any]) -> None:
+    done = client.post(path, body)["done"]
     stdout.print(done, markup=False, soft_wrap=True)
 
 

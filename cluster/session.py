@@ -10,8 +10,9 @@ from typing import Protocol
 
 import typer
 
-from cluster.config import ConfigError, ShoalConfig, StartFailed
+from cluster.config import API_KEY_VARIABLE, LOOPBACK, ConfigError, ShoalConfig, StartFailed
 from cluster.console import Stage, Stages, StopSignals, stderr, stop_signals
+from cluster.frontend.api_keys import open_keys
 from cluster.http_client import ApiClient, ApiError
 from cluster.launcher import LocalCluster, check_ports, free_port
 from cluster.model_store import check_engine, check_model
@@ -55,6 +56,7 @@ def running(
     """
     check_model(config.model)
     check_engine(config)
+    _check_keys(config)
     config = _to_serve_here(config)
     check_ports(config)
     with stop_signals() as signals:
@@ -85,6 +87,17 @@ def _to_serve_here(config: ShoalConfig) -> ShoalConfig:
     }
     listen = config.listen.model_copy(update=ports)
     return config.model_copy(update={"listen": listen}).served_here()
+
+
+def _check_keys(config: ShoalConfig) -> None:
+    """Raises ConfigError for keys that cannot be read, and for none where others can connect."""
+    keys, host = open_keys(config.auth), config.listen.host
+    if keys is None and host not in LOOPBACK and not config.auth.insecure:
+        raise ConfigError(
+            f"listen.host = {host!r}: whoever reaches it could use this server, which has no API"
+            f" keys; set {API_KEY_VARIABLE} or --keys-file (`shoal key new` makes keys), or accept"
+            " it with --insecure (auth.insecure: true)"
+        )
 
 
 def _url(config: ShoalConfig) -> str:

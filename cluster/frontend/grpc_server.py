@@ -109,6 +109,7 @@ class InferenceMethods:
         request_id = self._begin(grpc_context)
         interval_s = request.interval_s if request.HasField("interval_s") else None
         try:
+            self._authorize(grpc_context)
             async with aclosing(self.loads.watch(interval_s)) as watch:
                 async for load in watch:
                     yield await asyncio.to_thread(load_message, load)
@@ -125,6 +126,7 @@ class InferenceMethods:
     ) -> AsyncGenerator[ReplyT, None]:
         request_id = self._begin(context)
         try:
+            self._authorize(context)
             self._check_size(request)
             with closing(await start()) as generation:
                 common = self._common(generation)
@@ -149,6 +151,7 @@ class InferenceMethods:
     ) -> ReplyT:
         request_id = self._begin(context)
         try:
+            self._authorize(context)
             self._check_size(request)
             return await reply()
         except Exception as error:
@@ -162,6 +165,9 @@ class InferenceMethods:
         request_id = given[: self.service.limits.max_request_id_chars] or uuid.uuid4().hex
         context.set_trailing_metadata([(REQUEST_ID_KEY, request_id)])
         return request_id
+
+    def _authorize(self, context: GrpcContext) -> None:
+        self.service.authorizer.check_grpc(context.invocation_metadata())
 
     def _call(self, context: GrpcContext, body: SamplingFields) -> IdempotentCall | None:
         key = dict(context.invocation_metadata() or ()).get(IDEMPOTENCY_KEY)

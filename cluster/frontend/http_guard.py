@@ -1,4 +1,4 @@
-"""The outermost layer of the HTTP app: request ids, header bounds and the last resort for errors.
+"""The outermost layer of the HTTP app: request ids, header bounds, API keys, unforeseen errors.
 
 Pure ASGI. (Starlette's BaseHTTPMiddleware would hide a client's disconnect from the app.)
 """
@@ -22,6 +22,7 @@ from cluster.errors import (
     error_headers,
     kind_of,
 )
+from cluster.frontend.auth import Authorizer
 from cluster.frontend.limits import Limits
 from cluster.frontend.streaming import ClientGone, to_json
 
@@ -46,10 +47,17 @@ def error_response(error: ShoalError) -> Response:
 class HttpGuard:
     """Wraps an ASGI app."""
 
-    def __init__(self, app: ASGIApp, limits: Callable[[], Limits], echo_request_id: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Callable[[], Limits],
+        authorizer: Authorizer,
+        echo_request_id: bool,
+    ) -> None:
         """`echo_request_id`: put X-Request-Id into answers; off behind a proxy that does it."""
         self._app = app
         self._limits = limits
+        self._authorizer = authorizer
         self._echo_request_id = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,6 +77,7 @@ class HttpGuard:
 
         try:
             self._check_headers(scope)
+            self._authorizer.check_http(scope)
             await self._app(scope, receive, send_with_id)
         except ShoalError as error:
             await error_response(error)(scope, receive, send_with_id)

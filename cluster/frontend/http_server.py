@@ -46,7 +46,12 @@ def build_app(
         redirect_slashes=False,
     )
     app.bodies = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-    app.add_middleware(HttpGuard, limits=lambda: service.limits, echo_request_id=echo_request_id)
+    app.add_middleware(
+        HttpGuard,
+        limits=lambda: service.limits,
+        authorizer=service.authorizer,
+        echo_request_id=echo_request_id,
+    )
     app.add_exception_handler(ShoalError, _on_shoal_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_generation(app, GeneratingHandlers(service))
@@ -57,7 +62,9 @@ def build_app(
         add_expert_load(app, loads, service.limits)
     if operations is not None:
         app.bodies += BODIES
-        add_operations(app, operations, service.limits)
+        add_operations(
+            app, operations, service.limits, under_any_name=service.authorizer.needs_keys
+        )
     return app
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, quote
 from cluster.frontend.admission import Admission
+from cluster.frontend.auth import Authorizer
 from cluster.frontend.backend import EngineBackend, Readiness
 from cluster.frontend.checks import (
     check_chat_logprobs,
@@ -56,12 +57,15 @@ class InferenceService:
         *,
         strict_params: bool = False,
         system_fingerprint: str | None = None,
+        authorizer: Authorizer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
         self.limits = limits or Limits()
         self.system_fingerprint = system_fingerprint
+        self.authorizer = authorizer or Authorizer()
+        """Both fronts ask it before anything else."""
         self._backend = backend
         self._strict_params = strict_params
         self._clock = clock
