@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from experts.errors import CheckpointError
 from experts.files import read_json_object
-
-if TYPE_CHECKING:
-    import torch
 
 ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
@@ -211,8 +208,8 @@ class ModelConfig(_Strict):
         """Values cached for a token and layer: the normed latent, then the rotated shared key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def kv_cache_bytes_per_token(self, dtype: torch.dtype | str) -> int:
-        """Over all main layers; V2-Lite in bfloat16: 27 * 576 * 2 = 31,104."""
+    def kv_cache_bytes_per_token(self, dtype: object) -> int:
+        """Over all main layers, values of a torch dtype or of its name; V2-Lite in bfloat16: 27 * 576 * 2 = 31,104."""
         itemsize = ITEMSIZE_BYTES[str(dtype).removeprefix("torch.")]
         return self.num_hidden_layers * self.latent_width * itemsize
 
