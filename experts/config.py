@@ -209,7 +209,7 @@ class ModelConfig(_Strict):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def kv_cache_bytes_per_token(self, dtype: object) -> int:
-        """Over all main layers, values of a torch dtype or of its name; V2-Lite in bfloat16: 27 * 576 * 2 = 31,104."""
+        """Over all main layers; dtype: torch's, or its name. V2-Lite in bfloat16: 27 * 576 * 2."""
         itemsize = ITEMSIZE_BYTES[str(dtype).removeprefix("torch.")]
         return self.num_hidden_layers * self.latent_width * itemsize
 
