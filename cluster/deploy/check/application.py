@@ -1,0 +1,174 @@
+"""serveConfigV2: the text parses, names what exists, and its args are settings that Shoal takes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from cluster.config import ShoalConfig
+from cluster.deploy.check.finding import Finding, suggest
+from cluster.deploy.check.node import Node
+from cluster.deploy.check.schemas import shown
+from cluster.deploy.check.serve_model import ServeConfig
+from cluster.deploy.check.source import parse_yaml
+from cluster.deploy.check.typed import typed_findings
+
+IMPORT_PATH = "cluster.app:build_app"
+SERVICER = "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server"
+DEPLOYMENTS = ("Ingress", "Placement", "Router", "Attention", "Experts")
+DEFAULT_PORTS = {"serve": 8000, "serve-grpc": 9000}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A Serve deployment of Shoal, as its settings make it."""
+
+    name: str
+    settings: Node
+    """The tier's part of args."""
+    label_selector: dict[str, str]
+    num_workers: int = 1
+    max_workers: int = 1
+    """The most that load makes it; a command may ask for more and then waits for pods."""
+    num_gpus: float = 0
+
+
+@dataclass(frozen=True)
+class Application:
+    """What serveConfigV2 says about Shoal."""
+
+    serve: Node
+    args: Node
+    config: ShoalConfig
+    deployments: tuple[Deployment, ...]
+
+    def port(self, name: str) -> tuple[int, Node]:
+        """The number of the port `serve` or `serve-grpc`, and where it is said."""
+        section = "http_options" if name == "serve" else "grpc_options"
+        place = self.serve[section]["port"]
+        return (DEFAULT_PORTS[name] if place.number is None else place.number), place
+
+
+def read_application(root: Node) -> tuple[Application | None, list[Finding]]:
+    """Our application in a RayService and what is wrong with it; None if args are no settings."""
+    text = root["spec"]["serveConfigV2"]
+    try:
+        parsed = parse_yaml(text.text)
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        return None, [text.finding(f"no YAML: {why}", "mend its syntax; it is one text: |")]
+    serve = text.with_value(parsed)
+    if not isinstance(parsed, dict):
+        fix = "write the settings of a Serve config file"
+        return None, [] if text.value and not text.text else [text.finding("no mapping", fix)]
+    found = list(typed_findings(ServeConfig, serve)) + list(_serve_findings(serve))
+    ours = [app for app in serve["applications"].each() if _is_ours(app)]
+    if len(ours) != 1:
+        message = f"{len(ours)} applications with import_path {IMPORT_PATH}"
+        return None, [*found, serve["applications"].finding(message, "make it exactly one")]
+    found += _application_findings(ours[0])
+    args = ours[0]["args"]
+    settings = args if args.given else args.with_value({})
+    try:
+        config = ShoalConfig.model_validate(settings.value)
+    except ValidationError:
+        return None, found + list(typed_findings(ShoalConfig, settings))
+    found += _settings_findings(settings, config)
+    return Application(serve, args, config, _deployments(args, config)), found
+
+
+def _is_ours(app: Node) -> bool:
+    return app["import_path"].text == IMPORT_PATH
+
+
+def _deployments(args: Node, config: ShoalConfig) -> tuple[Deployment, ...]:
+    found = [
+        Deployment(
+            "Ingress",
+            args["ingress"],
+            config.ingress.label_selector,
+            config.ingress.num_workers,
+            config.ingress.num_workers,
+        ),
+        Deployment("Placement", args["placement"], config.placement.label_selector),
+    ]
+    if config.router.mode == "deployment":
+        workers = config.router.num_workers
+        selector = config.router.label_selector
+        found.append(Deployment("Router", args["router"], selector, workers, workers))
+    for name, tier in (("Attention", config.attention), ("Experts", config.experts)):
+        most = tier.scaling.max_workers if tier.scaling else tier.num_workers
+        settings = args[name.lower()]
+        found.append(
+            Deployment(name, settings, tier.label_selector, tier.num_workers, most, tier.num_gpus)
+        )
+    return tuple(found)
+
+
+def _serve_findings(serve: Node) -> Iterator[Finding]:
+    location, host = serve["proxy_location"], serve["http_options"]["host"]
+    if location.text in ("HeadOnly", "Disabled"):
+        message = f"{location.text}: the pods of the Service have no proxy then"
+        yield location.finding(message, "write EveryNode")
+    if host.text in ("127.0.0.1", "localhost", "::1"):
+        yield host.finding(f"{host.text} is reached from the pod only", "write 0.0.0.0")
+    functions = serve["grpc_options"]["grpc_servicer_functions"]
+    if SERVICER not in [function.value for function in functions.each()]:
+        message = "the gRPC service of Shoal is not among grpc_servicer_functions"
+        yield functions.finding(message, f"add {SERVICER}")
+    for function in functions.each():
+        module, _, name = function.text.rpartition(".")
+        yield from _import_fault(function, module, name)
+    for app in serve["applications"].each():
+        module, _, name = app["import_path"].text.partition(":")
+        yield from _import_fault(app["import_path"], module, name)
+
+
+def _import_fault(place: Node, module: str, name: str) -> Iterator[Finding]:
+    """A path into Shoal's own code that leads nowhere."""
+    if module.partition(".")[0] != "cluster":
+        return
+    names = _names_of(module)
+    if names is None:
+        yield place.finding(f"there is no module {module}", f"use {IMPORT_PATH} or {SERVICER}")
+    elif name not in names:
+        yield place.finding(f"{module} has no {name or 'name given'}", suggest(name, names))
+
+
+@lru_cache(maxsize=32)
+def _names_of(module: str) -> frozenset[str] | None:
+    """Functions of a module of ours, read and not run; None if there is no such module."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return None
+    tree = ast.parse(Path(spec.origin).read_text())
+    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+def _application_findings(app: Node) -> Iterator[Finding]:
+    for override in app["deployments"].each():
+        name = override["name"]
+        if name.text not in DEPLOYMENTS:
+            message = f"{shown(name.value)} is no deployment of Shoal"
+            yield name.finding(message, suggest(name.text, DEPLOYMENTS))
+        else:
+            message = f"overrides of {name.text} hide what args say"
+            yield override.finding(message, "set it in args and remove it here")
+
+
+def _settings_findings(args: Node, config: ShoalConfig) -> Iterator[Finding]:
+    if config.channel != "tcp":
+        message = f"channel {config.channel} joins processes of one machine only"
+        yield args["channel"].finding(message, "write channel: tcp")
+    if config.runtime_dir is not None:
+        yield args["runtime_dir"].finding("only channel unix has such a folder", "remove it")
