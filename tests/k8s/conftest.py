@@ -1,0 +1,45 @@
+"""A Kubernetes API server for the session and a namespace for each test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.k8s.api_server.client import Client
+    from tests.k8s.api_server.server import SimEnv
+
+
+@pytest.fixture(scope="session")
+def kube() -> Iterator[SimEnv]:
+    """The server: in memory, or a real one if KUBE_APISERVER names its binary."""
+    from tests.k8s.api_server.client import Client
+    from tests.k8s.api_server.definitions import register
+    from tests.k8s.api_server.server import SimEnv
+
+    with SimEnv() as environment:
+        client = Client(environment.cluster("admin"), "tests")
+        register(client, environment.minor)
+        client.close()
+        yield environment
+
+
+@pytest.fixture
+def admin(kube: SimEnv) -> Iterator[Client]:
+    """May do everything."""
+    from tests.k8s.api_server.client import Client
+
+    client = Client(kube.cluster("admin"), "tests")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def namespace(admin: Client) -> str:
+    """A new, empty namespace."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    admin.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    return name
