@@ -1,0 +1,149 @@
+"""Server-side apply of a whole deployment: everything as a dry run first, then for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.deploy.api import Cluster, Ref
+from cluster.deploy.api_errors import ClusterError, Conflict, Forbidden, Refused, Unreachable
+from cluster.deploy.differ import content
+from cluster.deploy.manifest import CLUSTER_SCOPED, Manifest, identity, in_order
+
+Action = Literal["created", "configured", "unchanged", "deleted", "skipped"]
+
+OPTIONAL_GROUPS = {
+    "monitoring.coreos.com": "the Prometheus operator",
+    "gateway.networking.k8s.io": "the Gateway API",
+}
+"""API groups that a cluster may lack, and who brings them."""
+NO_KUBERAY = (
+    "this cluster does not know RayServices: install KubeRay 1.7 or newer with "
+    "`helm install kuberay-operator kuberay/kuberay-operator`"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happened, or in a dry run would happen, to one object. `before` and `after`: as the
+    server has it; None if absent or not known."""
+
+    identity: str
+    action: Action
+    note: str = ""
+    before: Manifest | None = None
+    after: Manifest | None = None
+
+
+class ApplyRefused(ClusterError):
+    """The server accepts some objects not as they are; one line each in `problems`."""
+
+    def __init__(self, problems: list[str], conflicts: int) -> None:
+        ways = "; --force-conflicts takes fields from their owners" if conflicts else ""
+        shown = "".join(f"\n  {problem}" for problem in problems)
+        super().__init__(f"nothing was changed, the API server refuses{ways}:{shown}")
+        self.problems = problems
+
+
+def apply_all(
+    cluster: Cluster,
+    manifests: Iterable[Manifest],
+    *,
+    force: bool = False,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> list[Step]:
+    """Make the cluster as the manifests say, nothing of it if the server would refuse a part.
+    Raises ApplyRefused, Unreachable, Refused."""
+    ordered = in_order(manifests)
+    namespaces = [each for each in ordered if each["kind"] == "Namespace"]
+    rest = [each for each in ordered if each["kind"] != "Namespace"]
+    steps = []
+    for group in (namespaces, rest):  # in a namespace that does not exist, no dry run is possible
+        rehearse(cluster, group, force=force)
+        for manifest in group:
+            steps.append(_apply(cluster, manifest, dry_run=False, force=force))
+            on_step(steps[-1])
+    return steps
+
+
+def rehearse(cluster: Cluster, manifests: Iterable[Manifest], *, force: bool = False) -> list[Step]:
+    """What apply_all would do, as the server says. Raises ApplyRefused with all problems."""
+    steps: list[Step] = []
+    problems: list[str] = []
+    num_conflicts = 0
+    new_namespaces: set[str] = set()
+    for manifest in in_order(manifests):
+        if manifest["metadata"].get("namespace") in new_namespaces:
+            note = "not checked by the server: its namespace is new"
+            steps.append(Step(identity(manifest), "created", note, None, manifest))
+            continue
+        try:
+            steps.append(_apply(cluster, manifest, dry_run=True, force=force))
+        except Unreachable:
+            raise
+        except Refused as error:
+            problems += explain(identity(manifest), error)
+            num_conflicts += len(error.conflicts)
+            continue
+        if manifest["kind"] == "Namespace" and steps[-1].action == "created":
+            new_namespaces.add(manifest["metadata"]["name"])
+    if problems:
+        raise ApplyRefused(problems, num_conflicts)
+    return steps
+
+
+def explain(subject: str, error: Refused) -> list[str]:
+    """A line for each field that somebody else decides, else the server's words."""
+    return [f"{subject}: {_conflict(each)}" for each in error.conflicts] or [f"{subject}: {error}"]
+
+
+def _conflict(conflict: Conflict) -> str:
+    if conflict.owner == "shoal-scale":
+        return f"{conflict.field} was set by `shoal k8s scale`; write the number into deploy.yaml"
+    return f"{conflict.field} belongs to {conflict.owner}"
+
+
+def _apply(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) -> Step:
+    name = identity(manifest)
+    group = manifest["apiVersion"].partition("/")[0]
+    if cluster.kind(manifest["apiVersion"], manifest["kind"]) is None:
+        if group in OPTIONAL_GROUPS:
+            note = f"this cluster lacks {OPTIONAL_GROUPS[group]}"
+            return Step(name, "skipped", note)
+        if group == "ray.io":
+            raise ClusterError(NO_KUBERAY)
+    if manifest["kind"] in CLUSTER_SCOPED:
+        return _apply_admins(cluster, manifest, dry_run=dry_run, force=force)
+    before = cluster.get(Ref.of(manifest))
+    after = cluster.apply(manifest, dry_run=dry_run, force=force)
+    return Step(name, _action(before, after), "", before, after)
+
+
+def _apply_admins(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) -> Step:
+    """An object outside of namespaces, which an administrator may have made for this user."""
+    name = identity(manifest)
+    before, may_read = None, True
+    try:
+        before = cluster.get(Ref.of(manifest))
+    except Forbidden:
+        may_read = False
+    try:
+        after = cluster.apply(manifest, dry_run=dry_run, force=force)
+    except Forbidden as error:
+        if before is not None:
+            return Step(name, "skipped", "exists, and only an administrator may change it")
+        if not may_read:
+            return Step(name, "skipped", "an administrator's: you may neither read nor change it")
+        raise Forbidden(
+            error.status,
+            "does not exist, and you may not create it: let an administrator apply it "
+            "(`shoal k8s render` prints it)",
+        ) from None
+    return Step(name, _action(before, after), "", before, after)
+
+
+def _action(before: Manifest | None, after: Manifest) -> Action:
+    if before is None:
+        return "created"
+    return "unchanged" if content(before) == content(after) else "configured"

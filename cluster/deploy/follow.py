@@ -1,0 +1,142 @@
+"""Watch a deployment until it serves: reads the objects anew whenever the RayService changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+
+from cluster.config import ConfigError, StartFailed
+from cluster.deploy.api import Cluster, Ref
+from cluster.deploy.api_errors import Forbidden, Gone, Unreachable
+from cluster.deploy.manifest import Manifest
+from cluster.deploy.verdict import Observed, Verdict, verdict
+
+PERIOD_S = 5.0
+"""Pods change without the RayService: they are read at least so often."""
+OUTAGE_S = 60.0
+"""An API server may be away so long, for instance while it is being upgraded."""
+RETRY_S = 1.0
+ORIGIN_LABEL = "ray.io/originated-from-cr-name"
+"""Label of a RayCluster with the name of its RayService."""
+
+
+class Deployment:
+    """Objects of one RayService."""
+
+    def __init__(self, cluster: Cluster, namespace: str, name: str) -> None:
+        self._cluster = cluster
+        self.namespace = namespace
+        self.ref = Ref("ray.io/v1", "RayService", name, namespace)
+
+    def observe(self) -> Observed | None:
+        """Everything that tells how the deployment does; None if it is absent."""
+        service = self._cluster.get(self.ref)
+        if service is None:
+            return None
+        hidden: list[str] = []
+        clusters = self._read("ray.io/v1", "RayCluster", hidden, f"{ORIGIN_LABEL}={self.ref.name}")
+        names = {each["metadata"]["name"] for each in clusters}
+        pods = self._read("v1", "Pod", hidden, "ray.io/is-ray-node=yes")
+        return Observed(
+            service,
+            sorted(clusters, key=lambda each: str(each["metadata"].get("creationTimestamp"))),
+            [pod for pod in pods if pod["metadata"]["labels"].get("ray.io/cluster") in names],
+            self._read("v1", "Event", hidden),
+            tuple(hidden),
+        )
+
+    def await_change(self, seen: Observed, timeout_s: float) -> bool:
+        """True as soon as the RayService is no longer as seen, False when the time is up."""
+        version = seen.service["metadata"]["resourceVersion"]
+        with closing(self._cluster.watch(self.ref, timeout_s)) as states:
+            try:
+                return any(each["metadata"]["resourceVersion"] != version for each in states)
+            except Gone:  # the server has forgotten where this watch was: read everything anew
+                return False
+
+    def _read(
+        self, api_version: str, kind: str, hidden: list[str], labels: str = ""
+    ) -> list[Manifest]:
+        try:
+            return self._cluster.select(api_version, kind, self.namespace, labels)
+        except Forbidden:
+            hidden.append(f"{kind}s")
+            return []
+
+
+class Follower:
+    """Verdicts on a deployment, one after the other. The clocks are for tests."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._deployment = deployment
+        self._clock = clock
+        self._sleep = sleep
+        self._now = now
+
+    def look(self) -> Verdict:
+        """The verdict now. Raises ConfigError if there is no such deployment."""
+        return self._judge(self._observed())
+
+    def verdicts(self, timeout_s: float = float("inf")) -> Iterator[Verdict]:
+        """The verdict now and again after each change, until the time is up. An API server that
+        is away for less than OUTAGE_S is waited for. Raises as `look`, Unreachable."""
+        deadline = self._clock() + timeout_s
+        last_contact = self._clock()
+        while True:
+            try:
+                seen = self._observed()
+                last_contact = self._clock()
+                yield self._judge(seen)
+                if last_contact >= deadline:
+                    return
+                changed = self._deployment.await_change(
+                    seen, min(PERIOD_S, deadline - last_contact)
+                )
+                if not changed and self._clock() - last_contact < RETRY_S:
+                    self._sleep(RETRY_S)  # watches that end at once must not make a busy loop
+            except Unreachable:
+                if self._clock() - last_contact > OUTAGE_S:
+                    raise
+                self._sleep(RETRY_S)
+
+    def wait_ready(self, timeout_s: float, show: Callable[[Verdict], None]) -> Verdict:
+        """The first verdict that says ready. Raises StartFailed with the causes when waiting
+        longer does not help, or when the time is up."""
+        last = None
+        for last in self.verdicts(timeout_s):
+            show(last)
+            if last.state == "ready":
+                return last
+            if last.state == "failed":
+                raise StartFailed(_told(f"the deployment failed: {last.summary}", last))
+        summary = f"not ready after {timeout_s:.0f} s"
+        if last is None:
+            raise StartFailed(summary)
+        raise StartFailed(_told(f"{summary}: {last.summary}", last))
+
+    def _observed(self) -> Observed:
+        seen = self._deployment.observe()
+        if seen is None:
+            ref = self._deployment.ref
+            raise ConfigError(
+                f"{ref} does not exist in namespace {ref.namespace}: `shoal k8s apply` makes it"
+            )
+        return seen
+
+    def _judge(self, seen: Observed) -> Verdict:
+        return verdict(seen, self._now())
+
+
+def _told(headline: str, judged: Verdict) -> str:
+    """The headline, and the causes below it."""
+    causes = ("  " + cause.replace("\n", "\n  ") for cause in judged.causes)
+    return "\n".join([headline, *causes])

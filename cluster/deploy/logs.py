@@ -1,0 +1,86 @@
+"""Logs of a tier's pods side by side, each line with its pod's name."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cluster.config import ConfigError
+from cluster.deploy.api import Cluster, Ref
+from cluster.deploy.api_errors import ClusterError
+from cluster.deploy.pod_causes import group_of
+
+PODS_PERIOD_S = 5.0
+"""While following, new pods are looked for so often."""
+
+Line = tuple[str, str]
+"""Name of the pod, and a line of its log."""
+
+
+def show_logs(
+    cluster: Cluster, pods: list[dict[str, Any]], tail_lines: int | None, previous: bool
+) -> Iterator[Line]:
+    """What there is, pod by pod. A pod that has no log yet says so."""
+    for pod in pods:
+        yield from _lines(cluster, pod, tail_lines=tail_lines, previous=previous)
+
+
+def follow_logs(
+    cluster: Cluster,
+    find_pods: Callable[[], list[dict[str, Any]]],
+    tail_lines: int | None,
+    wait_s: float = PODS_PERIOD_S,
+) -> Iterator[Line]:
+    """Lines of all pods as they come, also of pods that appear later; without an end."""
+    lines: queue.Queue[Line] = queue.Queue()
+    followed: set[str] = set()
+    while True:
+        for pod in find_pods():
+            if pod["metadata"]["uid"] not in followed and _has_started(pod):
+                followed.add(pod["metadata"]["uid"])
+                _follow(cluster, pod, tail_lines, lines)
+        try:
+            yield lines.get(timeout=wait_s)
+            while True:
+                yield lines.get_nowait()
+        except queue.Empty:
+            pass
+
+
+def pods_of_tier(pods: list[dict[str, Any]], tier: str | None) -> list[dict[str, Any]]:
+    """Those of a group, in the order of their names; None: all. Raises ConfigError if none is."""
+    groups = sorted({group_of(pod) for pod in pods})
+    if tier == "head":
+        tier = "headgroup"
+    chosen = [pod for pod in pods if tier in (None, group_of(pod))]
+    if not chosen:
+        have = f"pods there are of {', '.join(groups)}" if groups else "there are no pods at all"
+        raise ConfigError(f"no pods of tier {tier or 'any'}: {have}; see `shoal k8s status`")
+    return sorted(chosen, key=lambda pod: str(pod["metadata"]["name"]))
+
+
+def _follow(
+    cluster: Cluster, pod: dict[str, Any], tail_lines: int | None, lines: queue.Queue[Line]
+) -> None:
+    def read() -> None:
+        for line in _lines(cluster, pod, tail_lines=tail_lines, follow=True):
+            lines.put(line)
+
+    # daemon: the wait for the next line cannot be interrupted otherwise
+    threading.Thread(target=read, name=f"log of {pod['metadata']['name']}", daemon=True).start()
+
+
+def _lines(cluster: Cluster, pod: dict[str, Any], **options: Any) -> Iterator[Line]:
+    ref = Ref("v1", "Pod", pod["metadata"]["name"], pod["metadata"]["namespace"])
+    container = pod["spec"]["containers"][0]["name"]  # Ray's; what follows are sidecars
+    try:
+        for line in cluster.log(ref, container, **options):
+            yield ref.name, line
+    except ClusterError as error:
+        yield ref.name, f"(no log: {error})"
+
+
+def _has_started(pod: dict[str, Any]) -> bool:
+    return pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")

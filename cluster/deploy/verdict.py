@@ -1,0 +1,228 @@
+"""What state a deployment is in and why: a pure function of what the API server shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from cluster.deploy.pod_causes import Cause, group_of, is_ready, pod_causes
+
+State = Literal["ready", "waiting", "failed"]
+
+TERMINAL_REASONS = {
+    "ValidationFailed": "correct the configuration and apply again",
+    "InitializingTimeout": "`shoal k8s down`, raise the initializing timeout and apply again",
+}
+"""Reasons of the Ready condition after which the operator does nothing more, and what to do."""
+
+TAIL_LINES = 6
+HEAD_GROUP = "headgroup"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Objects of one deployment as read from the API server. `hidden`: kinds we may not read."""
+
+    service: dict[str, Any]
+    clusters: list[dict[str, Any]] = field(default_factory=list)
+    pods: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    hidden: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Pods of one worker group; `wanted` is what the autoscaler asks for now."""
+
+    name: str
+    num_ready: int
+    num_wanted: int
+    min_pods: int
+    max_pods: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`summary` is one line; `causes` may have several lines each, the most telling first."""
+
+    state: State
+    summary: str
+    causes: tuple[str, ...] = ()
+    tiers: tuple[Tier, ...] = ()
+    applications: dict[str, str] = field(default_factory=dict)
+
+
+def verdict(seen: Observed, now: datetime) -> Verdict:
+    """Judge the newest cluster of the service: the pending one while an upgrade runs."""
+    current = _current_status(seen.service)
+    cluster = _current_cluster(seen, current)
+    pods = _pods_of(cluster, seen.pods)
+    troubles = [cause for pod in pods for cause in pod_causes(pod, now)]
+    refused = list(_refused_pods(cluster))
+    state, summary = _state(seen.service, current, cluster)
+    fatal = [cause.text for cause in [*refused, *troubles] if cause.fatal]
+    if state == "waiting" and fatal:
+        state, summary = "failed", "a pod cannot run"
+    return Verdict(
+        state=state,
+        summary=summary,
+        causes=(
+            *_application_causes(current),
+            *_grouped([*refused, *troubles]),
+            *_event_causes(seen, cluster, pods),
+            *(
+                f"{kind}: not permitted to read them, so nothing is known here"
+                for kind in seen.hidden
+            ),
+        ),
+        tiers=tuple(_tiers(cluster, pods)),
+        applications={name: app.get("status", "") for name, app in _applications(current).items()},
+    )
+
+
+# ---- the service
+
+
+def _state(
+    service: dict[str, Any], current: dict[str, Any], cluster: dict[str, Any] | None
+) -> tuple[State, str]:
+    conditions = {each["type"]: each for each in service.get("status", {}).get("conditions") or []}
+    ready = conditions.get("Ready", {})
+    reason, message = ready.get("reason", ""), ready.get("message", "")
+    if "deletionTimestamp" in service["metadata"]:
+        return "waiting", "is being deleted"
+    if not _is_current(service, ready):
+        return "waiting", "the KubeRay operator has not looked at this version yet"
+    if reason in TERMINAL_REASONS:
+        return "failed", f"{reason}: {message.rstrip('.')}; {TERMINAL_REASONS[reason]}"
+    for name, app in _applications(current).items():
+        if app.get("status") == "DEPLOY_FAILED":
+            return "failed", f"application {name}: DEPLOY_FAILED"
+    if conditions.get("RollbackInProgress", {}).get("status") == "True":
+        return "waiting", "rolling back to the version that served before"
+    if conditions.get("UpgradeInProgress", {}).get("status") == "True":
+        return "waiting", f"upgrading to {_name(cluster)}"
+    if ready.get("status") == "True":
+        endpoints = service["status"].get("numServeEndpoints", 0)
+        return "ready", f"serving on {_name(cluster)}, {endpoints} endpoints"
+    return "waiting", f"{reason}: {message}".strip(": ") or "no status from the operator yet"
+
+
+def _is_current(service: dict[str, Any], ready: dict[str, Any]) -> bool:
+    """Whether the status speaks of the spec as it is now. A refused spec is noted in the
+    condition before the status as a whole."""
+    judged = service.get("status", {}).get("observedGeneration", 0)
+    judged = max(judged, ready.get("observedGeneration", 0))
+    return bool(judged >= service["metadata"].get("generation", 0))
+
+
+def _current_status(service: dict[str, Any]) -> dict[str, Any]:
+    """Status of the cluster that is being built, else of the one that serves."""
+    status = service.get("status", {})
+    pending: dict[str, Any] = status.get("pendingServiceStatus") or {}
+    if pending.get("rayClusterName") or pending.get("applicationStatuses"):
+        return pending
+    return status.get("activeServiceStatus") or {}
+
+
+# ---- the application
+
+
+def _applications(current: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return current.get("applicationStatuses") or {}
+
+
+def _application_causes(current: dict[str, Any]) -> Iterator[str]:
+    """Ray's own words about applications and deployments that failed."""
+    for name, app in _applications(current).items():
+        deployments = (app.get("serveDeploymentStatuses") or {}).items()
+        for what, entry in [
+            (f"application {name}", app),
+            *((f"{name}/{d}", s) for d, s in deployments),
+        ]:
+            if entry.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+                yield f"{what}: {entry['status']}: {traceback_tail(entry.get('message', ''))}"
+
+
+def traceback_tail(message: str) -> str:
+    """The last lines of a message from Ray, which ends with the exception."""
+    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
+    return "\n".join(lines[-TAIL_LINES:])
+
+
+# ---- clusters and pods
+
+
+def _current_cluster(seen: Observed, current: dict[str, Any]) -> dict[str, Any] | None:
+    by_name = {cluster["metadata"]["name"]: cluster for cluster in seen.clusters}
+    named = by_name.get(current.get("rayClusterName", ""))
+    return named or (seen.clusters[-1] if seen.clusters else None)
+
+
+def _name(cluster: dict[str, Any] | None) -> str:
+    return cluster["metadata"]["name"] if cluster else "a new cluster"
+
+
+def _pods_of(cluster: dict[str, Any] | None, pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if cluster is None:
+        return []
+    name = cluster["metadata"]["name"]
+    return [pod for pod in pods if pod["metadata"].get("labels", {}).get("ray.io/cluster") == name]
+
+
+def _refused_pods(cluster: dict[str, Any] | None) -> Iterator[Cause]:
+    """Pods that the API server did not let the operator create."""
+    for condition in ((cluster or {}).get("status") or {}).get("conditions") or []:
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            message = condition.get("message", "")
+            is_quota = "exceeded quota" in message
+            text = f"{condition.get('reason', 'ReplicaFailure')}: {message}"
+            yield Cause("pods", "", text, fatal=not is_quota)
+
+
+def _grouped(causes: Iterable[Cause]) -> Iterator[str]:
+    """One line for all pods of a group with the same trouble."""
+    pods: dict[tuple[str, str], list[str]] = {}
+    for cause in causes:
+        pods.setdefault((cause.group, cause.text), []).append(cause.pod)
+    for (group, text), names in pods.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{group} {names[0]}".strip() + f"{more}: {text}"
+
+
+def _event_causes(
+    seen: Observed, cluster: dict[str, Any] | None, pods: list[dict[str, Any]]
+) -> Iterator[str]:
+    """Warnings that no status repeats: volumes that do not mount, objects that are refused."""
+    waiting = {pod["metadata"]["name"] for pod in pods if not is_ready(pod)}
+    newest: dict[tuple[str, str], str] = {}
+    for event in seen.events:
+        about = event.get("involvedObject", {})
+        is_ours = about.get("name") in (waiting if about.get("kind") == "Pod" else {_name(cluster)})
+        if event.get("type") == "Warning" and is_ours and _tells_more(event):
+            newest[about["name"], event["reason"]] = " ".join(event.get("message", "").split())
+    for (name, reason), message in newest.items():
+        yield f"{name}: {reason}: {message}"
+
+
+def _tells_more(event: dict[str, Any]) -> bool:
+    reason = event.get("reason", "")
+    return reason.startswith("Failed") and reason not in ("Failed", "FailedScheduling")
+
+
+def _tiers(cluster: dict[str, Any] | None, pods: list[dict[str, Any]]) -> Iterator[Tier]:
+    if cluster is None:
+        return
+    yield _tier(HEAD_GROUP, pods, {"replicas": 1, "minReplicas": 1, "maxReplicas": 1})
+    for group in cluster["spec"].get("workerGroupSpecs") or []:
+        yield _tier(group["groupName"], pods, group)
+
+
+def _tier(name: str, pods: list[dict[str, Any]], group: dict[str, Any]) -> Tier:
+    hosts = group.get("numOfHosts") or 1
+    low, high = group.get("minReplicas") or 0, group.get("maxReplicas") or 0
+    wanted = min(max(group.get("replicas") or 0, low), high)
+    num_ready = sum(group_of(pod) == name and is_ready(pod) for pod in pods)
+    return Tier(name, num_ready, wanted * hosts, low * hosts, high * hosts)
