@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -17,12 +18,12 @@ from cluster.deploy.check.finding import Finding, suggest
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.schemas import shown
 from cluster.deploy.check.serve_model import ServeConfig
-from cluster.deploy.check.source import parse_yaml
 from cluster.deploy.check.typed import typed_findings
+from cluster.deploy.check.yaml_nodes import parse_yaml
 
 IMPORT_PATH = "cluster.app:build_app"
 SERVICER = "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server"
-DEPLOYMENTS = ("Ingress", "Placement", "Router", "Attention", "Experts")
+PER_POD = "max_replicas_per_node"
 DEFAULT_PORTS = {"serve": 8000, "serve-grpc": 9000}
 
 
@@ -34,6 +35,8 @@ class Deployment:
     settings: Node
     """The tier's part of args."""
     label_selector: dict[str, str]
+    max_per_pod: int | None = None
+    """As the override max_replicas_per_node says; None: any number."""
     num_workers: int = 1
     max_workers: int = 1
     """The most that load makes it; a command may ask for more and then waits for pods."""
@@ -73,7 +76,6 @@ def read_application(root: Node) -> tuple[Application | None, list[Finding]]:
     if len(ours) != 1:
         message = f"{len(ours)} applications with import_path {IMPORT_PATH}"
         return None, [*found, serve["applications"].finding(message, "make it exactly one")]
-    found += _application_findings(ours[0])
     args = ours[0]["args"]
     settings = args if args.given else args.with_value({})
     try:
@@ -81,34 +83,34 @@ def read_application(root: Node) -> tuple[Application | None, list[Finding]]:
     except ValidationError:
         return None, found + list(typed_findings(ShoalConfig, settings))
     found += _settings_findings(settings, config)
-    return Application(serve, args, config, _deployments(args, config)), found
+    deployments = _deployments(ours[0], config)
+    found += _override_findings(ours[0], deployments)
+    return Application(serve, args, config, deployments), found
 
 
 def _is_ours(app: Node) -> bool:
     return app["import_path"].text == IMPORT_PATH
 
 
-def _deployments(args: Node, config: ShoalConfig) -> tuple[Deployment, ...]:
-    found = [
-        Deployment(
-            "Ingress",
-            args["ingress"],
-            config.ingress.label_selector,
-            config.ingress.num_workers,
-            config.ingress.num_workers,
-        ),
-        Deployment("Placement", args["placement"], config.placement.label_selector),
-    ]
-    if config.router.mode == "deployment":
-        workers = config.router.num_workers
-        selector = config.router.label_selector
-        found.append(Deployment("Router", args["router"], selector, workers, workers))
-    for name, tier in (("Attention", config.attention), ("Experts", config.experts)):
-        most = tier.scaling.max_workers if tier.scaling else tier.num_workers
-        settings = args[name.lower()]
-        found.append(
-            Deployment(name, settings, tier.label_selector, tier.num_workers, most, tier.num_gpus)
+def _deployments(app: Node, config: ShoalConfig) -> tuple[Deployment, ...]:
+    def deployment(name: str, *size: Any) -> Deployment:
+        tier = getattr(config, name.lower())
+        override = app["deployments"].named(name)
+        return Deployment(
+            name,
+            app["args"][name.lower()],
+            tier.label_selector,
+            override[PER_POD].number,
+            *size,
         )
+
+    attention, experts, router = config.attention, config.experts, config.router
+    found = [deployment("Ingress", *[config.ingress.num_workers] * 2), deployment("Placement")]
+    if router.mode == "deployment":
+        found.append(deployment("Router", router.num_workers, router.num_workers))
+    for name, tier in (("Attention", attention), ("Experts", experts)):
+        most = tier.scaling.max_workers if tier.scaling else tier.num_workers
+        found.append(deployment(name, tier.num_workers, most, tier.num_gpus))
     return tuple(found)
 
 
@@ -155,15 +157,18 @@ def _names_of(module: str) -> frozenset[str] | None:
     return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
-def _application_findings(app: Node) -> Iterator[Finding]:
+def _override_findings(app: Node, deployments: tuple[Deployment, ...]) -> Iterator[Finding]:
+    """Overrides may say what args cannot: how many replicas a pod takes."""
+    names = [deployment.name for deployment in deployments]
     for override in app["deployments"].each():
         name = override["name"]
-        if name.text not in DEPLOYMENTS:
-            message = f"{shown(name.value)} is no deployment of Shoal"
-            yield name.finding(message, suggest(name.text, DEPLOYMENTS))
-        else:
-            message = f"overrides of {name.text} hide what args say"
-            yield override.finding(message, "set it in args and remove it here")
+        if name.text not in names:
+            message = f"{shown(name.value)} is no deployment of this application"
+            yield name.finding(message, suggest(name.text, names))
+        for key, node in override.entries():
+            if key not in ("name", PER_POD):
+                message = f"{key} of {name.text} hides what args say"
+                yield node.finding(message, "say it in args and remove it here")
 
 
 def _settings_findings(args: Node, config: ShoalConfig) -> Iterator[Finding]:

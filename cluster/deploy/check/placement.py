@@ -57,15 +57,32 @@ def _no_idle_pods(group: Group, here: list[Deployment]) -> Iterator[Finding]:
         fix = "give it a label that the label_selector of a tier names, or remove the group"
         yield group.node["labels"].finding(message, fix)
         return
-    replicas = sum(deployment.num_workers for deployment in here)
-    if group.min_pods > replicas:
+    if group.min_pods > 0 and not any(_reaches_all(each, group) for each in here):
         names = " and ".join(deployment.name for deployment in here)
-        message = f"{group.min_pods} pods for {replicas} replicas of {names}"
-        fix = f"lower minReplicas to {replicas} at most or raise num_workers: a pod needs a replica"
+        message = f"{group.min_pods} pods, and the replicas of {names} may leave one empty"
+        fix = (
+            "raise num_workers, lower minReplicas, or bound max_replicas_per_node in the "
+            "application's deployments: a pod without a replica never becomes ready"
+        )
         yield group.node["minReplicas"].finding(message, fix)
     if group.gpus_per_pod and not any(deployment.num_gpus for deployment in here):
         message = f"the GPUs of group {group.name} are for nobody: its tiers have num_gpus 0"
         yield here[-1].settings["num_gpus"].finding(message, "write num_gpus: 1")
+
+
+def _reaches_all(deployment: Deployment, group: Group) -> bool:
+    """Whether every pod must have one of its replicas, as the others cannot hold them all."""
+    others = group.min_pods - 1
+    return deployment.num_workers > others * _most_in_pod(deployment, group) if others else True
+
+
+def _most_in_pod(deployment: Deployment, group: Group) -> float:
+    bounds = [float("inf")]
+    if deployment.max_per_pod is not None:
+        bounds.append(deployment.max_per_pod)
+    if deployment.num_gpus:
+        bounds.append(group.gpus_per_pod // deployment.num_gpus)
+    return min(bounds)
 
 
 def _enough_gpus(deployments: tuple[Deployment, ...], workers: list[Group]) -> Iterator[Finding]:

@@ -46,6 +46,17 @@ def templates(root: Node) -> list[Node]:
     return [root.at(*keys) for keys in TEMPLATES.get(kind, ())]
 
 
+def plain_pods(root: Node) -> list[Node]:
+    """The pod templates of an object that is no Ray cluster."""
+    return [] if root["kind"].text in ("RayService", "RayCluster") else templates(root)
+
+
+def labels_of(pods: list[dict[str, str]]) -> str:
+    """The labels that a selector could name, for a message; Ray's own are left out."""
+    pairs = {f"{k}: {v}" for labels in pods for k, v in labels.items() if "ray.io/" not in k}
+    return ", ".join(sorted(pairs)) or "no labels"
+
+
 def containers(template: Node) -> list[Node]:
     """All containers of a pod, those that run before it included."""
     spec = template["spec"]
@@ -69,7 +80,9 @@ def pod_findings(root: Node) -> Iterator[Finding]:
     for template in templates(root):
         yield from metadata_findings(template["metadata"])
         spec = template["spec"]
-        for rule in (_names, _volumes, _ports, _resources, _tolerations, _choices, _spread):
+        claims = root["spec"]["volumeClaimTemplates"].each()
+        yield from _volumes(spec, [claim["metadata"]["name"].text for claim in claims])
+        for rule in (_names, _ports, _resources, _tolerations, _choices, _spread):
             yield from rule(spec)
 
 
@@ -98,7 +111,8 @@ def _variable(variable: Node) -> Iterator[Finding]:
         yield source.finding("exactly one source is possible", "keep one, such as secretKeyRef")
 
 
-def _volumes(spec: Node) -> Iterator[Finding]:
+def _volumes(spec: Node, claimed: list[str]) -> Iterator[Finding]:
+    """`claimed`: names of the volumes that a StatefulSet makes for each pod."""
     names = [volume["name"].text for volume in spec["volumes"].each()]
     for i, volume in enumerate(spec["volumes"].each()):
         name = volume["name"]
@@ -112,16 +126,20 @@ def _volumes(spec: Node) -> Iterator[Finding]:
             yield name.finding(f"a second volume named {name.text}", "rename one of them")
         yield from _quantity(volume["emptyDir"]["sizeLimit"])
     for container in spec["initContainers"].each() + spec["containers"].each():
-        paths: set[str] = set()
-        for mount in container["volumeMounts"].each():
-            name, path = mount["name"], mount["mountPath"]
-            if name.text and name.text not in names:
-                message = f"no volume named {name.text} in this pod"
-                fix = suggest(name.text, names) if names else "add it to the pod's volumes"
-                yield name.finding(message, fix)
-            if path.text and path.text in paths:
-                yield path.finding(f"{path.text} is mounted twice", "mount it once")
-            paths.add(path.text)
+        yield from _mounts(container["volumeMounts"], names + claimed)
+
+
+def _mounts(mounts: Node, names: list[str]) -> Iterator[Finding]:
+    paths: set[str] = set()
+    for mount in mounts.each():
+        name, path = mount["name"], mount["mountPath"]
+        if name.text and name.text not in names:
+            message = f"no volume named {name.text} in this pod"
+            fix = suggest(name.text, names) if names else "add it to the pod's volumes"
+            yield name.finding(message, fix)
+        if path.text and path.text in paths:
+            yield path.finding(f"{path.text} is mounted twice", "mount it once")
+        paths.add(path.text)
 
 
 def _ports(spec: Node) -> Iterator[Finding]:

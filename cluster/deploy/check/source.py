@@ -14,11 +14,10 @@ import yaml
 from cluster.config import ConfigError
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Keys, Node, dotted
+from cluster.deploy.check.yaml_nodes import MAX_VALUES, count, duplicates, line_of, step, value_of
 
 SUFFIXES = (".yaml", ".yml")
 KUSTOMIZE_FILES = ("kustomization.yaml", "kustomization.yml", "Kustomization")
-MAX_VALUES = 1_000_000
-"""Values in a document with its aliases written out; YAML can make billions of a few lines."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Located:
         name = f"{self.kind or 'object'}/{self.name or '?'}"
         if self.document is None:
             return self.file, name
-        return f"{self.file}:{_line(self.document, keys)}", name
+        return f"{self.file}:{line_of(self.document, keys)}", name
 
 
 def load(paths: Iterable[Path | str]) -> list[Located]:
@@ -91,22 +90,6 @@ def load_text(text: str, file: str) -> list[Located]:
     return found
 
 
-def parse_yaml(text: str) -> Any:
-    """A YAML text that stands inside a manifest. Raises yaml.YAMLError, also for a key given
-    twice."""
-    try:
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
-        if document is None:
-            return None
-        if _count(document, {}, set()) > MAX_VALUES:
-            raise yaml.YAMLError("its aliases contain themselves or make too many values")
-        for key, line in _duplicates(document):
-            raise yaml.YAMLError(f"line {line}: {key} is given twice")
-        return _value(document)
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-
-
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -128,28 +111,18 @@ def _files(path: Path) -> list[Path]:
 
 
 def _construct(document: yaml.Node, file: str) -> Located:
-    if _count(document, {}, set()) > MAX_VALUES:
+    if count(document, {}, set()) > MAX_VALUES:
         message = "its aliases contain themselves or make too many values"
         fault = Finding(file, "document", message, "write the values out")
         return Located(file, None, faults=(fault,))
-    body = _value(document)
+    body = value_of(document)
     located = Located(file, body, document)
     name = located.where(())[1]
     faults = tuple(
         Finding(f"{file}:{line}", name, f"{key} is given twice", "remove one of them")
-        for key, line in _duplicates(document)
+        for key, line in duplicates(document)
     )
     return Located(file, body, document, faults)
-
-
-def _value(document: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_document(document)
-    except ValueError as error:  # 2024-99-99 looks like a date
-        raise yaml.YAMLError(str(error)) from None
-    finally:
-        loader.dispose()
 
 
 def _items(located: Located) -> Iterator[Located]:
@@ -159,7 +132,7 @@ def _items(located: Located) -> Iterator[Located]:
         yield located
         return
     for i, body in enumerate(items.value):
-        below = _step(_step(located.document, "items"), i)
+        below = step(step(located.document, "items"), i)
         yield Located(located.file, body, below, located.faults if i == 0 else ())
 
 
@@ -169,66 +142,6 @@ def _broken(file: str, error: yaml.YAMLError) -> Located:
     why = " ".join(str(getattr(error, "problem", None) or error).split())
     fault = Finding(f"{file}{line}", "document", f"no YAML: {why}", "mend the syntax of this line")
     return Located(file, None, faults=(fault,))
-
-
-def _count(node: yaml.Node, counted: dict[int, int], open_: set[int]) -> int:
-    """Values below a node with aliases written out; more than MAX_VALUES if they are endless."""
-    if id(node) in open_:
-        return MAX_VALUES + 1
-    if id(node) not in counted:
-        open_.add(id(node))
-        counted[id(node)] = 1 + sum(_count(child, counted, open_) for child in _children(node))
-        open_.remove(id(node))
-    return counted[id(node)]
-
-
-def _children(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
-def _duplicates(node: yaml.Node) -> Iterator[tuple[str, int]]:
-    """Keys that a mapping has twice, with their lines: YAML keeps the last without a word."""
-    todo, seen_nodes = [node], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen_nodes:
-            continue
-        seen_nodes.add(id(node))
-        todo += reversed(_children(node))
-        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        seen: set[str] = set()
-        for key in keys:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                yield key.value, key.start_mark.line + 1
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-
-
-def _line(document: yaml.Node, keys: Keys) -> int:
-    """The line of a place, or of the nearest one above it that is written down."""
-    line = document.start_mark.line
-    node: yaml.Node | None = document
-    for key in keys:
-        if isinstance(node, yaml.MappingNode):
-            marks = [at.start_mark.line for at, _ in node.value if at.value == key]
-            line = marks[-1] if marks else line
-        node = _step(node, key)
-        if node is None:
-            break
-        if isinstance(key, int):
-            line = node.start_mark.line
-    return line + 1
-
-
-def _step(node: yaml.Node | None, key: str | int) -> yaml.Node | None:
-    if isinstance(node, yaml.MappingNode):
-        found = [value for at, value in node.value if at.value == key]
-        return found[-1] if found else None
-    if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-        element: yaml.Node = node.value[key]
-        return element
-    return None
 
 
 def shape_faults(located: Located) -> list[Finding]:
