@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.k8s.api_server.client import Client
     from tests.k8s.api_server.server import SimEnv
+    from tests.k8s.kuberay import KubeRay
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,23 @@ def namespace(admin: Client) -> str:
     name = f"test-{uuid.uuid4().hex[:8]}"
     admin.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     return name
+
+
+@pytest.fixture
+def kuberay(kube: SimEnv, namespace: str) -> Iterator[Callable[..., KubeRay]]:
+    """`kuberay(faults=Faults(...), serve=...)`: the operator of this test's namespace, running."""
+    from tests.k8s.api_server.client import Client
+    from tests.k8s.kuberay import KubeRay
+
+    client = Client(kube.cluster("operator"), "kuberay-operator")
+    started: list[KubeRay] = []
+
+    def start(**options: Any) -> KubeRay:
+        started.append(KubeRay(client, namespace, **options).start())
+        return started[-1]
+
+    yield start
+    for operator in started:
+        operator.close()
+    client.close()
+    assert not [error for operator in started for error in operator.errors]

@@ -45,7 +45,7 @@ def _definition(resource: ResourceType) -> Json:
         return _permissive(resource)
     fast_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     text = _file(resource).read_text()
-    loaded: Json = yaml.load(text, Loader=fast_loader)  # noqa: S506: both are safe
+    loaded: Json = yaml.load(text, Loader=fast_loader)  # noqa: S506
     return loaded
 
 

@@ -1,8 +1,8 @@
 """Who owns which field: the sets that server-side apply merges, compares and takes apart.
 
 A path is a tuple of the elements that `managedFields` uses: `f:name` a field, `k:{...}` the item of
-a list by its keys, `v:"x"` an item of a set. What a schema does not describe is taken apart field by
-field, its lists are one value.
+a list by its keys, `v:"x"` an item of a set. What a schema does not describe is taken apart by
+field, its lists are one value each.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+"""A pretend scheduler and kubelet: the status that pods get, also when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.k8s.api_server.errors import Json
+
+STARTED = "2026-11-22T12:00:00Z"
+
+PodFault = Callable[[Json], Json]
+"""The status of a pod that has the fault."""
+
+
+def running(pod: Json, is_ready: bool) -> Json:
+    statuses = [
+        _container(c, {"running": {"startedAt": STARTED}}, is_ready)
+        for c in pod["spec"]["containers"]
+    ]
+    return {
+        "phase": "Running",
+        "podIP": "127.0.0.1",
+        "startTime": STARTED,
+        "conditions": [_condition("PodScheduled", True), _condition("Ready", is_ready)],
+        "containerStatuses": statuses,
+    }
+
+
+def unschedulable(pod: Json) -> Json:
+    """No node has room; what lacks is taken from the pod's limits."""
+    limits = pod["spec"]["containers"][0].get("resources", {}).get("limits") or {"cpu": "1"}
+    lacking = "nvidia.com/gpu" if "nvidia.com/gpu" in limits else next(iter(limits))
+    message = (
+        f"0/5 nodes are available: 5 Insufficient {lacking}. preemption: 0/5 nodes are "
+        "available: 5 No preemption victims found for incoming pod."
+    )
+    condition = _condition("PodScheduled", False, "Unschedulable", message)
+    return {"phase": "Pending", "conditions": [condition]}
+
+
+def image_missing(pod: Json) -> Json:
+    """The registry does not have the image."""
+    image = pod["spec"]["containers"][0]["image"]
+    message = f'Back-off pulling image "{image}": ErrImagePull: {image}: not found'
+    return _waiting(pod, "ImagePullBackOff", message)
+
+
+def crashing(pod: Json) -> Json:
+    """The container ends again and again."""
+    container = pod["spec"]["containers"][0]["name"]
+    message = f"back-off 5m0s restarting failed container={container} pod={pod['metadata']['name']}"
+    last = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    return _waiting(pod, "CrashLoopBackOff", message, last, restarts=7)
+
+
+def out_of_memory(pod: Json) -> Json:
+    """The kernel killed the container; with restartPolicy Never the pod has failed with it."""
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled", "finishedAt": STARTED}}
+    first, *others = pod["spec"]["containers"]
+    is_over = pod["spec"].get("restartPolicy") == "Never"
+    if is_over:
+        status = _container(first, killed, is_ready=False)
+    else:
+        running_again = {"running": {"startedAt": STARTED}}
+        status = _container(first, running_again, is_ready=False, last=killed, restarts=1)
+    rest = [_container(c, {"running": {"startedAt": STARTED}}, True) for c in others]
+    return {
+        "phase": "Failed" if is_over else "Running",
+        "conditions": [_condition("PodScheduled", True), _condition("Ready", False)],
+        "containerStatuses": [status, *rest],
+    }
+
+
+def _waiting(
+    pod: Json, reason: str, message: str, last: Json | None = None, restarts: int = 0
+) -> Json:
+    state = {"waiting": {"reason": reason, "message": message}}
+    container = pod["spec"]["containers"][0]
+    return {
+        "phase": "Pending",
+        "conditions": [_condition("PodScheduled", True), _condition("Ready", False)],
+        "containerStatuses": [
+            _container(container, state, is_ready=False, last=last, restarts=restarts)
+        ],
+    }
+
+
+def _container(
+    container: Json, state: Json, is_ready: bool, last: Json | None = None, restarts: int = 0
+) -> Json:
+    return {
+        "name": container["name"],
+        "image": container["image"],
+        "imageID": "",
+        "ready": is_ready,
+        "restartCount": restarts,
+        "state": state,
+        "lastState": last or {},
+    }
+
+
+def _condition(kind: str, holds: bool, reason: str = "", message: str = "") -> Json:
+    condition = {"type": kind, "status": str(holds)}
+    return condition | ({"reason": reason, "message": message} if reason else {})
