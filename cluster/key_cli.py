@@ -19,7 +19,7 @@ def new(
         str, typer.Option(help=f"What it is for: {', '.join(SCOPES)}, with commas between.")
     ] = "inference",
     name: Annotated[
-        str | None, typer.Option(help="Who has it, in messages and logs [a random one].")
+        str | None, typer.Option(help="Who has it; without one, a random name.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -111,5 +111,5 @@ def _find(keys: KeyRing, authorization: list[str]) -> ApiKey:
 def _check_scope(key: ApiKey, needed: KeyScope, what: str) -> None:
     if not key.allows(needed):
         raise PermissionDenied(
-            f"This API key is for {', '.join(key.scopes)}; {what} needs one for {needed}."
+            f"The API key {key.name} is for {', '.join(key.scopes)}; {what} needs one for {needed}."
         )
