@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cluster.config import ConfigError
 from cluster.deploy.known_models import suggestion
-from cluster.deploy.sizes import WeightType
+from cluster.deploy.matrices import WeightType
 
 USABLE_FRACTION = 0.9
 """Of a GPU's memory; the rest is for the driver, kernels and activations."""
@@ -22,6 +22,8 @@ class Gpu:
     bf16_flops_per_s: float
     fp8_flops_per_s: float | None
     """None: no fp8 units, fp8 weights are multiplied as bf16."""
+    node_network: str
+    """Name of the network among the GPUs of a node."""
     products: tuple[str, ...]
     """Values of the node label nvidia.com/gpu.product: nvidia-smi's name, dashes for spaces."""
     source: str
@@ -43,11 +45,11 @@ class Network:
 
     name: str
     bytes_per_s: float
-    """Each way; both ways together if not `is_duplex`."""
+    """Each way; if `is_shared` of all ports together and both ways."""
     hop_latency_s: float
     """From one tier to the other, for the smallest message."""
     source: str
-    is_duplex: bool = True
+    is_shared: bool = False
 
 
 _DERATED = "vendor data sheet ({sheet}, dense) x 0.9 bandwidth, x 0.8 FLOP/s, as assumed for H200"
@@ -58,6 +60,7 @@ _GPUS = (
         4.3e12,
         790e12,
         1580e12,
+        "nvlink",
         ("NVIDIA-H200",),
         "assumed sustained rates, not measured here: 0.9 of 4.8 TB/s and 0.8 of 989 / 1,979 "
         "TFLOP/s dense in the vendor data sheet",
@@ -68,6 +71,7 @@ _GPUS = (
         3.0e12,
         790e12,
         1580e12,
+        "nvlink",
         ("NVIDIA-H100-80GB-HBM3",),
         _DERATED.format(sheet="H100 SXM: 3.35 TB/s, 989 / 1,979 TFLOP/s"),
     ),
@@ -77,6 +81,7 @@ _GPUS = (
         7.2e12,
         1800e12,
         3600e12,
+        "nvlink5",
         ("NVIDIA-B200",),
         _DERATED.format(sheet="HGX B200: 8 TB/s, 2,250 / 4,500 TFLOP/s"),
     ),
@@ -86,6 +91,7 @@ _GPUS = (
         1.83e12,
         250e12,
         None,
+        "nvlink3",
         ("NVIDIA-A100-SXM4-80GB",),
         _DERATED.format(sheet="A100 SXM 80 GB: 2.04 TB/s, 312 TFLOP/s bf16, no fp8"),
     ),
@@ -95,6 +101,7 @@ _GPUS = (
         0.78e12,
         290e12,
         586e12,
+        "pcie4",
         ("NVIDIA-L40S",),
         _DERATED.format(sheet="L40S: 0.864 TB/s, 362 / 733 TFLOP/s"),
     ),
@@ -107,6 +114,8 @@ _NETWORKS = (
     Network("200g", 25e9, 15e-6, _LINE_RATE.format(rate=200)),
     Network("400g", 50e9, 15e-6, _LINE_RATE.format(rate=400)),
     Network("800g", 100e9, 15e-6, _LINE_RATE.format(rate=800)),
+    Network("pcie4", 32e9, 15e-6, "vendor data sheet: PCIe 4.0 x16 of L40S, each way"),
+    Network("nvlink3", 300e9, 15e-6, "vendor data sheet: NVLink 3 of A100, each way"),
     Network("nvlink", 450e9, 15e-6, "vendor data sheet: NVLink 4 of H100 and H200, each way"),
     Network("nvlink5", 900e9, 15e-6, "vendor data sheet: NVLink 5 of B200, each way"),
     Network(
@@ -114,7 +123,7 @@ _NETWORKS = (
         10e9,
         100e-6,
         "processes of one host: assumed 10 GB/s of copying in all, 100 us a hop",
-        is_duplex=False,
+        is_shared=True,
     ),
 )
 NETWORKS = {network.name: network for network in _NETWORKS}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ConfigError, default_model
-from cluster.deploy.sizes import ModelSizes, WeightType
+from cluster.deploy.matrices import WeightType
+from cluster.deploy.sizes import ModelSizes
 
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _V2_FAMILY = _MLA | {

@@ -6,23 +6,27 @@ FLOP a parameter. Sizes and token costs of the released models are checked in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from cluster.deploy.matrices import (
+    BF16_BYTES,
+    WeightType,
+    attention,
+    attention_side,
+    mlp,
+    num_params,
+    stored_bytes,
+)
+from cluster.deploy.matrices import FLOAT32_BYTES as FLOAT32_BYTES
 from experts.config import ModelConfig
 from experts.placement.replan import slots_needed
 from experts.placement.space import ExpertSpace
 
-WeightType = Literal["fp8", "bf16", "float32"]
 AttentionForm = Literal["absorbed", "naive"]
-Shape = tuple[int, int]  # (out, in) of a matrix
-
-BYTES_PER_WEIGHT: Mapping[WeightType, int] = {"fp8": 1, "bf16": 2, "float32": 4}
-BF16_BYTES, FLOAT32_BYTES = 2, 4
-SCALE_BLOCK = 128
-"""An fp8 matrix has a float32 scale for each block of 128 x 128; edge blocks have one, too."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +56,25 @@ class ModelSizes:
 
     # ---- parameters
 
-    @property
+    @cached_property
     def num_moe_layers(self) -> int:
         return len(self.config.moe_layers)
 
-    @property
-    def num_dense_layers(self) -> int:
-        return self.config.num_hidden_layers - self.num_moe_layers
-
-    @property
+    @cached_property
     def space(self) -> ExpertSpace:
         """What has to be placed: whole groups where the model is group-limited."""
         groups = self.config.n_group if self.config.is_group_limited else 1
         return ExpertSpace(self.config.moe_layers, self.config.n_routed_experts, groups)
 
-    @property
+    @cached_property
     def num_experts_total(self) -> int:
         """(layer, expert) pairs."""
         return self.space.num_total
 
-    @property
+    @cached_property
     def expert_params(self) -> int:
         """One routed expert."""
-        return _params(self._mlp(self.config.moe_intermediate_size))
+        return num_params(mlp(self.config, self.config.moe_intermediate_size))
 
     @property
     def routed_params(self) -> int:
@@ -84,12 +84,12 @@ class ModelSizes:
     @property
     def attention_params_per_layer(self) -> int:
         """The matrices of one MLA layer."""
-        return _params(self._attention())
+        return num_params(attention(self.config))
 
-    @property
+    @cached_property
     def attention_matmul_params(self) -> int:
         """Attention, dense FFNs and shared experts of all layers: computed in `weights`."""
-        return _params(self._attention_side())
+        return num_params(attention_side(self.config))
 
     @property
     def gate_params(self) -> int:
@@ -146,21 +146,21 @@ class ModelSizes:
 
     # ---- bytes
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
         """One routed expert with its scales: what a slot of an expert worker holds."""
-        return self._bytes(self._mlp(self.config.moe_intermediate_size))
+        return stored_bytes(mlp(self.config, self.config.moe_intermediate_size), self.weights)
 
-    @property
+    @cached_property
     def attention_matmul_bytes(self) -> int:
         """Read for every step: attention, dense FFNs and shared experts."""
-        return self._bytes(self._attention_side())
+        return stored_bytes(attention_side(self.config), self.weights)
 
     @property
     def head_bytes(self) -> int:
         return self.embedding_params * self._unquantised_bytes
 
-    @property
+    @cached_property
     def attention_side_bytes(self) -> int:
         """All but the routed experts, as stored in the checkpoint."""
         plain = 2 * self.embedding_params + self.gate_params + self.norm_params
@@ -201,62 +201,28 @@ class ModelSizes:
         spare = self.default_redundancy if redundancy is None else redundancy
         return slots_needed(self.num_experts_total, workers, spare, self.space.unit_size)
 
+    def slots_that_fit(self, memory_bytes: float) -> int:
+        """Slots, in whole units, in so much usable memory."""
+        unit = self.space.unit_size
+        return int(memory_bytes // (unit * self.expert_bytes)) * unit
+
     def expert_workers_needed(self, memory_bytes: float, redundancy: int | None = None) -> int:
         """The fewest workers of so much usable memory that hold all experts and the replicas.
 
         Raises ValueError if one cannot hold even a single unit.
         """
-        unit = self.space.unit_size
-        if memory_bytes < unit * self.expert_bytes:
+        slots, unit = self.slots_that_fit(memory_bytes), self.space.unit_size
+        if not slots:
             raise ValueError(
                 f"{memory_bytes / 1e9:.1f} GB hold none of {self.name}'s units of {unit} experts "
                 f"({unit * self.expert_bytes / 1e9:.2f} GB)"
             )
         spare = self.default_redundancy if redundancy is None else redundancy
-        slots = int(memory_bytes // (unit * self.expert_bytes)) * unit
         return -(-(self.num_experts_total + spare) // slots)
-
-    # ---- shapes
-
-    def _mlp(self, width: int) -> list[Shape]:
-        hidden = self.config.hidden_size
-        return [(width, hidden), (width, hidden), (hidden, width)]
-
-    def _attention(self) -> list[Shape]:
-        config, heads = self.config, self.config.num_attention_heads
-        hidden, latent = config.hidden_size, config.kv_lora_rank
-        query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        rank = config.q_lora_rank
-        return [
-            *([(query, hidden)] if rank is None else [(rank, hidden), (query, rank)]),
-            (config.latent_width, hidden),
-            (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
-            (hidden, heads * config.v_head_dim),
-        ]
-
-    def _attention_side(self) -> list[Shape]:
-        """Every matrix of `attention_matmul_params`."""
-        config = self.config
-        shared = self._mlp(config.n_shared_experts * config.moe_intermediate_size)
-        return (
-            config.num_hidden_layers * self._attention()
-            + self.num_moe_layers * shared
-            + self.num_dense_layers * self._mlp(config.intermediate_size)
-        )
 
     @property
     def _unquantised_bytes(self) -> int:
         return FLOAT32_BYTES if self.weights == "float32" else BF16_BYTES
-
-    def _bytes(self, shapes: Iterable[Shape]) -> int:
-        shapes = list(shapes)
-        scales = sum(-(-o // SCALE_BLOCK) * -(-i // SCALE_BLOCK) for o, i in shapes)
-        scale_bytes = scales * FLOAT32_BYTES if self.weights == "fp8" else 0
-        return _params(shapes) * BYTES_PER_WEIGHT[self.weights] + scale_bytes
-
-
-def _params(shapes: Iterable[Shape]) -> int:
-    return sum(out * width for out, width in shapes)
 
 
 def _stored_as(config: ModelConfig) -> WeightType:
