@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 MAX_NAMES = 12
@@ -31,12 +31,13 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
-def suggest(word: str, names: Iterable[str]) -> str:
-    """What to write in the place of an unknown `word`."""
+def suggest(word: str, names: Iterable[str], taken: Container[str] = ()) -> str:
+    """What to write in the place of an unknown `word`; `taken`: names that are there already."""
     known = sorted(set(names))
     meant = nearest(word, known)
     if meant is not None:
-        return f"did you mean {meant}?"
+        return f"remove it, {meant} is there" if meant in taken else f"did you mean {meant}?"
+    known = [name for name in known if name not in taken]
     if not known:
         return "remove it"
     rest = f" and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else ""

@@ -88,7 +88,7 @@ def _explain(node: Node, error: Any) -> Iterator[Finding]:
     if rule == "additionalProperties":
         known = set(error.schema.get("properties", {}))
         for key in sorted(set(node.value) - known):
-            yield node[key].finding("no such field", suggest(key, known - set(node.value)))
+            yield node[key].finding("no such field", suggest(key, known, node.value))
     elif rule == "required":
         missing = [key for key in wanted if key not in node.value]
         if missing and error.message.startswith(repr(missing[0])):  # one error for each of them
@@ -163,8 +163,9 @@ def _registry(version: str) -> Any:
 
 @lru_cache(maxsize=256)
 def _schema(version: str, name: str) -> dict[str, Any] | None:
+    folder = _folder(version)
     try:
-        text = (_folder(version) / f"{name}.json").read_text()
+        text = (folder / f"{name}.json").read_text()
     except (OSError, ValueError):  # no such kind, or a name that is no file name
         return None
     schema = json.loads(text)

@@ -65,7 +65,7 @@ def _explain(model: type[BaseModel], root: Node, keys: Keys, fault: Any) -> Find
     if kind == "extra_forbidden":
         fields = _fields(model, keys[:-1])
         given = root.at(*keys[:-1]).value
-        return node.finding("no such field", suggest(str(keys[-1]), fields - set(given)))
+        return node.finding("no such field", suggest(str(keys[-1]), fields, given))
     if kind == "missing":
         above = root.at(*keys[:-1])
         return above.finding(f"{keys[-1]} is missing", f"add {keys[-1]}")

@@ -1,0 +1,104 @@
+"""The offline check: good renderings pass, every seeded mistake is told with place and remedy."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+
+from cluster.config import ConfigError
+from cluster.deploy.check.checks import check_manifests, list_notes
+from cluster.deploy.check.finding import Finding
+from cluster.deploy.check.schemas import VERSIONS
+from cluster.deploy.check.source import load_text
+from cluster.deploy.config import PRESETS, DeployConfig, parse_deploy_config
+from cluster.deploy.known_models import known_model
+from cluster.deploy.manifest import Manifest, dump
+from cluster.deploy.render import COMPONENTS, render
+from cluster.deploy.sizing import model_sizes
+from tests.k8s.seeded_mistakes import MISTAKES, Mistake, Objects
+
+FILE = "k8s/deploy.yaml"
+ALL_ON = {
+    key: {"enabled": True} for key in ("monitoring", "network_policy", "gateway", "gcs_redis")
+}
+
+
+@functools.cache
+def deploy_config(preset: str, everything: bool = True) -> DeployConfig:
+    return parse_deploy_config({"preset": preset, **(ALL_ON if everything else {})})
+
+
+@functools.cache
+def good() -> tuple[Manifest, ...]:
+    """The largest preset with every component; tests copy it."""
+    return tuple(render(deploy_config("gpu-large")))
+
+
+def check(manifests: list[Manifest]) -> list[Finding]:
+    return check_manifests(load_text(dump(manifests), FILE), sizes=known_model("v3"))
+
+
+def test_every_component_is_on() -> None:
+    assert set(COMPONENTS) == {"monitoring", "networkpolicy", "gateway", "gcs-redis"}
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_no_mistake(preset: str, everything: bool) -> None:
+    config = deploy_config(preset, everything)
+    objects = load_text(dump(render(config)), FILE)
+    assert [str(f) for f in check_manifests(objects, sizes=model_sizes(config.model))] == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_presets_fit_every_supported_kubernetes(version: str) -> None:
+    objects = load_text(dump(list(good())), FILE)
+    assert check_manifests(objects, version=version) == []
+
+
+def test_other_kubernetes_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"Kubernetes 1\.12: checked are 1\.30 to 1\.37"):
+        check_manifests(load_text(dump(list(good())), FILE), version="1.12")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_seeded_mistake_is_told(mistake: Mistake) -> None:
+    objects = Objects(list(good()))
+    mistake.change(objects)
+    found = check(objects.all)
+    told = [f for f in found if f.path.endswith(mistake.path) and mistake.says in f.message]
+    assert len(told) == 1, "\n".join(map(str, found))
+    assert mistake.fix in told[0].fix
+    assert re.fullmatch(r"k8s/deploy\.yaml:\d+", told[0].file)
+    assert str(told[0]) == f"{told[0].file}: {told[0].path}: {told[0].message}; {told[0].fix}"
+
+
+def test_a_finding_names_the_line_of_the_field() -> None:
+    text = dump(list(good())).replace("rayVersion:", "rayVersionn:")
+    (line,) = [i for i, row in enumerate(text.splitlines(), 1) if "rayVersionn" in row]
+    found = check_manifests(load_text(text, FILE))
+    assert any(f.file == f"{FILE}:{line}" and f.fix == "did you mean rayVersion?" for f in found)
+
+
+def test_secrets_made_elsewhere_are_notes_only() -> None:
+    objects = load_text(dump(list(good())), FILE)
+    assert check_manifests(objects) == []
+    assert {note.message for note in list_notes(objects)} == {
+        f"Secret shoal-{name} is not among these objects"
+        for name in ("cluster-secret", "ray-token", "api-keys", "redis")
+    }
+
+
+def test_memory_is_looked_at_only_where_the_model_is_known() -> None:
+    objects = Objects(list(good()))
+    objects.pod()["nodeSelector"]["nvidia.com/gpu.product"] = "NVIDIA-L40S"
+    located = load_text(dump(objects.all), FILE)
+    assert check_manifests(located) == []
+    assert len(check_manifests(located, sizes=known_model("v3"))) == 1
+
+
+def test_objects_of_unknown_groups_pass() -> None:
+    text = "{apiVersion: example.org/v1, kind: Anything, metadata: {name: x}, spec: {a: 1}}"
+    assert check_manifests(load_text(text, FILE)) == []
