@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from cluster.deploy.api import Cluster, Ref
+from cluster.deploy.api import FIELD_MANAGER, Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, Conflict, Forbidden, Refused, Unreachable
 from cluster.deploy.differ import content
 from cluster.deploy.manifest import CLUSTER_SCOPED, Manifest, identity, in_order
+from cluster.deploy.secrets import SecretSpec
 
+MANAGED_BY = "app.kubernetes.io/managed-by"
+INSTANCE = "app.kubernetes.io/instance"
 Action = Literal["created", "configured", "unchanged", "deleted", "skipped"]
 
 OPTIONAL_GROUPS = {
@@ -18,6 +21,8 @@ OPTIONAL_GROUPS = {
     "gateway.networking.k8s.io": "the Gateway API",
 }
 """API groups that a cluster may lack, and who brings them."""
+ADMIN_KINDS = (*CLUSTER_SCOPED, "Role", "RoleBinding")
+"""Kinds that an administrator may have made for a user who may not."""
 NO_KUBERAY = (
     "this cluster does not know RayServices: install KubeRay 1.7 or newer with "
     "`helm install kuberay-operator kuberay/kuberay-operator`"
@@ -37,34 +42,66 @@ class Step:
 
 
 class ApplyRefused(ClusterError):
-    """The server accepts some objects not as they are; one line each in `problems`."""
+    """The server does not accept all objects; `problems` has a line for each reason."""
 
-    def __init__(self, problems: list[str], conflicts: int) -> None:
-        ways = "; --force-conflicts takes fields from their owners" if conflicts else ""
-        shown = "".join(f"\n  {problem}" for problem in problems)
-        super().__init__(f"nothing was changed, the API server refuses{ways}:{shown}")
+    def __init__(self, problems: list[str], num_conflicts: int) -> None:
+        way = "; --force-conflicts takes fields from their owners" if num_conflicts else ""
+        super().__init__(f"nothing was changed: the API server has {len(problems)} objections{way}")
         self.problems = problems
+        self.num_conflicts = num_conflicts
+
+
+def stamped(manifests: Iterable[Manifest]) -> list[Manifest]:
+    """The manifests with the label by which `shoal k8s down` and --prune know their own."""
+    return [
+        {**each, "metadata": {**each["metadata"], "labels": _stamp(each["metadata"])}}
+        for each in manifests
+    ]
+
+
+def _stamp(metadata: dict[str, Any]) -> dict[str, str]:
+    return {**(metadata.get("labels") or {}), MANAGED_BY: FIELD_MANAGER}
 
 
 def apply_all(
     cluster: Cluster,
     manifests: Iterable[Manifest],
+    secrets: Iterable[SecretSpec] = (),
     *,
     force: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
     """Make the cluster as the manifests say, nothing of it if the server would refuse a part.
-    Raises ApplyRefused, Unreachable, Refused."""
+    Secrets are made where they are missing. Raises ApplyRefused, Unreachable, Refused."""
+    steps: list[Step] = []
+
+    def done(step: Step) -> None:
+        steps.append(step)
+        on_step(step)
+
     ordered = in_order(manifests)
     namespaces = [each for each in ordered if each["kind"] == "Namespace"]
     rest = [each for each in ordered if each["kind"] != "Namespace"]
-    steps = []
-    for group in (namespaces, rest):  # in a namespace that does not exist, no dry run is possible
-        rehearse(cluster, group, force=force)
-        for manifest in group:
-            steps.append(_apply(cluster, manifest, dry_run=False, force=force))
-            on_step(steps[-1])
+    rehearse(cluster, namespaces, force=force)
+    for manifest in namespaces:  # in a namespace that does not exist, no dry run is possible
+        done(_apply(cluster, manifest, dry_run=False, force=force))
+    rehearse(cluster, rest, force=force)
+    for spec in secrets:
+        done(make_secret(cluster, spec))
+    for manifest in rest:
+        done(_apply(cluster, manifest, dry_run=False, force=force))
     return steps
+
+
+def make_secret(cluster: Cluster, spec: SecretSpec, *, dry_run: bool = False) -> Step:
+    """A Secret with a new random value, unless there is one: its value is never changed."""
+    manifest = spec.manifest(spec.new_value())
+    name = identity(manifest)
+    if cluster.get(Ref.of(manifest)) is not None:
+        return Step(name, "unchanged")
+    if not dry_run:
+        cluster.create(manifest)
+    return Step(name, "created", f"random value; {spec.purpose}")
 
 
 def rehearse(cluster: Cluster, manifests: Iterable[Manifest], *, force: bool = False) -> list[Step]:
@@ -113,7 +150,7 @@ def _apply(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) 
             return Step(name, "skipped", note)
         if group == "ray.io":
             raise ClusterError(NO_KUBERAY)
-    if manifest["kind"] in CLUSTER_SCOPED:
+    if manifest["kind"] in ADMIN_KINDS:
         return _apply_admins(cluster, manifest, dry_run=dry_run, force=force)
     before = cluster.get(Ref.of(manifest))
     after = cluster.apply(manifest, dry_run=dry_run, force=force)
@@ -121,7 +158,7 @@ def _apply(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) 
 
 
 def _apply_admins(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) -> Step:
-    """An object outside of namespaces, which an administrator may have made for this user."""
+    """An object that an administrator may have made for this user."""
     name = identity(manifest)
     before, may_read = None, True
     try:
@@ -138,7 +175,7 @@ def _apply_admins(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force:
         raise Forbidden(
             error.status,
             "does not exist, and you may not create it: let an administrator apply it "
-            "(`shoal k8s render` prints it)",
+            "(`shoal k8s render` prints it) and set admin_objects: false",
         ) from None
     return Step(name, _action(before, after), "", before, after)
 

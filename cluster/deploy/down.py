@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from cluster.deploy.api import Cluster, Ref
+from cluster.deploy.api import FIELD_MANAGER, Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, Forbidden
+from cluster.deploy.apply import INSTANCE, MANAGED_BY
 from cluster.deploy.follow import ORIGIN_LABEL
-from cluster.deploy.manifest import Manifest
+from cluster.deploy.manifest import Manifest, identity
 
 KINDS = {
     "RayService": "ray.io/v1",
@@ -26,19 +27,19 @@ KINDS = {
     "ServiceAccount": "v1",
 }
 """Namespaced kinds that a deployment is made of, in the order in which they go."""
-DATA_KINDS = {"PersistentVolumeClaim": "v1", "Secret": "v1"}
-"""Kept unless asked otherwise: the checkpoint took hours to load, and clients know the keys."""
 PERIOD_S = 1.0
 
 
 def ours(
-    cluster: Cluster, namespace: str, name: str, *, with_data: bool = False
+    cluster: Cluster, namespace: str, name: str, *, with_claims: bool = False
 ) -> tuple[list[Manifest], list[str]]:
-    """Objects with the labels of a deployment, and the kinds that may not be listed."""
-    labels = f"app.kubernetes.io/managed-by=shoal,app.kubernetes.io/instance={name}"
+    """Objects that `shoal k8s apply` made for a deployment, and the kinds that may not be listed.
+    Secrets are not among them, and claims only when asked: the checkpoint took hours to load."""
+    labels = f"{MANAGED_BY}={FIELD_MANAGER},{INSTANCE}={name}"
+    kinds = KINDS | ({"PersistentVolumeClaim": "v1"} if with_claims else {})
     found: list[Manifest] = []
     hidden: list[str] = []
-    for kind, api_version in (KINDS | (DATA_KINDS if with_data else {})).items():
+    for kind, api_version in kinds.items():
         try:
             found += cluster.select(api_version, kind, namespace, labels)
         except Forbidden:
@@ -47,44 +48,33 @@ def ours(
 
 
 def obsolete(found: list[Manifest], wanted: list[Manifest]) -> list[Manifest]:
-    """Objects of a deployment that its configuration no longer asks for. What something else owns,
-    such as a Service that the operator made, is left to its owner."""
-    named = {(each["kind"], each["metadata"]["name"]) for each in wanted}
-    return [
-        each
-        for each in found
-        if (each["kind"], each["metadata"]["name"]) not in named
-        and not each["metadata"].get("ownerReferences")
-    ]
+    """Objects of a deployment that its configuration no longer asks for."""
+    named = {identity(each) for each in wanted}
+    return [each for each in found if identity(each) not in named]
 
 
-def remove(
+def take_down(
     cluster: Cluster,
-    objects: list[Manifest],
-    on_deleted: Callable[[Ref], None] = lambda ref: None,
-) -> None:
-    """Ask for the deletion of each. Raises Unreachable, Refused."""
-    for manifest in objects:
-        ref = Ref.of(manifest)
-        if cluster.delete(ref):
-            on_deleted(ref)
-
-
-def await_gone(
-    cluster: Cluster,
-    namespace: str,
-    name: str,
+    service: Ref,
+    refs: Iterable[Ref],
     timeout_s: float,
     *,
     show: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Return when RayService, RayClusters and their pods are gone: pods may take their whole grace
-    period. Raises ClusterError when the time is up, with what is left and why."""
+    """Delete the objects, and return when RayService, RayClusters and their pods are gone: pods may
+    take their whole grace period. Raises ClusterError when the time is up, Unreachable, Refused."""
     deadline = clock() + timeout_s
     clusters: set[str] = set()
-    while left := _left(cluster, namespace, name, clusters):
+    _left(cluster, service, clusters)  # pods outlive their RayCluster: remember its name
+    for ref in refs:
+        try:
+            cluster.delete(ref)
+        except Forbidden:
+            warn(f"{ref}: you may not delete it; it is left in place")
+    while left := _left(cluster, service, clusters):
         if clock() >= deadline:
             raise ClusterError(
                 f"still there after {timeout_s:.0f} s: {'; '.join(left)}; "
@@ -94,18 +84,18 @@ def await_gone(
         sleep(PERIOD_S)
 
 
-def _left(cluster: Cluster, namespace: str, name: str, clusters: set[str]) -> list[str]:
-    """What is still there. `clusters` gathers RayClusters: their pods outlive them."""
-    service = cluster.get(Ref("ray.io/v1", "RayService", name, namespace))
-    live = cluster.select("ray.io/v1", "RayCluster", namespace, f"{ORIGIN_LABEL}={name}")
+def _left(cluster: Cluster, service: Ref, clusters: set[str]) -> list[str]:
+    """What is still there. Adds the names of the RayClusters to `clusters`."""
+    found = cluster.get(service)
+    label = f"{ORIGIN_LABEL}={service.name}"
+    live = cluster.select("ray.io/v1", "RayCluster", service.namespace, label)
     clusters.update(each["metadata"]["name"] for each in live)
-    pods = cluster.select("v1", "Pod", namespace, "ray.io/is-ray-node=yes")
+    pods = cluster.select("v1", "Pod", service.namespace, "ray.io/is-ray-node=yes")
     mine = [pod for pod in pods if pod["metadata"]["labels"].get("ray.io/cluster") in clusters]
-    return [_described(each) for each in [*([service] if service else []), *live, *mine]]
+    return [_described(each) for each in [*([found] if found else []), *live, *mine]]
 
 
 def _described(manifest: Manifest) -> str:
-    kind = manifest.get("kind", "")
     finalizers = manifest["metadata"].get("finalizers") or []
     held = f" (held by {', '.join(finalizers)})" if finalizers else ""
-    return f"{kind}/{manifest['metadata']['name']}{held}"
+    return f"{identity(manifest)}{held}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 
-from cluster.config import ConfigError, StartFailed
+from cluster.config import ConfigError
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.api_errors import Forbidden, Gone, Unreachable
 from cluster.deploy.manifest import Manifest
@@ -109,19 +109,12 @@ class Follower:
                 self._sleep(RETRY_S)
 
     def wait_ready(self, timeout_s: float, show: Callable[[Verdict], None]) -> Verdict:
-        """The first verdict that says ready. Raises StartFailed with the causes when waiting
-        longer does not help, or when the time is up."""
-        last = None
-        for last in self.verdicts(timeout_s):
-            show(last)
-            if last.state == "ready":
-                return last
-            if last.state == "failed":
-                raise StartFailed(_told(f"the deployment failed: {last.summary}", last))
-        summary = f"not ready after {timeout_s:.0f} s"
-        if last is None:
-            raise StartFailed(summary)
-        raise StartFailed(_told(f"{summary}: {last.summary}", last))
+        """The first verdict that says ready or failed, or the last one when the time is up."""
+        for judged in self.verdicts(timeout_s):
+            show(judged)
+            if judged.state != "waiting":
+                break
+        return judged
 
     def _observed(self) -> Observed:
         seen = self._deployment.observe()
@@ -134,9 +127,3 @@ class Follower:
 
     def _judge(self, seen: Observed) -> Verdict:
         return verdict(seen, self._now())
-
-
-def _told(headline: str, judged: Verdict) -> str:
-    """The headline, and the causes below it."""
-    causes = ("  " + cause.replace("\n", "\n  ") for cause in judged.causes)
-    return "\n".join([headline, *causes])

@@ -125,7 +125,7 @@ def _client(kubeconfig: Path | None, context: str | None) -> Any:
             path = str(kubeconfig) if kubeconfig else None
             config.load_kube_config(path, context, configuration)
     except config.ConfigException as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"{kubeconfig or 'kubeconfig'}: {reason}; check --kubeconfig and --context"
         ) from None

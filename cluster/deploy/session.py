@@ -1,0 +1,78 @@
+"""What the `shoal k8s` commands share: options, the configuration, the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.deploy.api import Cluster, Ref
+from cluster.deploy.apply import stamped
+from cluster.deploy.check.checks import check_manifests
+from cluster.deploy.check.finding import Finding
+from cluster.deploy.check.source import Located
+from cluster.deploy.config import DeployConfig, read_deploy_config
+from cluster.deploy.follow import Deployment
+from cluster.deploy.manifest import Manifest
+from cluster.deploy.render import render
+from cluster.deploy.sizing import model_sizes
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="What to deploy.", show_default=True)
+]
+KubeconfigOption = Annotated[
+    Path | None, typer.Option(help="Instead of $KUBECONFIG or ~/.kube/config.", show_default=False)
+]
+ContextOption = Annotated[
+    str | None, typer.Option(help="Of the kubeconfig; else its current one.", show_default=False)
+]
+DEFAULT_CONFIG = Path("deploy.yaml")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command's view of one deployment; reads files and connects when first asked."""
+
+    path: Path
+    kubeconfig: Path | None = None
+    context: str | None = None
+
+    @cached_property
+    def config(self) -> DeployConfig:
+        return read_deploy_config(self.path)
+
+    @cached_property
+    def rendered(self) -> list[Manifest]:
+        return render(self.config)
+
+    @cached_property
+    def manifests(self) -> list[Manifest]:
+        """As `shoal k8s apply` applies them."""
+        return stamped(self.rendered)
+
+    def findings(self) -> list[Finding]:
+        """Mistakes in what is rendered, model sizes included."""
+        located = [Located(str(self.path), each) for each in self.rendered]
+        return check_manifests(located, sizes=model_sizes(self.config.model))
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        return Cluster(self.kubeconfig, self.context)
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        return Deployment(self.cluster, self.config.namespace, self.config.name)
+
+    @property
+    def service(self) -> Ref:
+        return self.deployment.ref
+
+
+def read_secret_command(config: DeployConfig, suffix: str, key: str) -> str:
+    """How to read a Secret of the deployment; its value is never printed by us."""
+    name = f"{config.name}-{suffix}"
+    path = f"'{{.data.{key}}}'"
+    return f"kubectl -n {config.namespace} get secret {name} -o jsonpath={path} | base64 -d"
