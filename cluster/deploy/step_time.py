@@ -20,8 +20,9 @@ from cluster.deploy import token_costs
 from cluster.deploy.hardware import Gpu, Network
 from cluster.deploy.sizes import ModelSizes
 
-Limit = Literal["compute", "memory bandwidth", "memory", "network", "latency"]
-"""memory: room for more sequences would help. latency: more time for a token would."""
+Limit = Literal["compute", "bandwidth", "memory", "network", "latency"]
+"""bandwidth: of the GPU's memory. memory: room for more sequences would help. latency: more time
+for a token would."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def step_bound(setting: Setting, pool: Pool, sequences: int, micro_batches: int)
     attention, experts = _attention(setting, batch), _experts(setting, pool, batch)
     hops = _hops(setting, pool, batch)
     busy_s = sum(part.seconds for part in (*attention, experts))
-    round_trip = Bound(busy_s + hops.one_after_the_other_s, None, "a round trip without overlap")
+    round_trip = Bound(
+        busy_s + hops.one_after_the_other_s, None, "one round trip through both tiers"
+    )
     if micro_batches == 1:
         return round_trip
     gpus = (attention, [experts]) if pool.is_split else ([*attention, experts],)
@@ -98,7 +101,7 @@ def _attention(setting: Setting, batch: float) -> list[Bound]:
         ),
         max(
             Bound(core_s, "compute", "core attention"),
-            Bound(read_s, "memory bandwidth", "reading the cache"),
+            Bound(read_s, "bandwidth", "reading the cache"),
             key=_seconds,
         ),
     ]
