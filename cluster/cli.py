@@ -21,6 +21,8 @@ from cluster.config import (
     read_config_file,
 )
 from cluster.console import stderr, stdout
+from cluster.deploy.cli import k8s_app
+from cluster.deploy.plan_cli import plan
 from cluster.http_client import ApiClient
 from cluster.key_cli import key_app
 from cluster.operations_cli import chaos_app, experts_app, scale
@@ -38,6 +40,8 @@ app.add_typer(experts_app, name="experts")
 app.command()(scale)
 app.add_typer(chaos_app, name="chaos")
 app.add_typer(key_app, name="key")
+app.command()(plan)
+app.add_typer(k8s_app, name="k8s")
 
 ModelArgument = Annotated[
     Path | None,
