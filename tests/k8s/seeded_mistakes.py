@@ -423,7 +423,7 @@ APPLICATION = (
     ),
     Mistake(
         "ports that differ",
-        _serve(http_options={"host": "0.0.0.0", "port": 8001}),
+        _serve(http_options={"port": 8001}),
         "ports[3].containerPort",
         "port serve is 8000, serveConfigV2 says 8001",
         "write 8001 in both",

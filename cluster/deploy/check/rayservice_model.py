@@ -52,7 +52,7 @@ class Model(BaseModel):
 class AuthOptions(Model):
     mode: Literal["disabled", "token"] | None = None
     secret_name: str | None = None
-    enable_k8s_token_auth: bool | None = None
+    enable_k8s_token_auth: bool | None = Field(None, alias="enableK8sTokenAuth")
 
 
 class AutoscalerOptions(Model):
