@@ -10,6 +10,7 @@ from cluster.deploy.api import FIELD_MANAGER, Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, Conflict, Forbidden, Refused, Unreachable
 from cluster.deploy.differ import content
 from cluster.deploy.manifest import CLUSTER_SCOPED, Manifest, identity, in_order
+from cluster.deploy.scale import SCALE_MANAGER, all_bounds
 from cluster.deploy.secrets import SecretSpec
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
@@ -136,8 +137,11 @@ def explain(subject: str, error: Refused) -> list[str]:
 
 
 def _conflict(conflict: Conflict) -> str:
-    if conflict.owner == "shoal-scale":
-        return f"{conflict.field} was set by `shoal k8s scale`; write the number into deploy.yaml"
+    if conflict.owner == SCALE_MANAGER:
+        return (
+            f"{conflict.field}: `shoal k8s scale` has set numbers of pods: "
+            "write them into the configuration"
+        )
     return f"{conflict.field} belongs to {conflict.owner}"
 
 
@@ -153,8 +157,21 @@ def _apply(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) 
     if manifest["kind"] in ADMIN_KINDS:
         return _apply_admins(cluster, manifest, dry_run=dry_run, force=force)
     before = cluster.get(Ref.of(manifest))
-    after = cluster.apply(manifest, dry_run=dry_run, force=force)
+    try:
+        after = cluster.apply(manifest, dry_run=dry_run, force=force)
+    except Refused as error:
+        if before is None or not _repeats_a_scale(error, before, manifest):
+            raise
+        after = cluster.apply(manifest, dry_run=dry_run, force=True)
     return Step(name, _action(before, after), "", before, after)
+
+
+def _repeats_a_scale(error: Refused, before: Manifest, manifest: Manifest) -> bool:
+    """Whether the conflict is only with `shoal k8s scale`, and over numbers that agree by now. The
+    list of worker groups has one owner as a whole: without this, a changed image would be refused
+    for the number of pods that was set once."""
+    owners = {conflict.owner for conflict in error.conflicts}
+    return owners == {SCALE_MANAGER} and all_bounds(before) == all_bounds(manifest)
 
 
 def _apply_admins(cluster: Cluster, manifest: Manifest, *, dry_run: bool, force: bool) -> Step:

@@ -66,13 +66,18 @@ def scale(cluster: Cluster, service: Ref, group: str, bounds: Bounds) -> list[Ch
 
 def copy_bounds(cluster: Cluster, service: Manifest) -> list[Change]:
     """Set the bounds that a RayService names in its RayClusters, where they differ."""
-    wanted = {group["groupName"]: _bounds(group) for group in _groups(service)}
+    wanted = all_bounds(service)
     return [
         _patch(cluster, Ref.of(each), group["groupName"], wanted[group["groupName"]])
         for each in _clusters(cluster, Ref.of(service))
         for group in _groups(each)
         if wanted.get(group["groupName"], _bounds(group)) != _bounds(group)
     ]
+
+
+def all_bounds(obj: Manifest) -> dict[str, Bounds]:
+    """By worker group, of a RayService or a RayCluster."""
+    return {group["groupName"]: _bounds(group) for group in _groups(obj)}
 
 
 def serve_bounds(service: Manifest, tier: str) -> Bounds | None:
