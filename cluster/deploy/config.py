@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cluster.config import ConfigError, merge, read_config_file
 from cluster.deploy.sections import (
+    INCREMENTAL,
     AttentionGroup,
     Auth,
     DnsLabel,
@@ -68,6 +69,11 @@ class DeployConfig(Section):
     settings: dict[str, Any] = {}
     """Of the application, on top of those that follow from the rest: the tree of
     cluster.config.ShoalConfig, such as {strict_params: true}."""
+
+    @property
+    def serves_grpc(self) -> bool:
+        """KubeRay 1.7 routes HTTP only while it upgrades step by step."""
+        return self.upgrade.strategy != INCREMENTAL
 
     @model_validator(mode="after")
     def _model_can_be_read(self) -> Self:

@@ -16,6 +16,7 @@ Seconds = Annotated[int, Field(ge=1, le=86_400)]
 Pods = Annotated[int, Field(ge=1, le=1024)]
 Cpus = Annotated[float, Field(gt=0, le=1024)]
 Gib = Annotated[float, Field(gt=0, le=1 << 16)]
+INCREMENTAL = "NewClusterWithIncrementalUpgrade"
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\s]*$")]
 
 
@@ -183,8 +184,8 @@ class Upgrade(Section):
 
     strategy: Literal["None", "NewCluster", "NewClusterWithIncrementalUpgrade"] = "NewCluster"
     """NewCluster: a second cluster beside the first, which takes twice the GPUs. None: changes of
-    the cluster are ignored, delete and apply. Incremental needs a Gateway; KubeRay 1.7 then routes
-    HTTP only, gRPC stays with the old cluster."""
+    the cluster are ignored, delete and apply. Incremental needs a Gateway and gives up gRPC, which
+    KubeRay 1.7 cannot route then."""
     gateway_class: str | None = None
     step_size_percent: Annotated[int, Field(ge=1, le=100)] = 10
     max_surge_percent: Annotated[int, Field(ge=1, le=100)] = 100
@@ -194,7 +195,7 @@ class Upgrade(Section):
 
     @model_validator(mode="after")
     def _steps_are_possible(self) -> Self:
-        if self.strategy == "NewClusterWithIncrementalUpgrade" and not self.gateway_class:
+        if self.strategy == INCREMENTAL and not self.gateway_class:
             raise ValueError("gateway_class is missing: name a GatewayClass of the cluster")
         if self.step_size_percent > self.max_surge_percent:
             raise ValueError("step_size_percent exceeds max_surge_percent: lower it")

@@ -166,7 +166,7 @@ def _has_no_room(sizes: ModelSizes, tier: AttentionGroup, gpu: Gpu, cache_bytes:
     lower = f"cache_tokens = {free_tokens} or " if free_tokens >= MIN_CACHE_TOKENS else ""
     return (
         f"attention.gpu = {tier.gpu!r}: {sizes.name}'s attention side takes {weights / 1e9:.1f} GB "
-        f"and a cache of {tier.cache_tokens or MIN_CACHE_TOKENS} tokens {cache_bytes / 1e9:.1f} GB, "
+        f"and a cache of {tier.cache_tokens or MIN_CACHE_TOKENS} tokens {cache_bytes / 1e9:.1f}, "
         f"a {gpu.name} has {gpu.usable_bytes / 1e9:.1f} GB usable: {lower}"
         f"one of {', '.join(fits) or 'none that is known'}"
     )

@@ -24,10 +24,10 @@ def routes(config: DeployConfig) -> list[Manifest]:
         "backendRefs": [_backend(config, GRPC_PORT)],
     }
     gateway = config.gateway
-    return [
-        _route(config, "HTTPRoute", gateway.hostname, http),
-        _route(config, "GRPCRoute", gateway.grpc_hostname, grpc),
-    ]
+    found = [_route(config, "HTTPRoute", gateway.hostname, http)]
+    if config.serves_grpc:
+        found.append(_route(config, "GRPCRoute", gateway.grpc_hostname, grpc))
+    return found
 
 
 def _route(config: DeployConfig, kind: str, hostname: str, rule: dict[str, Any]) -> Manifest:

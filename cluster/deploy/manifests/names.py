@@ -53,6 +53,11 @@ def worker_account(config: DeployConfig) -> str:
     return f"{config.name}-worker"
 
 
+def serving_ports(config: DeployConfig) -> dict[str, int]:
+    """Of the head's and the workers' containers, by the names that KubeRay makes a Service of."""
+    return {"serve": SERVE_PORT} | ({"serve-grpc": GRPC_PORT} if config.serves_grpc else {})
+
+
 def serve_service(config: DeployConfig) -> str:
     """Service with HTTP and gRPC."""
     return f"{config.name}-serve-svc"

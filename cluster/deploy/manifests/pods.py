@@ -17,14 +17,13 @@ from cluster.deploy.manifests.names import (
     COMPONENT_LABEL,
     DASHBOARD_PORT,
     GCS_PORT,
-    GRPC_PORT,
     METRICS_PORTS,
-    SERVE_PORT,
     Tier,
     cluster_secret,
     labels,
     priority_class,
     selector,
+    serving_ports,
     worker_account,
 )
 from cluster.deploy.manifests.volumes import Volume, api_keys, model, quantity, shared_memory
@@ -45,10 +44,12 @@ CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop"
 
 def head_template(config: DeployConfig) -> dict[str, Any]:
     """No replica runs there. Its service account is KubeRay's, with the autoscaler's rights."""
-    ports = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "client": CLIENT_PORT}
-    serving = {"serve": SERVE_PORT, "serve-grpc": GRPC_PORT}
+    inner = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "client": CLIENT_PORT}
+    ports = inner | serving_ports(config) | METRICS_PORTS
     memory = round((config.head.memory_gib or 16) * GIB)
-    container = _container(config, "ray-head", ports | serving | METRICS_PORTS, [shared_memory()])
+    container = _container(
+        config, "ray-head", ports | serving_ports(config) | METRICS_PORTS, [shared_memory()]
+    )
     container["resources"] = resources(config, config.head, memory)
     spec = _pod(config, config.head, "control", [container], [shared_memory()])
     spec["terminationGracePeriodSeconds"] = HEAD_TERMINATION_S
@@ -60,7 +61,7 @@ def worker_template(
 ) -> dict[str, Any]:
     """Pods of a tier; only the ingress reads API keys, the embedded model needs no check."""
     volumes = [shared_memory(), *model(config), *(api_keys(config) if tier == "ingress" else [])]
-    ports = {"serve": SERVE_PORT, "serve-grpc": GRPC_PORT, "metrics": METRICS_PORTS["metrics"]}
+    ports = serving_ports(config) | {"metrics": METRICS_PORTS["metrics"]}
     container = _container(config, "ray-worker", ports, volumes)
     container["resources"] = resources(config, pod, memory_bytes)
     container["lifecycle"] = {"preStop": _drain(config.times.termination_s)}

@@ -8,19 +8,18 @@ from cluster.deploy.config import DeployConfig
 from cluster.deploy.manifest import Manifest, dump_one
 from cluster.deploy.manifests import redis
 from cluster.deploy.manifests.names import (
-    GRPC_PORT,
-    SERVE_PORT,
     TIER_LABEL,
     TIERS,
     Tier,
     labels,
     manifest,
     serve_service,
+    serving_ports,
     token_secret,
 )
 from cluster.deploy.manifests.pods import CONTAINER_SECURITY, head_template, worker_template
 from cluster.deploy.manifests.serve_config import serve_config
-from cluster.deploy.sections import IngressGroup, Upgrade, WorkerGroup
+from cluster.deploy.sections import INCREMENTAL, IngressGroup, Upgrade, WorkerGroup
 from cluster.deploy.sizing import OBJECT_STORE_BYTES, Sizing
 
 RAY_VERSION = "2.60.0"
@@ -58,20 +57,18 @@ def rayservice(config: DeployConfig, sizing: Sizing) -> list[Manifest]:
 def _service(config: DeployConfig) -> dict[str, Any]:
     """KubeRay adds the selector. Gateways speak HTTP/2 to a port only if it is told here."""
     ports = [
-        {"name": "serve", "port": SERVE_PORT, "targetPort": SERVE_PORT},
-        {
-            "name": "serve-grpc",
-            "port": GRPC_PORT,
-            "targetPort": GRPC_PORT,
-            "appProtocol": "kubernetes.io/h2c",
-        },
+        {"name": name, "port": port, "targetPort": port}
+        for name, port in serving_ports(config).items()
     ]
+    for port in ports:
+        if port["name"] == "serve-grpc":
+            port["appProtocol"] = "kubernetes.io/h2c"
     metadata = {"name": serve_service(config), "labels": labels(config)}
     return {"metadata": metadata, "spec": {"type": "ClusterIP", "ports": ports}}
 
 
 def _upgrade(upgrade: Upgrade) -> dict[str, Any]:
-    if upgrade.strategy != "NewClusterWithIncrementalUpgrade":
+    if upgrade.strategy != INCREMENTAL:
         return {"type": upgrade.strategy}
     options = {
         "gatewayClassName": upgrade.gateway_class,

@@ -37,10 +37,11 @@ def serve_config(config: DeployConfig, sizing: Sizing) -> dict[str, Any]:
         "args": args,
         "deployments": _one_share_a_pod(config, _checked(args)),
     }
+    grpc = {"port": GRPC_PORT, "grpc_servicer_functions": list(GRPC_SERVICERS)}
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": ANY_ADDRESS, "port": SERVE_PORT},
-        "grpc_options": {"port": GRPC_PORT, "grpc_servicer_functions": list(GRPC_SERVICERS)},
+        **({"grpc_options": grpc} if config.serves_grpc else {}),
         "logging_config": {"encoding": "JSON"},
         "applications": [application],
     }

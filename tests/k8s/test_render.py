@@ -1,0 +1,304 @@
+"""What every RayService of ours has, whatever is deployed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import pytest
+
+from cluster.config import parse_config
+from cluster.deploy.config import PRESETS, preset_config
+from cluster.deploy.manifest import in_order
+from cluster.deploy.manifests.pods import MAX_GRPC_MESSAGE_BYTES
+from cluster.deploy.manifests.rayservice import RAY_VERSION
+from cluster.deploy.manifests.serve_config import GRPC_SERVICERS, IMPORT_PATH
+from cluster.deploy.manifests.volumes import quantity
+from cluster.deploy.render import render
+from cluster.launcher import GRPC_SERVICERS as SERVED_HERE
+from cluster.serve_proxy import MAX_GRPC_MESSAGE_BYTES as SERVED_BYTES
+from tests.k8s.deployments import (
+    application_args,
+    deployment,
+    group,
+    ray_cluster,
+    ray_service,
+    rendered,
+    serve_settings,
+    templates,
+)
+
+TIERS = ["ingress", "attention", "experts"]
+
+
+@pytest.fixture(params=PRESETS)
+def config(request: pytest.FixtureRequest) -> Any:
+    return preset_config(request.param)
+
+
+def test_same_configuration_same_objects_in_the_order_they_are_made(config: Any) -> None:
+    assert render(config) == render(config) == in_order(reversed(render(config)))
+    kinds = [manifest["kind"] for manifest in render(config)]
+    assert kinds[0] == "Namespace"
+    assert kinds.index("ServiceAccount") < kinds.index("RayService")
+
+
+def test_every_object_says_its_namespace_and_whose_it_is(config: Any) -> None:
+    for manifest in render(config):
+        metadata = manifest["metadata"]
+        assert metadata["labels"]["app.kubernetes.io/instance"] == "shoal"
+        is_global = manifest["kind"] in ("Namespace", "PriorityClass")
+        assert metadata.get("namespace") == (None if is_global else "shoal")
+
+
+def test_there_are_no_secrets_with_values(config: Any) -> None:
+    assert not [m for m in render(config) if m["kind"] == "Secret"]
+
+
+def test_facts_that_are_repeated_here_agree_with_their_source() -> None:
+    assert GRPC_SERVICERS == SERVED_HERE
+    assert MAX_GRPC_MESSAGE_BYTES == SERVED_BYTES
+    assert importlib.metadata.version("ray") == RAY_VERSION
+
+
+class TestApplication:
+    def test_is_ours_with_settings_that_it_accepts(self, config: Any) -> None:
+        (application,) = serve_settings(config)["applications"]
+        assert (application["name"], application["import_path"]) == ("shoal", IMPORT_PATH)
+        args = parse_config(application["args"])
+        assert (args.channel, args.runtime_dir) == ("tcp", None)
+
+    def test_every_deployment_has_its_tier_and_every_tier_a_deployment(self, config: Any) -> None:
+        args = application_args(config)
+        names = ("ingress", "placement", "attention", "router", "experts")
+        wanted = {name: args[name]["label_selector"]["shoal.io/tier"] for name in names}
+        assert wanted == {
+            "ingress": "ingress",
+            "placement": "ingress",
+            "attention": "attention",
+            "router": "attention",
+            "experts": "experts",
+        }
+        groups = ray_cluster(config)["workerGroupSpecs"]
+        assert [g["labels"]["shoal.io/tier"] for g in groups] == TIERS
+
+    def test_replicas_without_a_gpu_cannot_pile_up_on_the_first_pod(self) -> None:
+        cpu, gpu = deployment("cpu-dev"), deployment("gpu-large")
+        (application,) = serve_settings(cpu)["applications"]
+        assert {d["name"]: d["max_replicas_per_node"] for d in application["deployments"]} == {
+            "Ingress": 1,
+            "Router": 1,
+            "Attention": 1,
+            "Experts": 2,
+        }
+        (application,) = serve_settings(gpu)["applications"]
+        assert [d["name"] for d in application["deployments"]] == ["Ingress", "Router"]
+
+    def test_an_inline_router_is_no_deployment(self) -> None:
+        config = deployment("cpu-dev", settings={"router": {"mode": "inline"}})
+        (application,) = serve_settings(config)["applications"]
+        assert "Router" not in [d["name"] for d in application["deployments"]]
+
+    def test_the_replicas_at_most_fill_the_pods_at_most(self) -> None:
+        config = deployment("gpu-large")  # 4 to 6 pods of 8 GPUs
+        attention = application_args(config)["attention"]
+        assert (attention["num_workers"], attention["num_gpus"]) == (32, 1)
+        assert attention["scaling"] == {"min_workers": 32, "max_workers": 48, "follows_load": True}
+        attention_group = group(config, "attention")
+        assert [attention_group[f"{bound}Replicas"] for bound in ("min", "max")] == [4, 6]
+
+    def test_a_tier_of_one_size_does_not_follow_the_load(self) -> None:
+        scaling = application_args(deployment("cpu-dev"))["experts"]["scaling"]
+        assert scaling == {"min_workers": 2, "max_workers": 2, "follows_load": False}
+
+    def test_threads_are_the_pods_cores_not_the_nodes(self) -> None:
+        experts = application_args(deployment("cpu-dev", experts={"cpus": 7}))["experts"]
+        assert experts["num_threads"] == 3  # 7 cores, 2 workers
+
+    def test_settings_go_on_top(self) -> None:
+        config = deployment("cpu-dev", settings={"strict_params": True, "experts": {"num_gpus": 2}})
+        args = application_args(config)
+        assert args["strict_params"] is True
+        assert args["experts"]["num_gpus"] == 2
+        assert args["experts"]["num_workers"] == 2
+
+    def test_api_keys_are_a_file_of_the_ingress_pods_alone(self) -> None:
+        config = deployment("gpu-small")
+        assert application_args(config)["auth"] == {"keys_file": "/etc/shoal/api-keys/keys"}
+        mounted = {
+            tier: [volume["name"] for volume in spec["volumes"] if "secret" in volume]
+            for tier, spec in templates(config).items()
+        }
+        assert mounted == {"head": [], "ingress": ["api-keys"], "attention": [], "experts": []}
+
+
+class TestService:
+    def test_has_http_and_grpc_and_says_that_grpc_is_http2(self, config: Any) -> None:
+        service = ray_service(config)["serveService"]["spec"]
+        assert [(p["name"], p["port"], p.get("appProtocol")) for p in service["ports"]] == [
+            ("serve", 8000, None),
+            ("serve-grpc", 9000, "kubernetes.io/h2c"),
+        ]
+
+    def test_head_and_workers_have_its_ports(self, config: Any) -> None:
+        for spec in templates(config).values():
+            ports = {p["name"]: p["containerPort"] for p in spec["containers"][0]["ports"]}
+            assert (ports["serve"], ports["serve-grpc"]) == (8000, 9000)
+            assert all(len(name) <= 15 for name in ports)
+
+    def test_the_head_takes_no_requests(self, config: Any) -> None:
+        assert ray_service(config)["excludeHeadPodFromServeSvc"] is True
+
+
+class TestCluster:
+    def test_start_parameters_are_strings(self, config: Any) -> None:
+        cluster = ray_cluster(config)
+        for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert all(isinstance(value, str) for value in part["rayStartParams"].values())
+
+    def test_the_head_runs_no_replica(self, config: Any) -> None:
+        params = ray_cluster(config)["headGroupSpec"]["rayStartParams"]
+        assert (params["num-cpus"], params["num-gpus"]) == ("0", "0")
+        limits = templates(config)["head"]["containers"][0]["resources"]["limits"]
+        assert "nvidia.com/gpu" not in limits
+
+    def test_autoscaler_and_token_are_spelled_out(self, config: Any) -> None:
+        cluster = ray_cluster(config)
+        assert cluster["enableInTreeAutoscaling"] is True
+        assert cluster["autoscalerOptions"]["version"] == "v2"
+        assert cluster["autoscalerOptions"]["resources"]["limits"]["memory"] == "1Gi"
+        assert cluster["authOptions"] == {"mode": "token", "secretName": "shoal-ray-token"}
+        assert all(g["idleTimeoutSeconds"] >= 600 for g in cluster["workerGroupSpecs"])
+
+    def test_an_incremental_upgrade_has_its_options_and_no_grpc(self) -> None:
+        strategy = "NewClusterWithIncrementalUpgrade"
+        config = deployment("gpu-small", upgrade={"strategy": strategy, "gateway_class": "envoy"})
+        assert ray_service(config)["upgradeStrategy"] == {
+            "type": strategy,
+            "clusterUpgradeOptions": {
+                "gatewayClassName": "envoy",
+                "stepSizePercent": 10,
+                "maxSurgePercent": 100,
+                "intervalSeconds": 60,
+            },
+        }
+        assert "grpc_options" not in serve_settings(config)
+        (port,) = ray_service(config)["serveService"]["spec"]["ports"]
+        assert port["name"] == "serve"
+
+    def test_large_presets_never_ask_for_a_second_cluster(self) -> None:
+        assert ray_service(deployment("gpu-large"))["upgradeStrategy"] == {"type": "None"}
+        assert ray_service(deployment("gpu-small"))["upgradeStrategy"] == {"type": "NewCluster"}
+
+
+class TestPods:
+    def test_run_as_nobody_special(self, config: Any) -> None:
+        for spec in templates(config).values():
+            assert spec["securityContext"]["runAsNonRoot"] is True
+            assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for container in [*spec["containers"], *spec.get("initContainers", [])]:
+                assert container["securityContext"] == {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                }
+
+    def test_only_the_head_may_talk_to_the_api_server(self, config: Any) -> None:
+        specs = templates(config)
+        assert "serviceAccountName" not in specs.pop("head")  # KubeRay makes it
+        for spec in specs.values():
+            assert spec["serviceAccountName"] == "shoal-worker"
+            assert spec["automountServiceAccountToken"] is False
+
+    def test_all_know_the_clusters_secret(self, config: Any) -> None:
+        for spec in templates(config).values():
+            env = {e["name"]: e for e in spec["containers"][0]["env"]}
+            reference = env["SHOAL_CLUSTER_SECRET"]["valueFrom"]["secretKeyRef"]
+            assert reference == {"name": "shoal-cluster-secret", "key": "secret"}
+            assert env["OMP_WAIT_POLICY"]["value"] == "passive"
+
+    def test_shared_memory_has_a_limit_below_the_pods(self, config: Any) -> None:
+        for spec in templates(config).values():
+            volumes = {v["name"]: v for v in spec["volumes"]}
+            assert volumes["shared-mem"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+            mounts = {m["mountPath"] for m in spec["containers"][0]["volumeMounts"]}
+            assert "/dev/shm" in mounts
+            memory = spec["containers"][0]["resources"]["limits"]["memory"]
+            assert int(memory.removesuffix("Gi")) >= 2
+
+    def test_gpus_are_asked_for_and_limited_alike_on_nodes_that_have_them(self) -> None:
+        spec = templates(deployment("gpu-large"))["experts"]
+        resources = spec["containers"][0]["resources"]
+        assert resources["requests"] == resources["limits"]
+        assert resources["limits"]["nvidia.com/gpu"] == "8"
+        assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H200"}
+        toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        assert toleration in spec["tolerations"]
+
+    def test_the_model_is_checked_before_ray_starts(self) -> None:
+        specs = templates(deployment("gpu-large"))
+        for tier in TIERS:
+            (check,) = specs[tier]["initContainers"]
+            assert check["command"] == ["shoal", "model", "verify", "/models/DeepSeek-V3"]
+            assert check["volumeMounts"][0]["mountPath"] == "/models"
+        assert "initContainers" not in templates(deployment("cpu-dev"))["experts"]
+
+    def test_racks_are_spread_over_and_fast_networks_kept_to(self) -> None:
+        spec = templates(deployment("gpu-large"))["experts"]
+        keys = [c["topologyKey"] for c in spec["topologySpreadConstraints"]]
+        assert keys == ["kubernetes.io/hostname", "topology.kubernetes.io/rack"]
+        affinity = spec["affinity"]["podAffinity"]
+        (term,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+        assert term["podAffinityTerm"]["topologyKey"] == "topology.kubernetes.io/zone"
+
+    def test_requests_are_the_limits_divided_by_the_overcommitment(self) -> None:
+        resources = templates(deployment("cpu-dev"))["head"]["containers"][0]["resources"]
+        assert resources["limits"] == {"cpu": "2", "memory": "3Gi"}
+        assert resources["requests"] == {"cpu": "500m", "memory": "768Mi"}
+
+    def test_the_laptops_preset_fits_a_laptop(self) -> None:
+        specs = templates(deployment("cpu-dev")).values()
+        asked = [spec["containers"][0]["resources"]["requests"] for spec in specs]
+        sidecar = 1024 + 200j  # the autoscaler's, MiB and millicores
+        total = sidecar + sum(_mebibytes(r["memory"]) + 1j * _millicores(r["cpu"]) for r in asked)
+        assert total.real <= 5 * 1024
+        assert total.imag <= 3000
+
+
+class TestStorage:
+    def test_a_claim_holds_the_checkpoint_and_a_tenth(self) -> None:
+        claim = rendered(deployment("gpu-large"))["PersistentVolumeClaim/shoal-models"]["spec"]
+        assert claim["accessModes"] == ["ReadWriteMany"]
+        assert claim["resources"]["requests"]["storage"] == "690Gi"  # 673.2 GB
+
+    def test_a_claim_that_exists_is_only_mounted(self) -> None:
+        config = deployment("gpu-large", storage={"claim": {"name": "mine", "create": False}})
+        assert "PersistentVolumeClaim/mine" not in rendered(config)
+        volumes = {v["name"]: v for v in templates(config)["experts"]["volumes"]}
+        source = {"claimName": "mine", "readOnly": True}
+        assert volumes["models"] == {"name": "models", "persistentVolumeClaim": source}
+
+    def test_a_folder_of_the_nodes_needs_a_namespace_that_allows_it(self) -> None:
+        config = deployment("gpu-large", storage={"claim": None, "host_path": "/mnt/nvme"})
+        volumes = {v["name"]: v for v in templates(config)["experts"]["volumes"]}
+        assert volumes["models"]["hostPath"] == {"path": "/mnt/nvme", "type": "Directory"}
+        labels = rendered(config)["Namespace/shoal"]["metadata"]["labels"]
+        assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
+        labels = rendered(deployment("gpu-large"))["Namespace/shoal"]["metadata"]["labels"]
+        assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
+
+
+def test_quantities_are_exact() -> None:
+    assert [quantity(n) for n in (3 * 2**30, 1536 * 2**20, 1024, 1000)] == [
+        "3Gi",
+        "1536Mi",
+        "1Ki",
+        "1000",
+    ]
+
+
+def _mebibytes(text: str) -> int:
+    return int(text[:-2]) * (1024 if text.endswith("Gi") else 1)
+
+
+def _millicores(text: str) -> int:
+    return int(text[:-1]) if text.endswith("m") else 1000 * int(text)
