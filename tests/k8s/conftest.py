@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,21 @@ if TYPE_CHECKING:
     from tests.k8s.api_server.client import Client
     from tests.k8s.api_server.server import SimEnv
     from tests.k8s.kuberay import KubeRay
+    from tests.k8s.real_api import RealEnv
+
+    Kube = SimEnv | RealEnv
 
 
 @pytest.fixture(scope="session")
-def kube() -> Iterator[SimEnv]:
+def kube() -> Iterator[Kube]:
     """The server: in memory, or a real one if KUBE_APISERVER names its binary."""
     from tests.k8s.api_server.client import Client
     from tests.k8s.api_server.definitions import register
     from tests.k8s.api_server.server import SimEnv
+    from tests.k8s.real_api import VARIABLE, RealEnv
 
-    with SimEnv() as environment:
+    binary = os.environ.get(VARIABLE)
+    with RealEnv(binary) if binary else SimEnv() as environment:
         client = Client(environment.cluster("admin"), "tests")
         register(client, environment.minor)
         client.close()
@@ -29,7 +35,7 @@ def kube() -> Iterator[SimEnv]:
 
 
 @pytest.fixture
-def admin(kube: SimEnv) -> Iterator[Client]:
+def admin(kube: Kube) -> Iterator[Client]:
     """May do everything."""
     from tests.k8s.api_server.client import Client
 
@@ -47,7 +53,7 @@ def namespace(admin: Client) -> str:
 
 
 @pytest.fixture
-def kuberay(kube: SimEnv, namespace: str) -> Iterator[Callable[..., KubeRay]]:
+def kuberay(kube: Kube, namespace: str) -> Iterator[Callable[..., KubeRay]]:
     """`kuberay(faults=Faults(...), serve=...)`: the operator of this test's namespace, running."""
     from tests.k8s.api_server.client import Client
     from tests.k8s.kuberay import KubeRay

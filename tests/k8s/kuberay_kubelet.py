@@ -35,6 +35,7 @@ def unschedulable(pod: Json) -> Json:
         "available: 5 No preemption victims found for incoming pod."
     )
     condition = _condition("PodScheduled", False, "Unschedulable", message)
+    condition["lastTransitionTime"] = pod["metadata"]["creationTimestamp"]
     return {"phase": "Pending", "conditions": [condition]}
 
 

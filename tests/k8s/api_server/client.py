@@ -25,11 +25,12 @@ class Client:
 
     def __init__(self, kubeconfig: Path, manager: str) -> None:
         config = json.loads(kubeconfig.read_text())
-        self._url = config["clusters"][0]["cluster"]["server"]
+        cluster = config["clusters"][0]["cluster"]
+        self._url = cluster["server"]
         self._manager = manager
         self._pool = urllib3.PoolManager(
             maxsize=8,
-            cert_reqs="CERT_NONE",
+            ca_certs=cluster.get("certificate-authority"),
             headers={"Authorization": f"Bearer {config['users'][0]['user']['token']}"},
             timeout=TIMEOUT_S,
             retries=False,
@@ -94,13 +95,20 @@ class Client:
             raise _refusal(response.status, response.data)
         return Watch(response)
 
+    def text(self, path: str) -> str:
+        """What a GET answers that is no object."""
+        return self._bytes("GET", path).decode()
+
     def raw(self, method: str, path: str, body: bytes = b"", content_type: str = "") -> Json:
+        answer: Json = json.loads(self._bytes(method, path, body, content_type))
+        return answer
+
+    def _bytes(self, method: str, path: str, body: bytes = b"", content_type: str = "") -> bytes:
         headers = {**self._pool.headers, "Content-Type": content_type or "application/json"}
         response = self._pool.request(method, self._url + path, body=body, headers=headers)
         if response.status >= 300:
             raise _refusal(response.status, response.data)
-        answer: Json = json.loads(response.data)
-        return answer
+        return bytes(response.data)
 
     def close(self) -> None:
         self._pool.clear()

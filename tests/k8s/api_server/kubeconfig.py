@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.k8s.api_server.access import token_of
+from tests.k8s.api_server.access import USERS, token_of
 
 
-def write_kubeconfig(folder: Path, url: str, user: str) -> Path:
-    """The file; JSON is YAML. A server with TLS has a certificate of its own."""
+def write_kubeconfig(folder: Path, url: str, user: str, authority: Path | None = None) -> Path:
+    """The file of `admin`, `operator` or `deployer`, in JSON, which is YAML.
+
+    authority: certificates to check the server's with.
+    """
+    if user not in USERS:
+        raise ValueError(f"no user {user!r}; there are {', '.join(USERS)}")
     cluster = {"server": url}
-    if url.startswith("https"):
-        cluster["insecure-skip-tls-verify"] = True  # type: ignore[assignment]
+    if authority:
+        cluster["certificate-authority"] = str(authority)
     context = {"cluster": "test", "user": user, "namespace": "default"}
     content = {
         "apiVersion": "v1",
