@@ -11,6 +11,9 @@ from cluster.cli_common import JsonOption, user_errors
 from cluster.console import stdout
 
 
+CONTEXT_TOKENS = 4096
+
+
 class Weights(StrEnum):
     """How the matrices are stored."""
 
@@ -27,8 +30,11 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h200, h100-80, b200, a100-80 or l40s.")] = "h200",
     nodes: Annotated[str, typer.Option(help="Machines x GPUs of each.")] = "1x8",
     context: Annotated[
-        int, typer.Option(min=1, help="Tokens of context of a sequence, on average.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of context of a sequence, on average; 4096 if the model has them."
+        ),
+    ] = None,
     tpot_ms: Annotated[
         float, typer.Option(min=0.001, help="Time per output token to keep, in ms.")
     ] = 50.0,
@@ -54,13 +60,14 @@ def plan(
     from cluster.deploy.plan_table import render
 
     with user_errors():
+        sizes = model_sizes(model, weights.value if weights else None)
         machines, chosen = Nodes.parse(nodes), known_gpu(gpu)
         default_network = chosen.node_network if machines.count == 1 else "400g"
         made = make_plan(
-            model_sizes(model, weights.value if weights else None),
+            sizes,
             chosen,
             machines,
-            context,
+            context or min(CONTEXT_TOKENS, sizes.config.max_position_embeddings),
             tpot_ms,
             known_network(network or default_network),
             price,

@@ -84,9 +84,7 @@ class TestPublishedSizes:
             ("kimi-k2", 63.37, 8.50, 2.50),
         ],
     )
-    def test_flops(
-        self, name: str, per_token_g: float, absorbed_m: float, naive_m: float
-    ) -> None:
+    def test_flops(self, name: str, per_token_g: float, absorbed_m: float, naive_m: float) -> None:
         sizes = known_model(name)
         assert sizes.flops_per_token / 1e9 == pytest.approx(per_token_g, abs=0.005)
         absorbed = sizes.core_flops_per_context_token()
