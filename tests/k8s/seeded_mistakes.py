@@ -193,6 +193,13 @@ SCHEMA = (
         '"900Gx" is no quantity',
         "16Gi",
     ),
+    Mistake(
+        "fraction without quotes",
+        lambda o: o.box()["resources"]["limits"].update(cpu=64.5),
+        "workerGroupSpecs[2].template.spec.containers[0].resources.limits.cpu",
+        "64.5 where text or an integer belongs",
+        "quote it",
+    ),
 )
 """What the schema of KubeRay's CustomResourceDefinition refuses, too."""
 

@@ -80,5 +80,8 @@ def _is_for(root: Node, direction: str) -> bool:
 
 
 def _allows_dns(rule: Node) -> bool:
+    """DNS runs in another namespace or outside the pods' network."""
     ports = [port["port"].number for port in rule["ports"].each()]
-    return not ports or DNS_PORT in ports
+    peers = rule["to"].each()
+    elsewhere = [p for p in peers if p["namespaceSelector"].given or p["ipBlock"].given]
+    return (not ports or DNS_PORT in ports) and (not peers or bool(elsewhere))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
+from cluster.deploy.check.pod_rules import resource_findings
 from cluster.deploy.check.syntax import (
     duration_s,
     is_dns_1035,
@@ -96,6 +97,7 @@ def _autoscaler(cluster: Node) -> Iterator[Finding]:
                     message = f"{key} must be given when enableInTreeAutoscaling is not true"
                     yield group[key].finding(message, f"add {key}")
         yield from _v2_fields(group, is_v2, version(cluster["rayVersion"].text))
+    yield from resource_findings(cluster["autoscalerOptions"]["resources"])
     head = _ray_container(cluster["headGroupSpec"])
     variable = head["env"].named(V2_VARIABLE)
     if variable.given and (wanted.given or not is_on):

@@ -161,22 +161,26 @@ def _ports(spec: Node) -> Iterator[Finding]:
 
 def _resources(spec: Node) -> Iterator[Finding]:
     for container in spec["initContainers"].each() + spec["containers"].each():
-        requests, limits = (container["resources"][key] for key in ("requests", "limits"))
-        for _, node in requests.entries() + limits.entries():
-            yield from _quantity(node)
-        for key, node in requests.entries():
-            asked, most = quantity(node.value), quantity(limits[key].value)
-            if is_device(key):
-                if asked is not None and asked != most:
-                    message = f"request {node.value} of {key} without the same limit"
-                    yield node.finding(message, f"set limits and requests of {key} alike")
-            elif asked is not None and most is not None and asked > most:
-                message = f"request {node.value} of {key} is more than the limit"
-                yield node.finding(message, f"write at most {limits[key].value}")
-        for key, node in limits.entries():
-            amount = quantity(node.value)
-            if is_device(key) and amount is not None and amount != int(amount):
-                yield node.finding(f"{node.value} of {key}", "devices come whole: an integer")
+        yield from resource_findings(container["resources"])
+
+
+def resource_findings(resources: Node) -> Iterator[Finding]:
+    """Requests and limits of a container."""
+    requests, limits = resources["requests"], resources["limits"]
+    for _, node in requests.entries() + limits.entries():
+        yield from _quantity(node)
+    for key, node in requests.entries():
+        asked, most = quantity(node.value), quantity(limits[key].value)
+        if is_device(key) and asked is not None and asked != most:
+            message = f"request {node.value} of {key} without the same limit"
+            yield node.finding(message, f"set limits and requests of {key} alike")
+        elif asked is not None and most is not None and asked > most:
+            message = f"request {node.value} of {key} is more than the limit"
+            yield node.finding(message, f"write at most {limits[key].value}")
+    for key, node in limits.entries():
+        amount = quantity(node.value)
+        if is_device(key) and amount is not None and amount != int(amount):
+            yield node.finding(f"{node.value} of {key}", "devices come whole: an integer")
 
 
 def is_device(resource: str) -> bool:

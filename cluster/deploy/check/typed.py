@@ -44,7 +44,15 @@ def ray_findings(root: Node, version: str = NEWEST) -> list[Finding]:
     for path, definition in PARTS[kind].items():
         for node in _places(root, path):
             found += part_findings(node, definition, version)
-    return found
+    return found + list(_fractions(root["spec"]))
+
+
+def _fractions(node: Node) -> Iterator[Finding]:
+    """Kubernetes takes `cpu: 1.5` in a pod, KubeRay's schema takes no fractions at all."""
+    for below in node.each() + [child for _, child in node.entries()]:
+        if isinstance(below.value, float):
+            yield below.finding(f"{below.value} where text or an integer belongs", "quote it")
+        yield from _fractions(below)
 
 
 def typed_findings(model: type[BaseModel], node: Node) -> Iterator[Finding]:
