@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.k8s.api_server.client import Client, Watch
 from tests.k8s.api_server.errors import ApiError
-from tests.k8s.kuberay_operator import Faults, Operator, ServeBackend
+from tests.k8s.kuberay_operator import Operator, ServeBackend
+from tests.k8s.kuberay_status import Faults
 
 WATCHED = ("RayService", "RayCluster", "Pod")
 POLL_S = 0.3

@@ -12,8 +12,8 @@ from tests.k8s import kuberay_kubelet
 from tests.k8s.api_server.client import Client
 from tests.k8s.api_server.errors import Json
 from tests.k8s.kuberay import KubeRay
-from tests.k8s.kuberay_operator import Faults
 from tests.k8s.kuberay_samples import container, ray_service, worker_group
+from tests.k8s.kuberay_status import Faults
 
 pytestmark = pytest.mark.k8s
 Start = Callable[..., KubeRay]

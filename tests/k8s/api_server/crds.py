@@ -51,7 +51,8 @@ class CustomResource:
     @cached_property
     def _validator(self) -> Any:
         converted = to_json_schema(self.structure)
-        converted["properties"] = {**converted.get("properties", {}), "metadata": {}}
+        everywhere = dict.fromkeys(("apiVersion", "kind", "metadata"), {})
+        converted["properties"] = {**converted.get("properties", {}), **everywhere}
         return jsonschema.Draft202012Validator(converted)
 
     def errors(self, obj: Json) -> Iterator[jsonschema.ValidationError]:
