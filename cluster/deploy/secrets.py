@@ -4,7 +4,7 @@ part of the manifests."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.deploy.config import DeployConfig
@@ -36,8 +36,8 @@ class SecretSpec:
         }
 
 
-def missing_secrets(config: DeployConfig, present: Collection[str] = ()) -> list[SecretSpec]:
-    """Those that the deployment needs, without those whose names are `present`."""
+def missing_secrets(config: DeployConfig) -> list[SecretSpec]:
+    """Those that the manifests name and do not contain."""
 
     def spec(name: str, key: str, purpose: str, new_value: Callable[[], str]) -> SecretSpec:
         return SecretSpec(name, config.namespace, key, purpose, names.labels(config), new_value)
@@ -66,7 +66,7 @@ def missing_secrets(config: DeployConfig, present: Collection[str] = ()) -> list
         needed.append(
             spec(names.redis(config), names.REDIS_KEY, purpose, lambda: secrets.token_hex(32))
         )
-    return [secret for secret in needed if secret.name not in present]
+    return needed
 
 
 def _first_api_key() -> str:

@@ -79,6 +79,7 @@ class Head(Pod):
 
     cpus: Cpus = 4
     memory_gib: Gib = 16
+    """Memory limit of the pod, shared memory included."""
 
 
 class IngressGroup(Pod):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +85,3 @@ def test_a_users_overlay_moves_everything_to_another_namespace(overlay_of: Any) 
     assert namespaces == {"elsewhere", None}  # None: Namespace and PriorityClasses
     (subject,) = found["RoleBinding/shoal-deployer"]["subjects"]
     assert subject["namespace"] == "elsewhere"
-
-
-def test_kubectl_is_the_projects_own() -> None:
-    assert os.access(KUBECTL, os.X_OK)

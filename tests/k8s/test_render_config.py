@@ -112,10 +112,6 @@ class TestSecrets:
         assert names == ["shoal-cluster-secret", "shoal-ray-token", "shoal-api-keys", "shoal-redis"]
         assert [s.name for s in missing_secrets(deployment("cpu-dev"))] == names[:2]
 
-    def test_that_are_there_are_left_alone(self) -> None:
-        left = missing_secrets(deployment("cpu-dev"), present={"shoal-ray-token"})
-        assert [secret.name for secret in left] == ["shoal-cluster-secret"]
-
     def test_are_random_and_of_the_form_that_is_read(self, tmp_path: Path) -> None:
         cluster, _, api_keys, _ = missing_secrets(deployment("gpu-large"))
         assert len(bytes.fromhex(cluster.new_value())) == 32

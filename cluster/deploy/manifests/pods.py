@@ -46,7 +46,7 @@ def head_template(config: DeployConfig) -> dict[str, Any]:
     """No replica runs there. Its service account is KubeRay's, with the autoscaler's rights."""
     inner = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "client": CLIENT_PORT}
     ports = inner | serving_ports(config) | METRICS_PORTS
-    memory = round((config.head.memory_gib or 16) * GIB)
+    memory = round(config.head.memory_gib * GIB)
     container = _container(
         config, "ray-head", ports | serving_ports(config) | METRICS_PORTS, [shared_memory()]
     )
