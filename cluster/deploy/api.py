@@ -67,13 +67,18 @@ class Cluster:
             return None
 
     def select(
-        self, api_version: str, kind: str, namespace: str | None = None, labels: str = ""
+        self,
+        api_version: str,
+        kind: str,
+        namespace: str | None = None,
+        labels: str = "",
+        fields: str = "",
     ) -> list[Manifest]:
         """All objects of a kind, of one namespace or of all; empty if the kind is absent."""
         found = self.kind(api_version, kind)
         if found is None:
             return []
-        query = {"limit": PAGE_SIZE} | ({"labelSelector": labels} if labels else {})
+        query = {"limit": PAGE_SIZE, "labelSelector": labels, "fieldSelector": fields}
         items: list[Manifest] = []
         while True:
             page = self._http.call("GET", _collection(found, namespace), query)

@@ -49,10 +49,12 @@ class Gone(Refused):
     """410: the watch starts from a version that the server has forgotten; list anew."""
 
 
+TRANSIENT = (429, 502, 503, 504)
+"""Overloaded, or being restarted behind its load balancer: the same request may succeed later."""
 CLASSES: dict[int, type[Refused]] = {403: Forbidden, 404: NotFound, 410: Gone}
 
 
-def refusal(status: int, body: bytes | str) -> Refused:
+def refusal(status: int, body: bytes | str) -> ClusterError:
     """The error for an HTTP status and a body, which is mostly an object of kind Status."""
     answer = _parsed(body)
     causes = (answer.get("details") or {}).get("causes") or []
@@ -67,6 +69,8 @@ def refusal(status: int, body: bytes | str) -> Refused:
     message = " ".join(text.split())[:MAX_MESSAGE_CHARS] or "no explanation"
     if status == 401:
         message += "; log in to the cluster anew"
+    if status in TRANSIENT:
+        return Unreachable(f"HTTP {status}: {message}")
     return CLASSES.get(status, Refused)(status, f"HTTP {status}: {message}", conflicts)
 
 

@@ -47,7 +47,7 @@ class ApplyRefused(ClusterError):
 
     def __init__(self, problems: list[str], num_conflicts: int) -> None:
         way = "; --force-conflicts takes fields from their owners" if num_conflicts else ""
-        super().__init__(f"nothing was changed: the API server has {len(problems)} objections{way}")
+        super().__init__(f"not applied: the API server refuses what is listed above{way}")
         self.problems = problems
         self.num_conflicts = num_conflicts
 

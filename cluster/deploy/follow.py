@@ -43,7 +43,7 @@ class Deployment:
             service,
             sorted(clusters, key=lambda each: str(each["metadata"].get("creationTimestamp"))),
             [pod for pod in pods if pod["metadata"]["labels"].get("ray.io/cluster") in names],
-            self._read("v1", "Event", hidden),
+            self._read("v1", "Event", hidden, fields="type=Warning"),
             tuple(hidden),
         )
 
@@ -57,10 +57,10 @@ class Deployment:
                 return False
 
     def _read(
-        self, api_version: str, kind: str, hidden: list[str], labels: str = ""
+        self, api_version: str, kind: str, hidden: list[str], labels: str = "", fields: str = ""
     ) -> list[Manifest]:
         try:
-            return self._cluster.select(api_version, kind, self.namespace, labels)
+            return self._cluster.select(api_version, kind, self.namespace, labels, fields)
         except Forbidden:
             hidden.append(f"{kind}s")
             return []

@@ -23,7 +23,8 @@ HEAD_GROUP = "headgroup"
 
 @dataclass(frozen=True)
 class Observed:
-    """Objects of one deployment as read from the API server. `hidden`: kinds we may not read."""
+    """Objects of one deployment as read from the API server; of events the warnings only. `hidden`:
+    kinds we may not read."""
 
     service: dict[str, Any]
     clusters: list[dict[str, Any]] = field(default_factory=list)
@@ -71,7 +72,7 @@ def verdict(seen: Observed, now: datetime) -> Verdict:
         causes=(
             *_application_causes(current),
             *_grouped([*refused, *troubles]),
-            *_event_causes(seen, cluster, pods),
+            *(_event_causes(seen.events, cluster, pods) if state != "ready" else ()),
             *(
                 f"{kind}: not permitted to read them, so nothing is known here"
                 for kind in seen.hidden
@@ -193,15 +194,15 @@ def _grouped(causes: Iterable[Cause]) -> Iterator[str]:
 
 
 def _event_causes(
-    seen: Observed, cluster: dict[str, Any] | None, pods: list[dict[str, Any]]
+    events: list[dict[str, Any]], cluster: dict[str, Any] | None, pods: list[dict[str, Any]]
 ) -> Iterator[str]:
     """Warnings that no status repeats: volumes that do not mount, objects that are refused."""
     waiting = {pod["metadata"]["name"] for pod in pods if not is_ready(pod)}
     newest: dict[tuple[str, str], str] = {}
-    for event in seen.events:
+    for event in events:
         about = event.get("involvedObject", {})
         is_ours = about.get("name") in (waiting if about.get("kind") == "Pod" else {_name(cluster)})
-        if event.get("type") == "Warning" and is_ours and _tells_more(event):
+        if is_ours and _tells_more(event):
             newest[about["name"], event["reason"]] = " ".join(event.get("message", "").split())
     for (name, reason), message in newest.items():
         yield f"{name}: {reason}: {message}"

@@ -261,4 +261,4 @@ class TestLimitedUser:
         result = shoal("apply", "--no-wait", user="deployer")
         assert result.exit_code == 3
         assert "RayService/shoal: HTTP 403: " in result.err
-        assert "nothing was changed" in result.err
+        assert "shoal: not applied: the API server refuses what is listed above" in result.err
