@@ -96,6 +96,7 @@ def _fill(setting: Setting, blank: Layout, most: int, micro_batches: int) -> Lay
         why = f"even {micro_batches} sequence(s) a GPU take {shortest.seconds * 1e3:.1f} ms a token"
         return replace(blank, limit="latency", why=why)
     seconds, limit, why = step_bound(setting, blank.pool, sequences, micro_batches)
+    why = f"{why} takes longest"
     if limit is None:
         limit = "memory" if sequences == most else "latency"
         cause = "the cache holds" if sequences == most else "the time per token allows"

@@ -10,7 +10,6 @@ import typer
 from cluster.cli_common import JsonOption, user_errors
 from cluster.console import stdout
 
-
 CONTEXT_TOKENS = 4096
 
 

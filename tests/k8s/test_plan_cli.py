@@ -101,6 +101,17 @@ class TestText:
         assert "6, for 654 GB" in text
         assert "deploy.yaml" not in text
 
+    def test_the_document_shows_what_is_printed(self) -> None:
+        document = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+        command, shown = document.split("```console\n$ shoal ")[1].split("\n```")[0].split("\n", 1)
+        printed = shoal_plan(*command.split()[1:]).split("\nFormulas and sources")[0]
+        assert [line.rstrip() for line in printed.rstrip().splitlines()] == shown.splitlines()
+
+    def test_v3s_traffic_both_ways_is_mentioned_where_it_matters(self) -> None:
+        said = "colocated is generous: ports that dispatch and return at once allow 9.92k"
+        assert said in shoal_plan("v3", "--nodes", "4x8", "--context", "1024")
+        assert "generous" not in shoal_plan("v3", "--nodes", "4x8")
+
 
 class TestJson:
     def test_figures_agree_with_each_other(self) -> None:

@@ -1,4 +1,4 @@
-"""The published tables of what a token costs and sends, from the formulas of `shoal plan`."""
+"""The tables of docs/planning.md: what a token costs and sends."""
 
 from __future__ import annotations
 
