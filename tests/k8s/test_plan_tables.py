@@ -9,7 +9,7 @@ import pytest
 from cluster.deploy import token_costs
 from cluster.deploy.hardware import known_gpu, known_network
 from cluster.deploy.known_models import known_model
-from cluster.deploy.plan import Nodes, plan
+from cluster.deploy.plan import REPORTED, Nodes, plan
 
 H200 = known_gpu("h200")
 K = 1024
@@ -77,6 +77,13 @@ class TestDecode:
         seconds = token_costs.prefill_s(known_model("v3"), H200, prompt)
         assert seconds * 1e6 == pytest.approx(us, rel=1e-3)
         assert 1 / seconds == pytest.approx(rate, rel=0.012)
+
+
+    def test_what_is_reported_is_the_share_of_the_bound_that_is_claimed(self) -> None:
+        # DeepSeek: 14.8k tokens/s on 8 H800 (an H100's rates) at a mean context of 4,989 tokens.
+        bound = token_costs.decode_bound(known_model("v3"), known_gpu("h100"), 4989)
+        low, high = REPORTED
+        assert low <= 14.8e3 / 8 / bound <= high + 0.005
 
 
 class TestExperts:
