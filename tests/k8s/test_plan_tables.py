@@ -78,7 +78,6 @@ class TestDecode:
         assert seconds * 1e6 == pytest.approx(us, rel=1e-3)
         assert 1 / seconds == pytest.approx(rate, rel=0.012)
 
-
     def test_what_is_reported_is_the_share_of_the_bound_that_is_claimed(self) -> None:
         # DeepSeek: 14.8k tokens/s on 8 H800 (an H100's rates) at a mean context of 4,989 tokens.
         bound = token_costs.decode_bound(known_model("v3"), known_gpu("h100"), 4989)
