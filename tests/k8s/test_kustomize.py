@@ -79,6 +79,18 @@ def test_a_users_overlay_changes_the_image_of_every_pod(overlay_of: Any) -> None
     assert found["RayService/shoal"] == expected["RayService/shoal"]
 
 
+def test_the_overlay_in_the_readme_does_what_it_says(overlay_of: Any) -> None:
+    _, _, rest = (K8S / "README.md").read_text().partition("```yaml\n")
+    overlay = overlay_of(**yaml.safe_load(rest.partition("```")[0]))
+    config = deployment(
+        "gpu-large",
+        image="ghcr.io/me/shoal:cuda",
+        gateway={"enabled": True},
+        head={"node_selector": {"pool": "on-demand"}},
+    )
+    assert kustomize(overlay) == by_identity(render(config))
+
+
 def test_a_users_overlay_moves_everything_to_another_namespace(overlay_of: Any) -> None:
     found = kustomize(overlay_of(resources=["../gpu-large"], namespace="elsewhere"))
     namespaces = {manifest["metadata"].get("namespace") for manifest in found.values()}

@@ -12,7 +12,7 @@ READ = ["get", "list", "watch"]
 WRITE = [*READ, "create", "patch", "delete"]
 DEPLOYER_RULES = (
     (["ray.io"], ["rayservices", "rayclusters"], WRITE),
-    ([""], ["serviceaccounts", "persistentvolumeclaims", "services"], WRITE),
+    ([""], ["serviceaccounts", "configmaps", "persistentvolumeclaims", "services"], WRITE),
     ([""], ["secrets"], ["get", "create", "delete"]),
     (["apps"], ["statefulsets"], WRITE),
     (["policy"], ["poddisruptionbudgets"], WRITE),
@@ -21,7 +21,7 @@ DEPLOYER_RULES = (
     (["gateway.networking.k8s.io"], ["httproutes", "grpcroutes"], WRITE),
     ([""], ["pods", "events"], READ),
     ([""], ["pods/log"], ["get"]),
-    ([""], ["pods/portforward"], ["create"]),
+    ([""], ["pods/portforward"], ["get", "create"]),
 )
 """(API groups, resources, verbs): what `shoal k8s` needs in the namespace, and no more."""
 
