@@ -191,7 +191,7 @@ def _wait(session: Session, timeout_s: float) -> None:
             "it goes on: see `shoal k8s status --watch`"
         )
     stdout.print(f"ready: {session.service}, {judged.summary}", style="bold green", markup=False)
-    stdout.print(f"shoal k8s forward -c {session.path}", markup=False, soft_wrap=True)
+    stdout.print(f"to reach it: shoal k8s forward -c {session.path}", markup=False, soft_wrap=True)
 
 
 def _watch(follower: Follower, subject: str, as_json: bool) -> None:

@@ -65,7 +65,7 @@ def _print_workers(config: DeployConfig, tier: str, bounds: Bounds, workers: Bou
     per_pod = getattr(getattr(config, tier), "workers_of_a_pod", 1)
     stdout.print(f"the application keeps {workers} workers there, {per_pod} a pod")
     if bounds.high * per_pod > workers.high:
-        idle = f"so more than {-(-workers.high // per_pod)} pods stay empty"
+        idle = f"pods beyond {-(-workers.high // per_pod)} stay empty"
         fix = f"raise {tier}.max_pods in the configuration and apply"
         stdout.print(f"{idle}: {fix}", style="yellow", soft_wrap=True)
     if bounds.high * per_pod < workers.low:

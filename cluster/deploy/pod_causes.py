@@ -82,7 +82,7 @@ def _problems(pod: dict[str, Any], now: datetime) -> Iterator[tuple[str, bool]]:
 
 
 def _unschedulable(condition: dict[str, Any], now: datetime) -> tuple[str, bool]:
-    message = _one_line(condition.get("message", ""))
+    message = _one_line(condition.get("message", "")).partition(" preemption:")[0].rstrip(".")
     hints = dict.fromkeys(hint for piece, hint in SCHEDULING_HINTS.items() if piece in message)
     text = "; ".join([f"Unschedulable: {message}", *hints])
     since = condition.get("lastTransitionTime")
@@ -103,9 +103,9 @@ def _container_problems(container: dict[str, Any]) -> Iterator[tuple[str, bool]]
     reason = waiting.get("reason", "")
     if reason in WAITING_HINTS:
         message = _one_line(waiting.get("message") or container.get("image", ""))
-        exited = f" (exit code {ended['exitCode']})" if ended.get("exitCode") else ""
-        text = f"{name}: {reason}{exited}: {message}; {WAITING_HINTS[reason]}"
-        yield text, reason not in TRANSIENT
+        if "exitCode" in ended:  # more telling than how long the kubelet will wait
+            message = f"exit code {ended['exitCode']}"
+        yield f"{name}: {reason}: {message}; {WAITING_HINTS[reason]}", reason not in TRANSIENT
     elif (container.get("state") or {}).get("terminated") and ended.get("exitCode"):
         message = _one_line(ended.get("message") or ended.get("reason") or "")
         yield f"{name}: exit code {ended['exitCode']}: {message}", False

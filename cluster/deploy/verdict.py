@@ -60,26 +60,22 @@ def verdict(seen: Observed, now: datetime) -> Verdict:
     current = _current_status(seen.service)
     cluster = _current_cluster(seen, current)
     pods = _pods_of(cluster, seen.pods)
-    troubles = [cause for pod in pods for cause in pod_causes(pod, now)]
-    refused = list(_refused_pods(cluster))
     state, summary = _state(seen.service, current, cluster)
-    fatal = [cause.text for cause in [*refused, *troubles] if cause.fatal]
-    if state == "waiting" and fatal:
-        state, summary = "failed", "a pod cannot run"
+    causes: list[str] = []
+    if _is_current(seen.service):  # else pods and applications are those of the last try
+        troubles = [*_refused_pods(cluster), *(c for pod in pods for c in pod_causes(pod, now))]
+        causes += [*_application_causes(current), *_grouped(troubles)]
+        if state != "ready":
+            causes += _event_causes(seen.events, cluster, pods)
+        if state == "waiting" and any(cause.fatal for cause in troubles):
+            state, summary = "failed", "a pod cannot run"
+    causes += (f"{kind}: not permitted to read them; ask for the right" for kind in seen.hidden)
     return Verdict(
-        state=state,
-        summary=summary,
-        causes=(
-            *_application_causes(current),
-            *_grouped([*refused, *troubles]),
-            *(_event_causes(seen.events, cluster, pods) if state != "ready" else ()),
-            *(
-                f"{kind}: not permitted to read them, so nothing is known here"
-                for kind in seen.hidden
-            ),
-        ),
-        tiers=tuple(_tiers(cluster, pods)),
-        applications={name: app.get("status", "") for name, app in _applications(current).items()},
+        state,
+        summary,
+        tuple(causes),
+        tuple(_tiers(cluster, pods)),
+        {name: app.get("status", "") for name, app in _applications(current).items()},
     )
 
 
@@ -94,7 +90,7 @@ def _state(
     reason, message = ready.get("reason", ""), ready.get("message", "")
     if "deletionTimestamp" in service["metadata"]:
         return "waiting", "is being deleted"
-    if not _is_current(service, ready):
+    if not _is_current(service):
         return "waiting", "the KubeRay operator has not looked at this version yet"
     if reason in TERMINAL_REASONS:
         return "failed", f"{reason}: {message.rstrip('.')}; {TERMINAL_REASONS[reason]}"
@@ -111,11 +107,12 @@ def _state(
     return "waiting", f"{reason}: {message}".strip(": ") or "no status from the operator yet"
 
 
-def _is_current(service: dict[str, Any], ready: dict[str, Any]) -> bool:
+def _is_current(service: dict[str, Any]) -> bool:
     """Whether the status speaks of the spec as it is now. A refused spec is noted in the
     condition before the status as a whole."""
-    judged = service.get("status", {}).get("observedGeneration", 0)
-    judged = max(judged, ready.get("observedGeneration", 0))
+    status = service.get("status", {})
+    noted = [each.get("observedGeneration", 0) for each in status.get("conditions") or []]
+    judged = max([status.get("observedGeneration", 0), *noted])
     return bool(judged >= service["metadata"].get("generation", 0))
 
 

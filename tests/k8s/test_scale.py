@@ -127,7 +127,7 @@ class TestCommand:
         told = shoal("scale", "experts", "4").text
         workers = shoal.config.experts.num_workers
         assert f"the application keeps {workers} workers there, 2 a pod" in told
-        assert "so more than 1 pods stay empty: raise experts.max_pods" in told
+        assert "pods beyond 1 stay empty: raise experts.max_pods" in told
 
     def test_the_next_apply_asks_about_numbers_that_differ(self, shoal: Shoal) -> None:
         shoal("apply", "--no-wait")

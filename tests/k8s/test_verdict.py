@@ -140,11 +140,14 @@ class TestPods:
         return {"phase": "Pending", "conditions": [condition]}
 
     def test_unschedulable_says_what_to_do_and_waits_for_the_cluster_autoscaler(self) -> None:
-        status = self.unschedulable("0/3 nodes: 3 Insufficient nvidia.com/gpu.", minutes=9)
+        status = self.unschedulable(
+            "0/3 nodes: 3 Insufficient nvidia.com/gpu. preemption: 0/3", minutes=9
+        )
         result = judge(service(STARTING), pod("p", **status))
         assert result.state == "waiting"
-        assert result.causes[0].startswith("experts p: Unschedulable: 0/3 nodes: 3 Insufficient")
-        assert "add GPU nodes" in result.causes[0]
+        assert result.causes[0].startswith(
+            "experts p: Unschedulable: 0/3 nodes: 3 Insufficient nvidia.com/gpu; add GPU nodes"
+        )
 
     def test_unschedulable_for_long_fails(self) -> None:
         status = self.unschedulable("0/3 nodes", minutes=11)
@@ -193,6 +196,17 @@ class TestPods:
         shown = service(READY, IDLE, activeServiceStatus=active())
         result = judge(shown, pod("p", **waiting("ImagePullBackOff")))
         assert (result.state, len(result.causes)) == ("ready", 1)
+
+    def test_pods_of_the_last_try_do_not_fail_the_next_one(self) -> None:
+        shown = service(STARTING, generation=4)  # repaired, and not looked at yet
+        result = judge(shown, pod("p", **waiting("CrashLoopBackOff")))
+        assert (result.state, result.causes) == ("waiting", ())
+
+    def test_how_it_crashed_is_told_once_for_all(self) -> None:
+        state = waiting("CrashLoopBackOff", "back-off 5m0s restarting pod=p")
+        state["containerStatuses"][0]["lastState"] = {"terminated": {"exitCode": 3}}
+        (cause,) = judge(service(STARTING), pod("p", **state), pod("q", **state)).causes
+        assert cause.startswith("experts p and 1 more: ray-worker: CrashLoopBackOff: exit code 3;")
 
     def test_pods_of_the_old_cluster_and_deleted_ones_do_not_count(self) -> None:
         gone = pod("p", **waiting("CrashLoopBackOff"))
