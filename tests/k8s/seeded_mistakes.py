@@ -237,7 +237,7 @@ OPERATOR = (
     ),
     Mistake(
         "fields of autoscaler v2",
-        lambda o: o.cluster["autoscalerOptions"].update(version="v1"),
+        lambda o: o.cluster["autoscalerOptions"].pop("version"),
         "workerGroupSpecs[0].idleTimeoutSeconds",
         "needs autoscaler v2",
         "version: v2",
@@ -369,7 +369,7 @@ APPLICATION = (
         "Serve config that is no YAML",
         lambda o: o.spec.update(serveConfigV2="a: [b"),
         "spec.serveConfigV2",
-        "no YAML",
+        "no YAML: line 1: expected ',' or ']'",
         "mend its syntax",
     ),
     Mistake(
@@ -499,7 +499,14 @@ PLACEMENT = (
         lambda o: o.pod()["nodeSelector"].update({"nvidia.com/gpu.product": "NVIDIA-L40S"}),
         "args.experts",
         "a worker of Experts needs 82 GB",
-        "larger GPUs",
+        "more workers with fewer slots",
+    ),
+    Mistake(
+        "cache that does not fit",
+        _args("attention", "engine", kv_cache_bytes=10**12),
+        "args.attention",
+        "a worker of Attention needs",
+        "lower engine.kv_cache_bytes",
     ),
     Mistake(
         "too few slots",
@@ -534,7 +541,7 @@ RAY_PODS = (
     ),
     Mistake(
         "no requests",
-        lambda o: o.box()["resources"].pop("requests"),
+        lambda o: o.box().pop("resources"),
         "resources.requests.cpu",
         "no request of cpu",
         "add requests.cpu",
@@ -559,6 +566,13 @@ RAY_PODS = (
         "authOptions.mode",
         "there is no authentication",
         "mode: token",
+    ),
+    Mistake(
+        "autoscaler by default",
+        lambda o: o.cluster["autoscalerOptions"].pop("version"),
+        "autoscalerOptions.version",
+        "autoscaler v2 must be spelled out",
+        "version: v2",
     ),
     Mistake(
         "actors on the head",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 
 import pytest
 
 from cluster.config import ConfigError
+from cluster.deploy.check import schemas
 from cluster.deploy.check.checks import check_manifests, list_notes
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.schemas import VERSIONS
@@ -100,3 +103,20 @@ def test_memory_is_looked_at_only_where_the_model_is_known() -> None:
 def test_objects_of_unknown_groups_pass() -> None:
     text = "{apiVersion: example.org/v1, kind: Anything, metadata: {name: x}, spec: {a: 1}}"
     assert check_manifests(load_text(text, FILE)) == []
+
+
+def test_without_the_schemas_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes_validate", None)
+    schemas._schema.cache_clear()
+    with pytest.raises(ConfigError, match=r"pip install 'shoal-serve\[k8s\]'"):
+        check_manifests([Located(FILE, good()[0])])
+    schemas._schema.cache_clear()
+
+
+def test_nothing_heavy_is_imported_to_check() -> None:
+    code = "import sys, cluster.deploy.check.checks as c; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"ray", "torch", "kubernetes", "kubernetes_validate", "jsonschema", "fastapi"}
+    assert heavy.isdisjoint(run.stdout.split())

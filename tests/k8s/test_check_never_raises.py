@@ -33,7 +33,7 @@ STEPS = st.lists(st.integers(0, 40), min_size=1, max_size=14)
 EDITS = st.lists(
     st.tuples(STEPS, st.sampled_from(["replace", "delete", "rename"]), ODD), max_size=4
 )
-QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from cluster.deploy.check.node import Node
 from cluster.deploy.check.schemas import shown
 from cluster.deploy.check.serve_model import ServeConfig
 from cluster.deploy.check.typed import typed_findings
-from cluster.deploy.check.yaml_nodes import parse_yaml
+from cluster.deploy.check.yaml_nodes import explain, parse_yaml
 
 IMPORT_PATH = "cluster.app:build_app"
 SERVICER = "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server"
@@ -65,12 +65,17 @@ def read_application(root: Node) -> tuple[Application | None, list[Finding]]:
     try:
         parsed = parse_yaml(text.text)
     except yaml.YAMLError as error:
-        why = " ".join(str(error).split())
-        return None, [text.finding(f"no YAML: {why}", "mend its syntax; it is one text: |")]
+        why, line = explain(error)
+        at = "" if line is None else f"line {line}: "
+        return None, [text.finding(f"no YAML: {at}{why}", "mend its syntax; it is one text: |")]
     serve = text.with_value(parsed)
     if not isinstance(parsed, dict):
-        fix = "write the settings of a Serve config file"
-        return None, [] if text.value and not text.text else [text.finding("no mapping", fix)]
+        if text.given and not isinstance(
+            text.value, str
+        ):  # of another type, which the schema tells
+            return None, []
+        fix = "write a Serve config file as one text: |"
+        return None, [text.finding("missing, or no mapping", fix)]
     found = list(typed_findings(ServeConfig, serve)) + list(_serve_findings(serve))
     ours = [app for app in serve["applications"].each() if _is_ours(app)]
     if len(ours) != 1:

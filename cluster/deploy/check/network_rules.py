@@ -30,7 +30,7 @@ def network_findings(objects: Sequence[Located], ray_pods: list[Group]) -> Itera
             if not any(selects(root["spec"]["podSelector"], each) for each in labels):
                 pods = [group.pod_labels for group in ray_pods]
                 place = root["spec"]["podSelector"]
-                yield place.finding("selects no pod", f"pods have {labels_of(pods)}")
+                yield place.finding("selects no pod", labels_of(pods, place))
     head = ray_pods[0]
     yield from _closed_doors(policies, head)
     for root in policies:

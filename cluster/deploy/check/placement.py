@@ -90,7 +90,11 @@ def _enough_gpus(deployments: tuple[Deployment, ...], workers: list[Group]) -> I
     free = {id(group): group.max_pods * group.gpus_per_pod for group in workers}
     for deployment in (each for each in deployments if each.num_gpus):
         left = deployment.max_workers
-        homes = [group for group in workers if group.fits(deployment.label_selector)]
+        homes = [
+            group
+            for group in workers
+            if group.fits(deployment.label_selector) and group.gpus_per_pod >= deployment.num_gpus
+        ]
         for group in homes:
             a_pod = group.gpus_per_pod // deployment.num_gpus
             taken = min(
@@ -125,26 +129,27 @@ def _memory(app: Application, group: Group, sizes: ModelSizes) -> Iterator[Findi
     gpu = next((gpu for gpu in GPUS.values() if product.text in gpu.products), None)
     if gpu is None:
         return
-    slots = _slots(app, sizes) + (app.config.experts.spare_slots_per_worker or 0)
-    needs = {
-        "Experts": (sizes.expert_worker_bytes(slots), "slots_per_worker or more workers"),
-        "Attention": (sizes.attention_worker_bytes() + _cache_bytes(app, sizes), "its KV cache"),
-    }
     for deployment in app.deployments:
-        if (
-            deployment.num_gpus
-            and deployment.name in needs
-            and group.fits(deployment.label_selector)
-        ):
-            needed, what = needs[deployment.name]
-            usable = gpu.usable_bytes * deployment.num_gpus
-            if needed > usable:
-                message = (
-                    f"a worker of {deployment.name} needs {needed / 1e9:.0f} GB for {sizes.name}, "
-                    f"{deployment.num_gpus:g} {gpu.name} have {usable / 1e9:.0f} GB to use"
-                )
-                fix = f"larger GPUs, or change {what}"
-                yield deployment.settings.finding(message, fix)
+        is_here = deployment.num_gpus and group.fits(deployment.label_selector)
+        needed, remedy = _needs(deployment.name, app, sizes)
+        usable = gpu.usable_bytes * deployment.num_gpus
+        if is_here and needed > usable:
+            message = (
+                f"a worker of {deployment.name} needs {needed / 1e9:.0f} GB for {sizes.name}, "
+                f"{deployment.num_gpus:g} {gpu.name} have {usable / 1e9:.0f} GB to use"
+            )
+            yield deployment.settings.finding(message, f"use larger GPUs, or {remedy}")
+
+
+def _needs(name: str, app: Application, sizes: ModelSizes) -> tuple[int, str]:
+    """Bytes of GPU memory that a worker takes, and how it would take less."""
+    if name == "Experts":
+        slots = _slots(app, sizes) + (app.config.experts.spare_slots_per_worker or 0)
+        return sizes.expert_worker_bytes(slots), "more workers with fewer slots"
+    if name == "Attention":
+        cache = _cache_bytes(app, sizes)
+        return sizes.attention_worker_bytes() + cache, "lower engine.kv_cache_bytes"
+    return 0, ""
 
 
 def _slots(app: Application, sizes: ModelSizes) -> int:

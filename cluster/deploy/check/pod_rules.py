@@ -51,10 +51,12 @@ def plain_pods(root: Node) -> list[Node]:
     return [] if root["kind"].text in ("RayService", "RayCluster") else templates(root)
 
 
-def labels_of(pods: list[dict[str, str]]) -> str:
-    """The labels that a selector could name, for a message; Ray's own are left out."""
-    pairs = {f"{k}: {v}" for labels in pods for k, v in labels.items() if "ray.io/" not in k}
-    return ", ".join(sorted(pairs)) or "no labels"
+def labels_of(pods: list[dict[str, str]], selector: Node) -> str:
+    """What the pods have under the keys that a selector asks for, for a message."""
+    asked = [each["key"].text for each in selector["matchExpressions"].each()]
+    asked += selector["matchLabels"].texts()
+    pairs = {f"{k}: {v}" for labels in pods for k, v in labels.items() if k in asked}
+    return f"pods have {', '.join(sorted(pairs)) or 'no such labels'}"
 
 
 def containers(template: Node) -> list[Node]:
@@ -114,7 +116,7 @@ def _variable(variable: Node) -> Iterator[Finding]:
 def _volumes(spec: Node, claimed: list[str]) -> Iterator[Finding]:
     """`claimed`: names of the volumes that a StatefulSet makes for each pod."""
     names = [volume["name"].text for volume in spec["volumes"].each()]
-    for i, volume in enumerate(spec["volumes"].each()):
+    for volume in spec["volumes"].each():
         name = volume["name"]
         if name.text and not is_dns_label(name.text):
             yield name.finding(f"{shown(name.text)} is no name", "use a-z, 0-9 and -")
@@ -122,8 +124,6 @@ def _volumes(spec: Node, claimed: list[str]) -> Iterator[Finding]:
         if len(kinds) > 1:
             message = f"a volume of several kinds: {', '.join(kinds)}"
             yield volume.finding(message, "keep one of them")
-        if name.text in names[:i]:
-            yield name.finding(f"a second volume named {name.text}", "rename one of them")
         yield from _quantity(volume["emptyDir"]["sizeLimit"])
     for container in spec["initContainers"].each() + spec["containers"].each():
         yield from _mounts(container["volumeMounts"], names + claimed)

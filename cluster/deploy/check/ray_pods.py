@@ -32,7 +32,7 @@ def cluster_findings(root: Node) -> Iterator[Finding]:
         yield spec["excludeHeadPodFromServeSvc"].finding(message, "set it to true")
     if cluster["enableInTreeAutoscaling"].value is True:
         wanted = cluster["autoscalerOptions"]["version"]
-        if wanted.text != "v2":
+        if not wanted.given:
             message = "autoscaler v2 must be spelled out, or KubeRay treats it as v1"
             yield wanted.finding(message, "write version: v2")
     auth = cluster["authOptions"]
@@ -66,7 +66,7 @@ def group_findings(group: Group) -> Iterator[Finding]:
 
 def _head(group: Group) -> Iterator[Finding]:
     cpus = group.node["rayStartParams"]["num-cpus"]
-    if cpus.text != "0" and not group.node["resources"]["CPU"].given:
+    if cpus.value not in ("0", 0) and not group.node["resources"]["CPU"].given:
         message = "Ray would place actors on the head, the one pod that must not die"
         yield cpus.finding(message, 'write num-cpus: "0"')
     if group.gpus_per_pod:
@@ -77,11 +77,11 @@ def _head(group: Group) -> Iterator[Finding]:
 def _memory(group: Group) -> Iterator[Finding]:
     resources = group.container["resources"]
     for key in ("cpu", "memory"):
-        if quantity(resources["requests"][key].value) is None:
+        if not (resources["requests"][key].given or resources["limits"][key].given):
             message = f"no request of {key}: the scheduler takes the pod for free"
             yield resources["requests"][key].finding(message, f"add requests.{key}")
     limit = quantity(resources["limits"]["memory"].value)
-    if limit is None:
+    if not resources["limits"]["memory"].given:
         message = "no memory limit: Ray takes all of the node's memory for its own"
         yield resources["limits"]["memory"].finding(message, "add limits.memory")
     mounts = group.container["volumeMounts"]

@@ -115,6 +115,9 @@ def _pod_references(spec: Node) -> Iterator[tuple[Node, str]]:
         for variable in container["env"].each():
             yield variable["valueFrom"]["secretKeyRef"]["name"], "Secret"
             yield variable["valueFrom"]["configMapKeyRef"]["name"], "ConfigMap"
+        for source in container["envFrom"].each():
+            yield source["secretRef"]["name"], "Secret"
+            yield source["configMapRef"]["name"], "ConfigMap"
 
 
 def _is_known(objects: Sequence[Located], kind: str, name: str) -> bool:
@@ -135,7 +138,7 @@ def _misspelt(objects: Sequence[Located], kind: str, place: Node) -> Iterator[Fi
 def _budget(root: Node, pods: list[dict[str, str]]) -> Iterator[Finding]:
     selector = root["spec"]["selector"]
     if not any(selects(selector, labels) for labels in pods):
-        yield selector.finding("selects no pod", f"pods have {labels_of(pods)}")
+        yield selector.finding("selects no pod", labels_of(pods, selector))
     if root["spec"]["unhealthyPodEvictionPolicy"].text != "AlwaysAllow":
         message = "a pod that is not ready would hold up the drain of its node for ever"
         place = root["spec"]["unhealthyPodEvictionPolicy"]
@@ -147,7 +150,7 @@ def _monitor(root: Node, ray_pods: list[Group]) -> Iterator[Finding]:
     chosen = [group for group in ray_pods if selects(selector, group.pod_labels)]
     if not chosen:
         pods = [group.pod_labels for group in ray_pods]
-        yield selector.finding("selects no pod", f"pods have {labels_of(pods)}")
+        yield selector.finding("selects no pod", labels_of(pods, selector))
         return
     names = {
         port["name"].text

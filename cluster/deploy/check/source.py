@@ -14,7 +14,15 @@ import yaml
 from cluster.config import ConfigError
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Keys, Node, dotted
-from cluster.deploy.check.yaml_nodes import MAX_VALUES, count, duplicates, line_of, step, value_of
+from cluster.deploy.check.yaml_nodes import (
+    MAX_VALUES,
+    count,
+    duplicates,
+    explain,
+    line_of,
+    step,
+    value_of,
+)
 
 SUFFIXES = (".yaml", ".yml")
 KUSTOMIZE_FILES = ("kustomization.yaml", "kustomization.yml", "Kustomization")
@@ -137,10 +145,9 @@ def _items(located: Located) -> Iterator[Located]:
 
 
 def _broken(file: str, error: yaml.YAMLError) -> Located:
-    mark = getattr(error, "problem_mark", None)
-    line = f":{mark.line + 1}" if mark else ""
-    why = " ".join(str(getattr(error, "problem", None) or error).split())
-    fault = Finding(f"{file}{line}", "document", f"no YAML: {why}", "mend the syntax of this line")
+    why, line = explain(error)
+    place = file if line is None else f"{file}:{line}"
+    fault = Finding(place, "document", f"no YAML: {why}", "mend the syntax of this line")
     return Located(file, None, faults=(fault,))
 
 

@@ -84,7 +84,9 @@ def _explain(model: type[BaseModel], root: Node, keys: Keys, fault: Any) -> Find
             f"{shown(node.value)} is not allowed", f"one of {fault['ctx']['expected']}"
         )
     message, _, fix = fault["msg"].removeprefix("Value error, ").partition(": ")
-    return node.finding(f"{shown(node.value)}: {message}", fix or "change this value")
+    if not isinstance(node.value, (dict, list)):
+        message = f"{shown(node.value)}: {message}"
+    return node.finding(message, fix or "change this value")
 
 
 def _keys_in(node: Node, loc: tuple[str | int, ...]) -> Keys:

@@ -29,6 +29,13 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError("nested too deeply") from None
 
 
+def explain(error: yaml.YAMLError) -> tuple[str, int | None]:
+    """What is wrong, and in which line if that is known."""
+    mark = getattr(error, "problem_mark", None)
+    why = getattr(error, "problem", None) or error
+    return " ".join(str(why).split()), mark.line + 1 if mark else None
+
+
 def value_of(document: yaml.Node) -> Any:
     """What a document says. Raises yaml.YAMLError."""
     loader = yaml.SafeLoader("")
