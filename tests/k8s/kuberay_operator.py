@@ -88,10 +88,13 @@ class Operator:
     def _reconcile_cluster(self, cluster: Json, faults: Faults, is_running: bool) -> None:
         name = cluster["metadata"]["name"]
         wanted = {pod["metadata"]["name"]: pod for pod in kuberay_pods.pods(cluster)}
-        found = self._client.select("Pod", self._namespace, f"ray.io/cluster={name}")
-        present = {pod["metadata"]["name"]: pod for pod in found}
-        for surplus in present.keys() - wanted.keys():
-            self._delete("Pod", surplus)
+        present: dict[str, Json] = {}
+        for pod in self._client.select("Pod", self._namespace, f"ray.io/cluster={name}"):
+            pod_name = pod["metadata"]["name"]
+            if pod_name in wanted and not _is_over(pod, faults):
+                present[pod_name] = pod
+            else:
+                self._delete("Pod", pod_name)
         try:
             for missing in [n for n in wanted if n not in present]:
                 present[missing] = self._client.create(wanted[missing])
@@ -110,7 +113,7 @@ class Operator:
 
     def _run_pod(self, pod: Json, faults: Faults, is_running: bool) -> None:
         """The kubelet's part. A worker is ready once Serve's proxy runs on it."""
-        group = pod["metadata"]["labels"]["ray.io/group"]
+        group = _group_of(pod)
         if fault := faults.pods.get(group):
             status = fault(pod)
         else:
@@ -150,3 +153,13 @@ class Operator:
     def _delete(self, kind: str, name: str) -> None:
         if self._client.find(kind, name, self._namespace):
             self._client.delete(kind, name, self._namespace, gracePeriodSeconds="0")
+
+
+def _group_of(pod: Json) -> str:
+    group: str = pod["metadata"]["labels"]["ray.io/group"]
+    return group
+
+
+def _is_over(pod: Json, faults: Faults) -> bool:
+    """Failed for good: the operator makes another one, here once the fault is mended."""
+    return status_of(pod).get("phase") == "Failed" and _group_of(pod) not in faults.pods

@@ -26,7 +26,7 @@ class Namespace:
         self.client = client
         self.name = name
 
-    def wait(self, fits: Callable[[Json], bool], kind: str = "RayService") -> Json:
+    def wait(self, fits: Callable[[Json], bool], kind: str = "RayService") -> Any:
         listing = self.client.listing(kind, self.name)
         found = [obj for obj in listing["items"] if fits(obj)]
         if found:
@@ -37,7 +37,7 @@ class Namespace:
                 return event["object"]
         pytest.fail(f"no such {kind}; there are {self.client.select(kind, self.name)}")
 
-    def ready(self) -> Json:
+    def ready(self) -> Any:
         return self.wait(lambda service: condition(service, "Ready").get("status") == "True")
 
     def refused(self) -> Json:

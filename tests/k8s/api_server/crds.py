@@ -51,7 +51,7 @@ class CustomResource:
     @cached_property
     def _validator(self) -> Any:
         converted = to_json_schema(self.structure)
-        everywhere = dict.fromkeys(("apiVersion", "kind", "metadata"), {})
+        everywhere: Json = {"apiVersion": {}, "kind": {}, "metadata": {}}
         converted["properties"] = {**converted.get("properties", {}), **everywhere}
         return jsonschema.Draft202012Validator(converted)
 

@@ -69,7 +69,7 @@ def with_owners(obj: Json, owners: Owners, old: Json | None) -> Json:
             "fieldsV1": fields.to_fields_v1(paths),
             **({"subresource": owner.subresource} if owner.subresource else {}),
         }
-        known = before.get(tuple(owner))
+        known = before.get((owner.manager, owner.operation, owner.subresource))
         entries.append(known if known and known["fieldsV1"] == entry["fieldsV1"] else entry)
     return {**obj, "metadata": {**obj["metadata"], "managedFields": entries}}
 

@@ -16,7 +16,7 @@ STRATEGIC = "application/strategic-merge-patch+json"
 APPLY = "application/apply-patch+yaml"
 
 
-def patched(obj: Json, patch: Any, content_type: str, schema: Json, is_custom: bool) -> Json:
+def patched(obj: Json, patch: Any, content_type: str, schema: Json, is_custom: bool) -> Any:
     """`obj` after the patch.
 
     Raises:
