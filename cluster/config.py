@@ -22,6 +22,11 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_COMMANDED = 64
 """Workers that `shoal scale` may ask for in a tier without `scaling`."""
+GRPC_SERVICERS = (
+    "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""What Serve's gRPC proxies serve, by import path."""
 SECRET_VARIABLE = "SHOAL_CLUSTER_SECRET"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the secret that members of a cluster prove to each other, in hex."""
 API_KEY_VARIABLE = "SHOAL_API_KEY"

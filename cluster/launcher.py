@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster import machine_code, ray_messages, serve_proxy
-from cluster.config import SECRET_VARIABLE, ConfigError, ShoalConfig
+from cluster.config import GRPC_SERVICERS, SECRET_VARIABLE, ConfigError, ShoalConfig
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "shoal"
 FREE_PORTS = range(20_000, 30_000)
-GRPC_SERVICERS = (
-    "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
 
 
 def check_ports(config: ShoalConfig) -> None:

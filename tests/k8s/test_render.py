@@ -12,9 +12,8 @@ from cluster.deploy.config import PRESETS, preset_config
 from cluster.deploy.manifest import in_order
 from cluster.deploy.manifests.pods import MAX_GRPC_MESSAGE_BYTES
 from cluster.deploy.manifests.rayservice import RAY_VERSION
-from cluster.deploy.manifests.serve_config import GRPC_SERVICERS, IMPORT_PATH
+from cluster.deploy.manifests.serve_config import IMPORT_PATH
 from cluster.deploy.render import render
-from cluster.launcher import GRPC_SERVICERS as SERVED_HERE
 from cluster.serve_proxy import MAX_GRPC_MESSAGE_BYTES as SERVED_BYTES
 from tests.k8s.deployments import (
     application_args,
@@ -54,7 +53,6 @@ def test_there_are_no_secrets_with_values(config: Any) -> None:
 
 
 def test_facts_that_are_repeated_here_agree_with_their_source() -> None:
-    assert GRPC_SERVICERS == SERVED_HERE
     assert MAX_GRPC_MESSAGE_BYTES == SERVED_BYTES
     assert importlib.metadata.version("ray") == RAY_VERSION
 

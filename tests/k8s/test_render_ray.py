@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from cluster.deploy.config import PRESETS, preset_config
-from cluster.deploy.manifests.pods import DRAIN_MARGIN_S
+from cluster.deploy.manifests.pods import DRAIN_MARGIN_S, DRAIN_VARIABLE
 from tests.k8s.deployments import serve_settings, templates
 
 with warnings.catch_warnings():  # Ray imports what pydantic deprecates
     warnings.simplefilter("ignore")
+    from ray._private import ray_constants
     from ray.serve.schema import ServeDeploySchema
 
     from cluster.app import GRACEFUL_SHUTDOWN_S, build_app
@@ -46,10 +47,14 @@ def test_its_deployments_go_to_nodes_by_label(config: Any) -> None:
 def test_pods_have_longer_to_go_than_a_worker_takes_to_hand_over(config: Any) -> None:
     for tier in ("ingress", "attention", "experts"):
         spec = templates(config)[tier]
-        script = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-        deadline_s = int(script.partition("--deadline-remaining-seconds ")[2].split()[0])
+        environment = {e["name"]: e.get("value") for e in spec["containers"][0]["env"]}
+        deadline_s = int(environment[DRAIN_VARIABLE])
         assert deadline_s >= GRACEFUL_SHUTDOWN_S + 30
         assert spec["terminationGracePeriodSeconds"] == deadline_s + DRAIN_MARGIN_S
+
+
+def test_ray_reads_the_time_that_pods_have() -> None:
+    assert hasattr(ray_constants, DRAIN_VARIABLE)
 
 
 def _deployments(application: Any) -> list[tuple[str, Any]]:

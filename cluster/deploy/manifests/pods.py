@@ -36,6 +36,7 @@ GPU_RESOURCE, GPU_PRODUCT_LABEL = "nvidia.com/gpu", "nvidia.com/gpu.product"
 HOSTNAME_LABEL = "kubernetes.io/hostname"
 HEAD_TERMINATION_S = 60
 DRAIN_MARGIN_S = 60
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 """Between the end of a node's drain and the end of its pod."""
 MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
 """As cluster.serve_proxy has it, which is not imported: rendering needs no Ray."""
@@ -64,7 +65,7 @@ def worker_template(
     ports = serving_ports(config) | {"metrics": METRICS_PORTS["metrics"]}
     container = _container(config, "ray-worker", ports, volumes)
     container["resources"] = resources(config, pod, memory_bytes)
-    container["lifecycle"] = {"preStop": _drain(config.times.termination_s)}
+    container["env"].append(_drain_time(config.times.termination_s))
     spec = _pod(config, pod, "serving", [container], volumes)
     spec |= {
         "serviceAccountName": worker_account(config),
@@ -208,15 +209,10 @@ def _near_the_others(config: DeployConfig, topology_key: str | None) -> dict[str
     }
 
 
-def _drain(termination_s: int) -> dict[str, Any]:
-    """Before a pod is stopped Serve moves its replicas elsewhere; Ray's node ends when it is empty,
-    and the container with it, so the rest of the time is seldom used."""
-    deadline_s, wait_s = termination_s - DRAIN_MARGIN_S, termination_s - DRAIN_MARGIN_S // 2
-    script = (
-        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'pod is stopped' "
-        f"--deadline-remaining-seconds {deadline_s} && sleep {wait_s}"
-    )
-    return {"exec": {"command": ["/bin/bash", "-c", script]}}
+def _drain_time(termination_s: int) -> dict[str, str]:
+    """So long `ray start --block`, told to stop, lets Serve move the replicas to other nodes before
+    it ends what is left; Ray itself would give them 30 s."""
+    return {"name": DRAIN_VARIABLE, "value": str(termination_s - DRAIN_MARGIN_S)}
 
 
 def _verify_model(config: DeployConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cluster.config import ConfigError, ShoalConfig, merge, parse_config
+from cluster.config import GRPC_SERVICERS, ConfigError, ShoalConfig, merge, parse_config
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.manifests.names import (
     API_KEYS_FOLDER,
@@ -20,11 +20,6 @@ from cluster.deploy.sizing import Sizing
 
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - of a pod, whose network decides who reaches it
 IMPORT_PATH = "cluster.app:build_app"
-GRPC_SERVICERS = (
-    "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
-"""As cluster.launcher has them, which is not imported: rendering needs no Ray."""
 
 
 def serve_config(config: DeployConfig, sizing: Sizing) -> dict[str, Any]:
