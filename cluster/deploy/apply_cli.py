@@ -18,7 +18,7 @@ from cluster.deploy.differ import only_bounds_differ, unified_diff
 from cluster.deploy.down import obsolete, ours
 from cluster.deploy.follow import Follower
 from cluster.deploy.manifest import identity
-from cluster.deploy.manifests.names import API_KEYS_KEY
+from cluster.deploy.manifests.names import API_KEYS_KEY, api_keys_secret
 from cluster.deploy.scale import copy_bounds
 from cluster.deploy.secrets import missing_secrets
 from cluster.deploy.session import (
@@ -56,7 +56,8 @@ def diff(
         for step in steps:
             _print_diff(step)
         for extra in obsolete(ours(session.cluster, *_place(session))[0], session.manifests):
-            stdout.print(f"{identity(extra)}: no longer rendered; apply --prune deletes it")
+            text = f"{identity(extra)}: no longer rendered; apply --prune deletes it"
+            stdout.print(text, markup=False, soft_wrap=True)
         if any(step.action in ("created", "configured") for step in steps):
             raise typer.Exit(1)
 
@@ -151,9 +152,10 @@ def _prune(session: Session, dry_run: bool) -> None:
 
 def _after(session: Session, steps: list[Step]) -> None:
     """What KubeRay does not do by itself after an apply, and what the user may want to know."""
+    config = session.config
     for step in steps:
-        if step.action == "created" and step.identity.endswith(f"{session.config.name}-api-keys"):
-            command = read_secret_command(session.config, "api-keys", API_KEYS_KEY)
+        if step.action == "created" and step.identity == f"Secret/{api_keys_secret(config)}":
+            command = read_secret_command(config, api_keys_secret(config), API_KEYS_KEY)
             _print_lines([f"a first API key was made; read it with: {command}"], "")
         if step.identity != str(session.service) or step.before is None or step.after is None:
             continue
@@ -161,7 +163,7 @@ def _after(session: Session, steps: list[Step]) -> None:
             for change in copy_bounds(session.cluster, step.after):
                 text = f"{change.group} {change.before} -> {change.after} pods"
                 _print_step(Step(change.identity, "configured", text))
-        elif session.config.upgrade.strategy == "None":
+        elif config.upgrade.strategy == "None":
             _print_lines([IGNORED_UPGRADE], "yellow")
 
 

@@ -1,103 +1,51 @@
-"""`shoal k8s`: from deploy.yaml to a running RayService. This file: what needs no cluster."""
+"""`shoal k8s`: from deploy.yaml to a running RayService. A command's module is imported when it is
+asked for: `shoal --help` and `shoal serve` do not pay for them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from cluster.cli_common import user_errors
-from cluster.config import ConfigError
-from cluster.console import stderr, stdout
-from cluster.deploy import apply_cli, operate_cli
-from cluster.deploy.manifest import dump, dump_one, identity
-from cluster.deploy.session import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    ContextOption,
-    KubeconfigOption,
-    Session,
+MODULES = {
+    "render": "manifest_cli",
+    "check": "manifest_cli",
+    "diff": "apply_cli",
+    "apply": "apply_cli",
+    "status": "apply_cli",
+    "scale": "operate_cli",
+    "logs": "operate_cli",
+    "forward": "operate_cli",
+    "down": "operate_cli",
+}
+"""By command, in the order of the help; the function is called like the command."""
+
+
+class Commands(TyperGroup):
+    """Imports commands by name. Any: typer has a click of its own, whose types are private."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(MODULES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in MODULES:
+            return None
+        module = import_module(f"cluster.deploy.{MODULES[cmd_name]}")
+        single = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+        single.command(cmd_name)(getattr(module, cmd_name))
+        return typer.main.get_command(single)
+
+
+k8s_app = typer.Typer(
+    cls=Commands,
+    help="Deploy to Kubernetes and look after it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
-k8s_app = typer.Typer(help="Deploy to Kubernetes and look after it.", no_args_is_help=True)
 
-
-@k8s_app.command()
-def render(
-    config: ConfigOption = DEFAULT_CONFIG,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder: a file for each object.")
-    ] = None,
-) -> None:
-    """Print the manifests of a deployment."""
-    with user_errors():
-        manifests = Session(config).rendered
-        if output is None:
-            typer.echo(dump(manifests), nl=False)
-            return
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            for manifest in manifests:
-                name = identity(manifest).lower().replace("/", "-")
-                (output / f"{name}.yaml").write_text(dump_one(manifest))
-        except OSError as error:
-            raise ConfigError(f"{output}: {error.strerror}; name a folder to write to") from None
-        stdout.print(f"{output}: {len(manifests)} files", markup=False, soft_wrap=True)
-
-
-@k8s_app.command()
-def check(
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="Manifests or folders of them; - is stdin.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Check what it renders to.")
-    ] = None,
-    live: Annotated[
-        bool, typer.Option("--live", help="Ask the cluster too: KubeRay, GPUs, storage, rights.")
-    ] = False,
-    kubeconfig: KubeconfigOption = None,
-    context: ContextOption = None,
-) -> None:
-    """Check manifests without a cluster; status 1 if there is something to mend."""
-    from cluster.deploy.check.checks import check_manifests
-    from cluster.deploy.check.source import load
-
-    with user_errors():
-        if not files and config is None:
-            raise ConfigError("nothing to check: name manifests, or a configuration with --config")
-        session = Session(config or DEFAULT_CONFIG, kubeconfig, context)
-        located = load(files or [])
-        findings = check_manifests(located) + (session.findings() if config else [])
-        for finding in findings:
-            stdout.print(str(finding), markup=False, soft_wrap=True)
-        bodies = [each.body for each in located] + (session.rendered if config else [])
-        num_errors = len(findings) + (_preflight(session, bodies) if live else 0)
-        if num_errors:
-            raise typer.Exit(1)
-        stderr.print(f"{len(bodies)} objects, nothing to mend", style="green")
-
-
-def _preflight(session: Session, manifests: list[dict[str, object]]) -> int:
-    """Print what the cluster says; how many errors there are."""
-    from cluster.deploy.preflight import preflight
-
-    answers = preflight(session.cluster, manifests)
-    marks = {"ok": ("ok", "green"), "unknown": ("?", "yellow"), "error": ("error", "red")}
-    for answer in answers:
-        mark, style = marks[answer.level]
-        stdout.print(f"{mark:5}  {answer.text}", style=style, markup=False, soft_wrap=True)
-    return sum(answer.level == "error" for answer in answers)
-
-
-for _command in (
-    apply_cli.diff,
-    apply_cli.apply,
-    apply_cli.status,
-    operate_cli.scale,
-    operate_cli.logs,
-    operate_cli.forward,
-    operate_cli.down,
-):
-    k8s_app.command()(_command)
+@k8s_app.callback()
+def _group() -> None:
+    """Typer needs one where no command is registered."""

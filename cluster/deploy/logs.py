@@ -10,7 +10,7 @@ from typing import Any
 from cluster.config import ConfigError
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.api_errors import ClusterError
-from cluster.deploy.pod_causes import group_of
+from cluster.deploy.pod_causes import HEAD_GROUP, group_of
 
 PODS_PERIOD_S = 5.0
 """While following, new pods are looked for so often."""
@@ -49,15 +49,19 @@ def follow_logs(
             pass
 
 
-def pods_of_tier(pods: list[dict[str, Any]], tier: str | None) -> list[dict[str, Any]]:
-    """Those of a group, in the order of their names; None: all. Raises ConfigError if none is."""
+def named_pods(pods: list[dict[str, Any]], tier: str | None) -> list[dict[str, Any]]:
+    """As `pods_of_tier`. Raises ConfigError if there is none."""
+    if chosen := pods_of_tier(pods, tier):
+        return chosen
     groups = sorted({group_of(pod) for pod in pods})
-    if tier == "head":
-        tier = "headgroup"
-    chosen = [pod for pod in pods if tier in (None, group_of(pod))]
-    if not chosen:
-        have = f"pods there are of {', '.join(groups)}" if groups else "there are no pods at all"
-        raise ConfigError(f"no pods of tier {tier or 'any'}: {have}; see `shoal k8s status`")
+    have = f"pods there are of {', '.join(groups)}" if groups else "there are no pods at all"
+    raise ConfigError(f"no pods of tier {tier or 'any'}: {have}; see `shoal k8s status`")
+
+
+def pods_of_tier(pods: list[dict[str, Any]], tier: str | None) -> list[dict[str, Any]]:
+    """Those of a group in the order of their names; None: all."""
+    group = HEAD_GROUP if tier == "head" else tier
+    chosen = [pod for pod in pods if group in (None, group_of(pod))]
     return sorted(chosen, key=lambda pod: str(pod["metadata"]["name"]))
 
 

@@ -15,13 +15,15 @@ from cluster.deploy.api_errors import Forbidden
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.down import ours, take_down
 from cluster.deploy.forward import Forwarder, Port, ready_pods
-from cluster.deploy.logs import follow_logs, pods_of_tier, show_logs
+from cluster.deploy.logs import follow_logs, named_pods, pods_of_tier, show_logs
 from cluster.deploy.manifests.names import (
     API_KEYS_KEY,
     DASHBOARD_PORT,
     GRPC_PORT,
     SERVE_PORT,
     TOKEN_KEY,
+    api_keys_secret,
+    token_secret,
 )
 from cluster.deploy.scale import Bounds, parse_bounds, serve_bounds
 from cluster.deploy.scale import scale as set_bounds
@@ -92,15 +94,15 @@ def logs(
             raise ConfigError("--previous has ended and cannot be followed: give one of the two")
         session = Session(config, kubeconfig, context)
 
-        def find() -> list[dict[str, Any]]:
+        def pods() -> list[dict[str, Any]]:
             seen = session.deployment.observe()
-            return pods_of_tier(seen.pods if seen else [], tier)
+            return seen.pods if seen else []
 
-        pods = find()
+        chosen = named_pods(pods(), tier)
         lines = (
-            follow_logs(session.cluster, find, tail)
+            follow_logs(session.cluster, lambda: pods_of_tier(pods(), tier), tail)
             if follow
-            else show_logs(session.cluster, pods, tail, previous)
+            else show_logs(session.cluster, chosen, tail, previous)
         )
         for pod, line in lines:
             typer.echo(f"{pod}  {line}")
@@ -117,6 +119,7 @@ def forward(
     """Reach a deployment on this machine's loopback until Ctrl-C. Port 0 takes any free one."""
     with user_errors():
         session = Session(config, kubeconfig, context)
+        deployed = session.config
         ports = [
             Port("http", http, SERVE_PORT, "serve"),
             Port("gRPC", grpc, GRPC_PORT, "serve"),
@@ -127,10 +130,11 @@ def forward(
         with forwarder.listening(ports) as (http, grpc, dashboard):
             stdout.print(f"http://127.0.0.1:{http}/v1", f"gRPC 127.0.0.1:{grpc}")
             stdout.print(f"dashboard http://127.0.0.1:{dashboard}, its token:")
-            _print_command(read_secret_command(session.config, "ray-token", TOKEN_KEY))
-            if session.config.auth.api_keys:
+            _print_command(read_secret_command(deployed, token_secret(deployed), TOKEN_KEY))
+            if deployed.auth.api_keys:
                 stdout.print("API keys:")
-                _print_command(read_secret_command(session.config, "api-keys", API_KEYS_KEY))
+                name = api_keys_secret(deployed)
+                _print_command(read_secret_command(deployed, name, API_KEYS_KEY))
             threading.Event().wait()
 
 

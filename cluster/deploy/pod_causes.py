@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+HEAD_GROUP = "headgroup"
+"""What KubeRay calls the group of the head."""
 UNSCHEDULABLE_PATIENCE = timedelta(minutes=10)
 """A cluster autoscaler needs minutes to bring a GPU node; a pod that waits longer waits in vain."""
 
@@ -58,7 +60,7 @@ def pod_causes(pod: dict[str, Any], now: datetime) -> list[Cause]:
 
 
 def group_of(pod: dict[str, Any]) -> str:
-    """The worker group a pod belongs to; the head's is called headgroup."""
+    """The worker group a pod belongs to."""
     return str((pod["metadata"].get("labels") or {}).get("ray.io/group", ""))
 
 

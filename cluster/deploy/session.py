@@ -71,8 +71,7 @@ class Session:
         return self.deployment.ref
 
 
-def read_secret_command(config: DeployConfig, suffix: str, key: str) -> str:
+def read_secret_command(config: DeployConfig, name: str, key: str) -> str:
     """How to read a Secret of the deployment; its value is never printed by us."""
-    name = f"{config.name}-{suffix}"
     path = f"'{{.data.{key}}}'"
     return f"kubectl -n {config.namespace} get secret {name} -o jsonpath={path} | base64 -d"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from cluster.deploy.pod_causes import Cause, group_of, is_ready, pod_causes
+from cluster.deploy.pod_causes import HEAD_GROUP, Cause, group_of, is_ready, pod_causes
 
 State = Literal["ready", "waiting", "failed"]
 
@@ -18,7 +18,6 @@ TERMINAL_REASONS = {
 """Reasons of the Ready condition after which the operator does nothing more, and what to do."""
 
 TAIL_LINES = 6
-HEAD_GROUP = "headgroup"
 
 
 @dataclass(frozen=True)

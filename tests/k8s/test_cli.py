@@ -40,17 +40,33 @@ def run(*args: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_all_commands_are_there() -> None:
-    assert {command.callback.__name__ for command in k8s_app.registered_commands} == set(COMMANDS)  # type: ignore[union-attr]
+class TestHelp:
+    def test_lists_all_commands(self) -> None:
+        code, out, _ = run("--help")
+        firsts = [line.split()[1] for line in out.splitlines() if len(line.split()) > 1]
+        assert (code, [word for word in firsts if word in COMMANDS]) == (0, list(COMMANDS))
 
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_of_each_command(self, command: str) -> None:
+        code, out, _ = run(command, "--help")
+        assert (code, "--config" in out) == (0, True)
 
-def test_help_does_not_load_the_kubernetes_client() -> None:
-    script = (
-        "import sys, cluster.deploy.cli; "
-        "print(*sorted({'kubernetes', 'kubernetes_validate', 'ray', 'torch'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    def test_an_unknown_command(self) -> None:
+        code, _, err = run("deploy")
+        assert (code, "No such command 'deploy'" in err) == (2, True)
+
+    def test_loads_neither_the_kubernetes_client_nor_ray(self) -> None:
+        script = (
+            "import sys\n"
+            "from typer.testing import CliRunner\n"
+            "from cluster.deploy.cli import k8s_app\n"
+            "assert 'cluster.deploy.apply' not in sys.modules\n"
+            "assert CliRunner().invoke(k8s_app, ['apply', '--help']).exit_code == 0\n"
+            "heavy = {'kubernetes', 'kubernetes_validate', 'ray', 'torch'}\n"
+            "print(*sorted(heavy & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 class TestRender:

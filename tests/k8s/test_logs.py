@@ -12,7 +12,7 @@ import pytest
 from cluster.config import ConfigError
 from cluster.deploy.api import Ref
 from cluster.deploy.api_errors import Refused
-from cluster.deploy.logs import follow_logs, pods_of_tier, show_logs
+from cluster.deploy.logs import follow_logs, named_pods, show_logs
 from tests.k8s.shoal_cli import Shoal
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class TestTier:
     PODS = (pod("h", "headgroup"), pod("e2"), pod("e1"), pod("i", "ingress"))
 
     def names(self, tier: str | None) -> list[str]:
-        return [each["metadata"]["name"] for each in pods_of_tier(list(self.PODS), tier)]
+        return [each["metadata"]["name"] for each in named_pods(list(self.PODS), tier)]
 
     def test_one_or_all(self) -> None:
         assert self.names("experts") == ["e1", "e2"]
