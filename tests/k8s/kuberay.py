@@ -14,7 +14,7 @@ from tests.k8s.kuberay_operator import Operator, ServeBackend
 from tests.k8s.kuberay_status import Faults
 
 WATCHED = ("RayService", "RayCluster", "Pod")
-POLL_S = 0.3
+POLL_S = 1.0
 """How often a real Ray is asked while its applications are not running."""
 
 
