@@ -27,6 +27,7 @@ from cluster.config import (
     AttentionTier,
     ConfigError,
     ExpertTier,
+    Pinned,
     ShoalConfig,
     parse_config,
 )
@@ -53,36 +54,33 @@ def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
     if config.channel == "unix" and config.runtime_dir is None:
         raise ConfigError("runtime_dir = None: channel unix needs a folder for its sockets")
     secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32))
-    directory = _deploy("Placement", PlacementReplica, config.placement.label_selector)
+    directory = _deploy("Placement", PlacementReplica, config.placement)
     placement = directory.bind(config, secret)
     experts = _deploy_tier("Experts", ExpertReplica, config.experts, ExpertScaling)
     attention = _deploy_tier("Attention", AttentionReplica, config.attention, AttentionScaling)
     tiers = [experts.bind(config, secret, placement), attention.bind(config, secret, placement)]
     if config.router.mode == "deployment":
         router = config.router
-        routers = _deploy(
-            "Router", RouterReplica, router.label_selector, num_replicas=router.num_workers
-        )
+        routers = _deploy("Router", RouterReplica, router, num_replicas=router.num_workers)
         tiers.append(routers.bind(config, secret, placement))
     ingress = _deploy(
         "Ingress",
         serve.ingress()(IngressReplica),
-        config.ingress.label_selector,
+        config.ingress,
         num_replicas=config.ingress.num_workers,
     )
     return ingress.bind(config, secret, placement, tiers)
 
 
 def _deploy(
-    name: str, replica: type, labels: dict[str, str], num_gpus: float = 0, **size: Any
+    name: str, replica: type, place: Pinned, num_gpus: float = 0, **size: Any
 ) -> serve.Deployment:
-    """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them.
-
-    labels: of the nodes that may have a replica.
-    """
+    """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them."""
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus}
-    if labels:
-        options["label_selector"] = labels
+    if place.label_selector:
+        options["label_selector"] = place.label_selector
+    if place.max_per_node is not None:
+        size["max_replicas_per_node"] = place.max_per_node
     with warnings.catch_warnings():  # metrics_interval_s works and has no successor in Ray 2.60
         warnings.simplefilter("ignore", DeprecationWarning)
         return serve.deployment(
@@ -104,7 +102,7 @@ def _deploy_tier(
     """A deployment whose size its policy decides: by the load, by command, or by both."""
     scaling = tier.scaling or kind(max_workers=tier.max_workers, follows_load=False)
     size = autoscaling_config(scaling, tier.num_workers)
-    return _deploy(name, replica, tier.label_selector, tier.num_gpus, autoscaling_config=size)
+    return _deploy(name, replica, tier, tier.num_gpus, autoscaling_config=size)
 
 
 def _worker_id(role: str) -> str:

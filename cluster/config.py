@@ -51,25 +51,28 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _Pinned(_Section):
+class Pinned(_Section):
     """A deployment whose replicas may be tied to certain nodes."""
 
     label_selector: dict[str, str] = {}
     """Ray node labels that a node must have, as in ray_actor_options: {} for any node."""
+    max_per_node: Count | None = None
+    """Replicas on a node at most. They reserve no CPUs: those without a GPU may all end on one
+    node. None: any number."""
 
 
-class IngressTier(_Pinned):
+class IngressTier(Pinned):
     """The `Ingress` deployment: HTTP and gRPC behind Serve's proxies."""
 
     num_workers: Count = 1
     """Replicas; a request and its idempotency key are known to one of them."""
 
 
-class PlacementTier(_Pinned):
+class PlacementTier(Pinned):
     """The `Placement` deployment, always one replica."""
 
 
-class _Tier(_Pinned):
+class _Tier(Pinned):
     """A deployment whose size may change."""
 
     num_workers: Count
@@ -97,7 +100,7 @@ class AttentionTier(_Tier):
     engine: AttentionConfig = AttentionConfig()
 
 
-class RouterTier(_Pinned):
+class RouterTier(Pinned):
     """The `Router` deployment, or the same class inside each attention worker."""
 
     mode: Literal["deployment", "inline"] = "deployment"

@@ -173,8 +173,10 @@ def test_every_pod_gets_a_replica_when_the_others_are_full() -> None:
 
 def test_an_inline_router_cannot_be_overridden() -> None:
     objects = Objects(list(good()))
-    with objects.args() as args:
-        args["router"]["mode"] = "inline"
+    with objects.serve() as serve:
+        (application,) = serve["applications"]
+        application["args"]["router"]["mode"] = "inline"
+        application["deployments"] = [{"name": "Router"}]
     _, found = read_application(Located("a.yaml", objects.service).root)
     assert [finding.message for finding in found] == [
         '"Router" is no deployment of this application'

@@ -80,20 +80,11 @@ class TestApplication:
 
     def test_replicas_without_a_gpu_cannot_pile_up_on_the_first_pod(self) -> None:
         cpu, gpu = deployment("cpu-dev"), deployment("gpu-large")
-        (application,) = serve_settings(cpu)["applications"]
-        assert {d["name"]: d["max_replicas_per_node"] for d in application["deployments"]} == {
-            "Ingress": 1,
-            "Router": 1,
-            "Attention": 1,
-            "Experts": 2,
-        }
-        (application,) = serve_settings(gpu)["applications"]
-        assert [d["name"] for d in application["deployments"]] == ["Ingress", "Router"]
-
-    def test_an_inline_router_is_no_deployment(self) -> None:
-        config = deployment("cpu-dev", settings={"router": {"mode": "inline"}})
-        (application,) = serve_settings(config)["applications"]
-        assert "Router" not in [d["name"] for d in application["deployments"]]
+        tiers = ("ingress", "router", "attention", "experts")
+        shares = [application_args(cpu)[tier].get("max_per_node") for tier in tiers]
+        assert shares == [1, 1, 1, 2]
+        shares = [application_args(gpu)[tier].get("max_per_node") for tier in tiers]
+        assert shares == [2, 4, None, None]
 
     def test_the_replicas_at_most_fill_the_pods_at_most(self) -> None:
         config = deployment("gpu-large")  # 4 to 6 pods of 8 GPUs

@@ -23,7 +23,6 @@ from cluster.deploy.check.yaml_nodes import explain, parse_yaml
 
 IMPORT_PATH = "cluster.app:build_app"
 SERVICER = "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server"
-PER_POD = "max_replicas_per_node"
 DEFAULT_PORTS = {"serve": 8000, "serve-grpc": 9000}
 
 
@@ -36,7 +35,7 @@ class Deployment:
     """The tier's part of args."""
     label_selector: dict[str, str]
     max_per_pod: int | None = None
-    """As the override max_replicas_per_node says; None: any number."""
+    """None: any number."""
     num_workers: int = 1
     max_workers: int = 1
     """The most that load makes it; a command may ask for more and then waits for pods."""
@@ -100,14 +99,8 @@ def _is_ours(app: Node) -> bool:
 def _deployments(app: Node, config: ShoalConfig) -> tuple[Deployment, ...]:
     def deployment(name: str, *size: Any) -> Deployment:
         tier = getattr(config, name.lower())
-        override = app["deployments"].named(name)
-        return Deployment(
-            name,
-            app["args"][name.lower()],
-            tier.label_selector,
-            override[PER_POD].number,
-            *size,
-        )
+        settings = app["args"][name.lower()]
+        return Deployment(name, settings, tier.label_selector, tier.max_per_node, *size)
 
     attention, experts, router = config.attention, config.experts, config.router
     found = [deployment("Ingress", *[config.ingress.num_workers] * 2), deployment("Placement")]
@@ -163,7 +156,7 @@ def _names_of(module: str) -> frozenset[str] | None:
 
 
 def _override_findings(app: Node, deployments: tuple[Deployment, ...]) -> Iterator[Finding]:
-    """Overrides may say what args cannot: how many replicas a pod takes."""
+    """An override that says nothing but a name does no harm."""
     names = [deployment.name for deployment in deployments]
     for override in app["deployments"].each():
         name = override["name"]
@@ -171,7 +164,7 @@ def _override_findings(app: Node, deployments: tuple[Deployment, ...]) -> Iterat
             message = f"{shown(name.value)} is no deployment of this application"
             yield name.finding(message, suggest(name.text, names))
         for key, node in override.entries():
-            if key not in ("name", PER_POD):
+            if key != "name":
                 message = f"{key} of {name.text} hides what args say"
                 yield node.finding(message, "say it in args and remove it here")
 

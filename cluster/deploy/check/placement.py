@@ -61,8 +61,8 @@ def _no_idle_pods(group: Group, here: list[Deployment]) -> Iterator[Finding]:
         names = " and ".join(deployment.name for deployment in here)
         message = f"{group.min_pods} pods, and the replicas of {names} may leave one empty"
         fix = (
-            "raise num_workers, lower minReplicas, or bound max_replicas_per_node in the "
-            "application's deployments: a pod without a replica never becomes ready"
+            "raise num_workers, lower minReplicas, or set max_per_node in the tier's settings: "
+            "a pod without a replica never becomes ready"
         )
         yield group.node["minReplicas"].finding(message, fix)
     if group.gpus_per_pod and not any(deployment.num_gpus for deployment in here):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cluster.config import GRPC_SERVICERS, ConfigError, ShoalConfig, merge, parse_config
+from cluster.config import GRPC_SERVICERS, ConfigError, merge, parse_config
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.manifests.names import (
     API_KEYS_FOLDER,
@@ -25,12 +25,12 @@ IMPORT_PATH = "cluster.app:build_app"
 def serve_config(config: DeployConfig, sizing: Sizing) -> dict[str, Any]:
     """Ray's ServeDeploySchema. Raises ConfigError for `settings` that ShoalConfig refuses."""
     args = application_args(config, sizing)
+    _check(args)
     application = {
         "name": "shoal",
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
         "args": args,
-        "deployments": _one_share_a_pod(config, _checked(args)),
     }
     grpc = {"port": GRPC_PORT, "grpc_servicer_functions": list(GRPC_SERVICERS)}
     return {
@@ -50,16 +50,16 @@ def application_args(config: DeployConfig, sizing: Sizing) -> dict[str, Any]:
         "channel": "tcp",
         "listen": {"host": ANY_ADDRESS, "http_port": SERVE_PORT, "grpc_port": GRPC_PORT},
         "auth": _auth(config),
-        "ingress": _pinned("ingress", config.ingress.pods * config.ingress.replicas_per_pod),
+        "ingress": _shares("ingress", config.ingress.pods, config.ingress.replicas_per_pod),
         "placement": _pinned("ingress"),
-        "attention": _pinned("attention", attention.num_workers) | _tier(attention) | cache,
-        "router": _pinned("attention", attention.pods * attention.routers_per_pod),
-        "experts": _pinned("experts", experts.num_workers) | _tier(experts) | _slots(sizing),
+        "attention": _pinned("attention") | _tier(attention) | cache,
+        "router": _shares("attention", attention.pods, attention.routers_per_pod),
+        "experts": _pinned("experts") | _tier(experts) | _slots(sizing),
     }
     return merge(args, config.settings)
 
 
-def _checked(args: dict[str, Any]) -> ShoalConfig:
+def _check(args: dict[str, Any]) -> None:
     """`settings` may be anything that the application takes and that pods can do."""
     try:
         checked = parse_config(args)
@@ -67,7 +67,6 @@ def _checked(args: dict[str, Any]) -> ShoalConfig:
         raise ConfigError(f"settings: {error}") from None
     if checked.channel != "tcp":
         raise ConfigError(f"settings.channel = {checked.channel!r}: pods need tcp, remove it")
-    return checked
 
 
 def _model(config: DeployConfig) -> dict[str, Any]:
@@ -82,14 +81,22 @@ def _auth(config: DeployConfig) -> dict[str, Any]:
     return {"insecure": True}
 
 
-def _pinned(tier: Tier, num_workers: int | None = None) -> dict[str, Any]:
-    size = {} if num_workers is None else {"num_workers": num_workers}
-    return {"label_selector": {TIER_LABEL: tier}, **size}
+def _pinned(tier: Tier) -> dict[str, Any]:
+    return {"label_selector": {TIER_LABEL: tier}}
+
+
+def _shares(tier: Tier, pods: int, per_pod: int) -> dict[str, Any]:
+    """Replicas without a GPU reserve nothing, so the first pod that is up would get them all. The
+    others would have no replica, hence no proxy, and KubeRay would never call them ready."""
+    return _pinned(tier) | {"num_workers": pods * per_pod, "max_per_node": per_pod}
 
 
 def _tier(group: WorkerGroup) -> dict[str, Any]:
     """Sizes of a tier; its bounds are the worker group's, so that no replica waits for ever."""
+    place = {} if group.gpu else {"max_per_node": group.workers_of_a_pod}
     return {
+        "num_workers": group.num_workers,
+        **place,
         "num_gpus": 1 if group.gpu else 0,
         # In a pod the number of cores is the node's: threads would be many times too many.
         "num_threads": max(1, math.floor(group.cpus / group.workers_of_a_pod)),
@@ -106,15 +113,3 @@ def _slots(sizing: Sizing) -> dict[str, Any]:
     if sizing.spare_slots_per_worker is not None:
         slots["spare_slots_per_worker"] = sizing.spare_slots_per_worker
     return slots
-
-
-def _one_share_a_pod(config: DeployConfig, args: ShoalConfig) -> list[dict[str, Any]]:
-    """Replicas without a GPU reserve nothing, so the first pod that is up would get them all. The
-    others would have no replica, hence no proxy, and KubeRay would never call them ready."""
-    shares = {"Ingress": config.ingress.replicas_per_pod}
-    if args.router.mode == "deployment":
-        shares["Router"] = config.attention.routers_per_pod
-    for name, group in (("Attention", config.attention), ("Experts", config.experts)):
-        if group.gpu is None:
-            shares[name] = group.workers_of_a_pod
-    return [{"name": name, "max_replicas_per_node": share} for name, share in shares.items()]
