@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from cluster.deploy.matrices import (
     BF16_BYTES,
+    FLOAT32_BYTES,
     WeightType,
     attention,
     attention_side,
@@ -21,7 +22,6 @@ from cluster.deploy.matrices import (
     num_params,
     stored_bytes,
 )
-from cluster.deploy.matrices import FLOAT32_BYTES as FLOAT32_BYTES
 from experts.config import ModelConfig
 from experts.placement.replan import slots_needed
 from experts.placement.space import ExpertSpace

@@ -12,8 +12,9 @@ from cluster.config import ConfigError
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.hardware import GPUS, Gpu, known_gpu
 from cluster.deploy.known_models import known_model
+from cluster.deploy.matrices import FLOAT32_BYTES
 from cluster.deploy.sections import AttentionGroup, ExpertGroup, Model, Pod, WorkerGroup
-from cluster.deploy.sizes import FLOAT32_BYTES, ModelSizes
+from cluster.deploy.sizes import ModelSizes
 
 GIB = 2**30
 OBJECT_STORE_BYTES = GIB // 2
@@ -105,7 +106,7 @@ def _slots(sizes: ModelSizes, tier: ExpertGroup) -> tuple[int, int, int | None]:
     if tier.gpu is None:
         return wanted, sizes.slots_per_worker(tier.num_workers, wanted), None
     gpu = known_gpu(tier.gpu)
-    room = _slots_of(sizes, gpu)  # in each worker
+    room = sizes.slots_that_fit(gpu.usable_bytes)  # in each worker
     most = tier.num_workers * room - sizes.num_experts_total
     if most < 0:
         raise ConfigError(_does_not_fit(sizes, tier, gpu, room))
@@ -128,14 +129,9 @@ def _spare_slots(sizes: ModelSizes, tier: ExpertGroup, slots: int, room: int) ->
     return max(0, min(sizes.slots_per_worker(survivors, 0), room) - slots)
 
 
-def _slots_of(sizes: ModelSizes, gpu: Gpu) -> int:
-    unit = sizes.space.unit_size
-    return int(gpu.usable_bytes // (unit * sizes.expert_bytes)) * unit
-
-
 def _does_not_fit(sizes: ModelSizes, tier: ExpertGroup, gpu: Gpu, room: int) -> str:
     total = sizes.num_experts_total
-    per_gpu = {g.name: _slots_of(sizes, g) for g in GPUS.values()}
+    per_gpu = {g.name: sizes.slots_that_fit(g.usable_bytes) for g in GPUS.values()}
     fits = [f"{-(-total // slots)} {name}" for name, slots in per_gpu.items() if slots]
     pods = f"experts.pods = {-(-total // (room * tier.gpus_per_pod))} or " if room else ""
     return (
