@@ -110,9 +110,9 @@ class Cluster:
         return self._http.call("PATCH", self._path(ref), query, operations, content_type)
 
     def delete(self, ref: Ref) -> bool:
-        """Ask for its deletion, what it owns goes first; False if it was absent."""
+        """Ask for its deletion, what it owns goes afterwards; False if it was absent."""
         try:
-            self._http.call("DELETE", self._path(ref), {"propagationPolicy": "Foreground"})
+            self._http.call("DELETE", self._path(ref), {"propagationPolicy": "Background"})
         except NotFound:
             return False
         return True

@@ -20,8 +20,9 @@ Action = Literal["created", "configured", "unchanged", "deleted", "skipped"]
 OPTIONAL_GROUPS = {
     "monitoring.coreos.com": "the Prometheus operator",
     "gateway.networking.k8s.io": "the Gateway API",
+    "policy": "policy/v1, which Kubernetes has since 1.21",
 }
-"""API groups that a cluster may lack, and who brings them."""
+"""API groups that a cluster may lack, and what brings them."""
 ADMIN_KINDS = (*CLUSTER_SCOPED, "Role", "RoleBinding")
 """Kinds that an administrator may have made for a user who may not."""
 NO_KUBERAY = (

@@ -100,6 +100,9 @@ def _state(
         return "waiting", "rolling back to the version that served before"
     if conditions.get("UpgradeInProgress", {}).get("status") == "True":
         return "waiting", f"upgrading to {_name(cluster)}"
+    for name, app in _applications(current).items():
+        if app.get("status") != "RUNNING":  # a new serveConfigV2 on a cluster that stays Ready
+            return "waiting", f"application {name} is {app.get('status', 'unknown')}"
     if ready.get("status") == "True":
         endpoints = service["status"].get("numServeEndpoints", 0)
         return "ready", f"serving on {_name(cluster)}, {endpoints} endpoints"

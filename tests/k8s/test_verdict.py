@@ -121,6 +121,11 @@ class TestApplication:
         assert result.state == "waiting"
         assert result.causes == ("shoal/Experts: UNHEALTHY: CUDA out of memory",)
 
+    @pytest.mark.parametrize("status", ["DEPLOYING", "UNHEALTHY"])
+    def test_a_ready_service_whose_application_changes_is_not_ready(self, status: str) -> None:
+        result = judge(service(READY, IDLE, activeServiceStatus=active(status)))
+        assert (result.state, result.summary) == ("waiting", f"application shoal is {status}")
+
     def test_the_old_clusters_failure_does_not_fail_the_upgrade_that_repairs_it(self) -> None:
         upgrading = {"type": "UpgradeInProgress", "status": "True"}
         shown = service(
