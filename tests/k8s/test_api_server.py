@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.k8s.api_server.client import Client
-from tests.k8s.api_server.errors import ApiError
+from tests.k8s.api_server.definitions import has_kuberay_schemas
+from tests.k8s.api_server.errors import ApiError, Json
 from tests.k8s.api_server.patches import JSON
 from tests.k8s.api_server.samples import config_map, pod, ray_service, refusal
+from tests.k8s.api_server.server import SimEnv
 
 pytestmark = pytest.mark.k8s
 
@@ -243,6 +246,45 @@ class TestCustomResources:
         patched = admin.patch("RayService", "shoal", namespace, body, subresource="status")
         assert generations == [1, 1, 2]
         assert patched["metadata"]["generation"] == 2
+
+
+def head_of(service: Json) -> Any:
+    return service["spec"]["rayClusterConfig"]["headGroupSpec"]
+
+
+@pytest.mark.skipif(
+    not has_kuberay_schemas(), reason="KubeRay's schemas are not beside this folder"
+)
+class TestKubeRaysSchema:
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda s: head_of(s).pop("template"), "template"),
+            (lambda s: head_of(s)["rayStartParams"].update({"num-cpus": 0}), "num-cpus"),
+            (
+                lambda s: s["spec"]["rayClusterConfig"].update(autoscalerOptions={"version": "v3"}),
+                "autoscalerOptions.version",
+            ),
+            (
+                lambda s: head_of(s)["template"]["spec"]["containers"].append({"name": "ray-head"}),
+                "containers",
+            ),
+        ],
+        ids=["required", "type", "enum", "duplicate"],
+    )
+    def test_mistakes(
+        self, admin: Client, namespace: str, change: Callable[[Json], Any], says: str
+    ) -> None:
+        service = ray_service(namespace)
+        change(service)
+        with pytest.raises(ApiError, match=says):
+            admin.apply(service)
+
+    def test_an_unknown_field(self, kube: SimEnv, admin: Client, namespace: str) -> None:
+        if kube.minor < 25:
+            pytest.skip("old servers drop it silently")
+        with pytest.raises(ApiError, match="autoscalerOption"):
+            admin.apply(ray_service(namespace, autoscalerOption={}))
 
 
 class TestDeletion:

@@ -37,6 +37,12 @@ class Namespace:
                 return event["object"]
         pytest.fail(f"no such {kind}; there are {self.client.select(kind, self.name)}")
 
+    def wait_gone(self, kind: str) -> None:
+        while (listing := self.client.listing(kind, self.name))["items"]:
+            since = listing["metadata"]["resourceVersion"]
+            watch = self.client.watch(kind, self.name, since, timeout_s=30)
+            assert any(event["type"] == "DELETED" for event in watch), listing["items"]
+
     def ready(self) -> Any:
         return self.wait(lambda service: condition(service, "Ready").get("status") == "True")
 
@@ -101,14 +107,9 @@ class TestDeployment:
         kuberay()
         place.client.apply(ray_service(place.name))
         place.ready()
-        since = place.client.listing("Pod", place.name)["metadata"]["resourceVersion"]
         place.client.delete("RayService", "shoal", place.name)
-        deleted = 0
-        for event in place.client.watch("Pod", place.name, since):
-            deleted += event["type"] == "DELETED"
-            if deleted == 4:
-                break
-        assert place.pods() == []
+        for kind in ("RayCluster", "Pod", "Service"):
+            place.wait_gone(kind)
 
 
 class TestUpgrade:
@@ -137,6 +138,18 @@ class TestUpgrade:
         place.client.apply(service)
         seen = place.wait(lambda s: s["status"]["observedGeneration"] == 2)
         assert cluster_name(seen) == old
+
+    def test_a_group_at_the_end_joins_the_running_cluster(
+        self, place: Namespace, kuberay: Start
+    ) -> None:
+        kuberay()
+        service = ray_service(place.name)
+        place.client.apply(service)
+        name = cluster_name(place.ready())
+        groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        groups.append({**groups[0], "groupName": "ingress"})
+        place.client.apply(service)
+        place.wait(lambda pod: pod["metadata"]["name"] == f"{name}-ingress-worker-0", "Pod")
 
     def test_bounds_count_on_the_cluster_only(self, place: Namespace, kuberay: Start) -> None:
         """KubeRay passes a live service's minReplicas on to nobody."""

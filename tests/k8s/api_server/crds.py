@@ -12,8 +12,9 @@ from typing import Any
 
 import jsonschema
 
+from tests.k8s.api_server import fields
 from tests.k8s.api_server.errors import Json
-from tests.k8s.api_server.fields import child, child_of_items, item_element, list_type
+from tests.k8s.api_server.fields import child, child_of_items
 from tests.k8s.api_server.resources import ResourceType
 from tests.k8s.api_server.schemas import OBJECT_META
 
@@ -61,7 +62,9 @@ class CustomResource:
     def rule_errors(self, obj: Json, old: Json | None) -> list[tuple[str, str]]:
         """Path and text of what the keys of lists and the rules in CEL refuse."""
         spec = self.structure.get("properties", {}).get("spec", {})
-        return list(_walk(spec, obj.get("spec"), (old or {}).get("spec"), "spec"))
+        found = list(_walk(spec, obj.get("spec"), (old or {}).get("spec"), "spec"))
+        twice = fields.duplicates(obj.get("spec"), spec, ("f:spec",))
+        return found + [(fields.readable(path), "Duplicate value") for path in twice]
 
     def with_defaults(self, obj: Json) -> Json:
         obj = copy.deepcopy(obj)
@@ -119,20 +122,8 @@ def _walk(schema: Json, value: Any, old: Any, path: str) -> Iterator[tuple[str, 
             before = old.get(name) if isinstance(old, dict) else None
             yield from _walk(child(schema, name), part, before, f"{path}.{name}")
     elif isinstance(value, list):
-        yield from _duplicates(schema, value, path)
         for index, item in enumerate(value):
             yield from _walk(child_of_items(schema), item, None, f"{path}[{index}]")
-
-
-def _duplicates(schema: Json, items: list[Any], path: str) -> Iterator[tuple[str, str]]:
-    if list_type(schema) != "map":
-        return
-    seen = set()
-    for index, item in enumerate(items):
-        element = item_element(item, schema)
-        if element in seen:
-            yield f"{path}[{index}]", f"Duplicate value: {element[2:]}"
-        seen.add(element)
 
 
 def _holds(rule: str, value: Any, old: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tests.k8s.api_server.errors import Json
@@ -67,6 +67,21 @@ def field_set(value: Any, schema: Json, path: Path = ()) -> set[Path]:
     if isinstance(value, list) and list_type(schema) == "set":
         return {(*path, "v:" + json.dumps(item)) for item in value}
     return {path}
+
+
+def duplicates(value: Any, schema: Json, path: Path = ()) -> Iterator[Path]:
+    """Items of lists with keys that have the keys of an earlier one."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from duplicates(part, child(schema, name), (*path, f"f:{name}"))
+    elif isinstance(value, list) and list_type(schema) == "map":
+        seen: set[str] = set()
+        for item in value:
+            element = item_element(item, schema)
+            if element in seen:
+                yield (*path, element)
+            seen.add(element)
+            yield from duplicates(item, child_of_items(schema), (*path, element))
 
 
 def _matches(item: Any, element: str) -> bool:

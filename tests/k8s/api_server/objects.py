@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from tests.k8s.api_server import managed, patches
+from tests.k8s.api_server import fields, managed, patches
 from tests.k8s.api_server.admission import Admission
 from tests.k8s.api_server.crds import CustomResource
 from tests.k8s.api_server.errors import (
@@ -17,6 +17,7 @@ from tests.k8s.api_server.errors import (
     invalid,
     modified,
     not_found,
+    untyped,
 )
 from tests.k8s.api_server.managed import Owner
 from tests.k8s.api_server.resources import (
@@ -123,6 +124,8 @@ class Objects:
         intent = {**intent, "metadata": {**intent.get("metadata", {}), "name": name}}
         self._check_identity(resource, intent)
         live = old or self._new(resource, namespace, {**intent, "metadata": {"name": name}})
+        for path in fields.duplicates(intent, self._schema(resource)):
+            raise untyped(f"{fields.readable(path)}: duplicate entries for key")
         owner = Owner(write.manager, "Apply", write.subresource)
         new, owners = managed.applied(live, intent, self._schema(resource), owner, write.is_forced)
         new = managed.with_owners(new, owners, old)
