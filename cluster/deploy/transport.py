@@ -71,11 +71,10 @@ class Transport:
     def open_port(self, path: str, port: int) -> socket.socket:
         """A connection to a port of the pod with this portforward path."""
         _, url, headers, *_ = self._request("GET", path, {"ports": str(port)})
-        lowercase = {key.lower(): value for key, value in headers.items()}
-        lowercase["sec-websocket-protocol"] = "v4.channel.k8s.io"
+        headers["sec-websocket-protocol"] = "v4.channel.k8s.io"  # v5 has frames it does not know
         forward = _library("kubernetes.stream.ws_client").portforward_call
         try:
-            stream = forward(self._client.configuration, "GET", url, headers=lowercase)
+            stream = forward(self._client.configuration, "GET", url, headers=headers)
         except self._errors as error:
             raise self._unreachable(error) from None
         connection: socket.socket = stream.socket(port)
