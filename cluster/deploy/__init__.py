@@ -8,7 +8,7 @@ secrets.py              which Secrets a deployment needs
 check/                  mistakes in manifests, found offline
 api.py                  the API server;  apply.py differ.py scale.py down.py  changes to it
 follow.py verdict.py    what becomes of a deployment, and why;  logs.py forward.py  its pods
-plan.py                 what GPUs can serve of a model, at most;  layout.py token_costs.py step_time.py
-                        its parts;  plan_cli.py plan_table.py plan_report.py  how it is shown
+plan.py                 what GPUs can serve of a model, at most, from layout.py token_costs.py
+                        step_time.py;  plan_cli.py plan_table.py plan_report.py  how it is shown
 cli.py *_cli.py         the commands
 """
