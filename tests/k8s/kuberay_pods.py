@@ -186,5 +186,8 @@ def _service(owner: Json, name: str, ports: list[Json], selector: dict[str, str]
             "namespace": owner["metadata"]["namespace"],
             "ownerReferences": owned_by(owner),
         },
-        "spec": {"selector": selector, "ports": ports},
+        "spec": {
+            "selector": selector,
+            "ports": [{"protocol": "TCP", **port} for port in ports],  # 1.20 has no default
+        },
     }

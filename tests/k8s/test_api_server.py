@@ -62,18 +62,21 @@ class TestApply:
         assert again["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
 
     def test_items_with_keys_come_and_go_one_by_one(self, admin: Client, namespace: str) -> None:
+        def port(name: str, number: int) -> Json:
+            return {"name": name, "port": number, "protocol": "TCP"}  # 1.20 has no default
+
         service = {
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": "serve", "namespace": namespace},
-            "spec": {"ports": [{"name": "http", "port": 8000}, {"name": "grpc", "port": 9000}]},
+            "spec": {"ports": [port("http", 8000), port("grpc", 9000)]},
         }
         admin.apply(service, "shoal")
-        other = {**service, "spec": {"ports": [{"name": "metrics", "port": 8080}]}}
+        other = {**service, "spec": {"ports": [port("metrics", 8080)]}}
         admin.apply(other, "monitoring")
-        only = {**service, "spec": {"ports": [{"name": "http", "port": 8000}]}}
+        only = {**service, "spec": {"ports": [port("http", 8000)]}}
         ports = admin.apply(only, "shoal")["spec"]["ports"]
-        assert {port["port"] for port in ports} == {8000, 8080}
+        assert {each["port"] for each in ports} == {8000, 8080}
 
     def test_creates_what_is_missing(self, admin: Client, namespace: str) -> None:
         created = admin.apply(config_map(namespace, a="1"))
@@ -150,7 +153,7 @@ class TestRefusals:
                         "requests": {"nvidia.com/gpu": "4"},
                     }
                 ),
-                "must be equal to nvidia.com/gpu limit of 8",
+                "must be equal to nvidia.com/gpu limit",
             ),
             (lambda c, s: s.update(tolerations=[{"key": "x", "effect": "Never"}]), "effect"),
             (lambda c, s: s.update(volumes=[{"name": "v", "emptyDir": {}}] * 2), "Duplicate value"),
