@@ -17,6 +17,9 @@ from cluster.deploy.render import render
 if TYPE_CHECKING:
     from tests.k8s.api_server.server import SimEnv
 
+WAIT_S = 60
+"""So long `apply` waits; a test in which nothing becomes ready must not hang."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -41,7 +44,9 @@ class Shoal:
         self.write()
 
     def write(self, **settings: Any) -> None:
-        self._data = {"preset": "cpu-dev", "namespace": self.namespace, **settings}
+        times = {"initializing_s": WAIT_S}
+        data = {"preset": "cpu-dev", "namespace": self.namespace, "times": times}
+        self._data = {**data, **settings}
         self.path.write_text(yaml.safe_dump(self._data))
 
     @property
