@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attention.config import AttentionConfig
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling
+from cluster.field_names import fields_at, suggest
 from router.config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
@@ -226,10 +227,24 @@ def parse_config(data: dict[str, Any]) -> ShoalConfig:
     try:
         return ShoalConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "config"
-        why = first["msg"].removeprefix("Value error, ")  # pydantic's mark of our own validators
-        raise ConfigError(f"{field} = {first['input']!r}: {why}") from None
+        raise config_error(ShoalConfig, error, "config") from None
+
+
+def config_error(
+    model: type[BaseModel], error: ValidationError, whole: str, if_missing: str = "add it"
+) -> ConfigError:
+    """The first fault that pydantic found. whole: what to call the tree itself."""
+    first = error.errors(include_url=False)[0]
+    location, given = first["loc"], first["input"]
+    field = ".".join(str(part) for part in location) or whole
+    if first["type"] == "extra_forbidden":
+        known = fields_at(model, location[:-1])
+        return ConfigError(f"{field}: unknown setting; {suggest(str(location[-1]), known)}")
+    if first["type"] == "missing":
+        return ConfigError(f"{field}: missing; {if_missing}")
+    why = first["msg"].removeprefix("Value error, ")  # pydantic's mark of our own validators
+    shown = "" if isinstance(given, dict) else f" = {given!r}"
+    return ConfigError(f"{field}{shown}: {why}")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from cluster.config import ConfigError, merge, read_config_file
+from cluster.config import ConfigError, config_error, merge, read_config_file
 from cluster.deploy.sections import (
     INCREMENTAL,
     AttentionGroup,
@@ -106,13 +106,8 @@ def parse_deploy_config(data: dict[str, Any]) -> DeployConfig:
     try:
         return DeployConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "deploy.yaml"
-        why = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise ConfigError(f"{field}: missing; add it, or name a preset") from None
-        shown = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
-        raise ConfigError(f"{field}{shown}: {why}") from None
+        hint = "add it, or name a preset"
+        raise config_error(DeployConfig, error, "deploy.yaml", hint) from None
 
 
 def preset_config(name: str) -> DeployConfig:

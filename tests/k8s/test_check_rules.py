@@ -12,7 +12,6 @@ from cluster import launcher
 from cluster.config import ShoalConfig
 from cluster.deploy.check import serve_model, syntax
 from cluster.deploy.check.application import SERVICER, Application, Deployment, read_application
-from cluster.deploy.check.finding import suggest
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.placement import placement_findings
 from cluster.deploy.check.ray_cluster import Group, groups
@@ -20,6 +19,7 @@ from cluster.deploy.check.ray_pods import DRAIN_S
 from cluster.deploy.check.references import reference_findings
 from cluster.deploy.check.selectors import selects
 from cluster.deploy.check.source import Located
+from cluster.field_names import suggest
 from tests.k8s.seeded_mistakes import Objects
 from tests.k8s.test_check import good
 

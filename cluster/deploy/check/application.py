@@ -14,12 +14,13 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.config import ShoalConfig
-from cluster.deploy.check.finding import Finding, suggest
+from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.schemas import shown
 from cluster.deploy.check.serve_model import ServeConfig
 from cluster.deploy.check.typed import typed_findings
 from cluster.deploy.check.yaml_nodes import explain, parse_yaml
+from cluster.field_names import suggest
 
 IMPORT_PATH = "cluster.app:build_app"
 SERVICER = "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server"

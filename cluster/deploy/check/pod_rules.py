@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from cluster.deploy.check.finding import Finding, suggest
+from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.schemas import shown
 from cluster.deploy.check.syntax import (
@@ -18,6 +18,7 @@ from cluster.deploy.check.syntax import (
     is_port_name,
     quantity,
 )
+from cluster.field_names import suggest
 
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 OPERATORS = ("Exists", "Equal", "Lt", "Gt")

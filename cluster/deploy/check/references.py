@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cluster.deploy.check.finding import Finding, nearest, suggest
+from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.network_rules import network_findings
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.pod_rules import containers, labels_of, plain_pods, templates
@@ -12,6 +12,7 @@ from cluster.deploy.check.ray_cluster import Group, groups
 from cluster.deploy.check.selectors import selects
 from cluster.deploy.check.source import Located
 from cluster.deploy.manifest import CLUSTER_SCOPED
+from cluster.field_names import nearest, suggest
 
 SYSTEM_CLASSES = ("system-node-critical", "system-cluster-critical")
 SCALERS = ("HorizontalPodAutoscaler", "ScaledObject")

@@ -13,8 +13,9 @@ from importlib.resources import files
 from typing import Any
 
 from cluster.config import ConfigError
-from cluster.deploy.check.finding import Finding, suggest
+from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
+from cluster.field_names import suggest
 
 VERSIONS = tuple(f"1.{minor}" for minor in range(30, 38))
 NEWEST = VERSIONS[-1]

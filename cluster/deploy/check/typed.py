@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from cluster.deploy.check.finding import Finding, suggest
+from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Keys, Node
 from cluster.deploy.check.rayservice_model import MODELS, PARTS
 from cluster.deploy.check.schemas import NEWEST, part_findings, shown, wrong_type
+from cluster.field_names import fields_at, suggest
 
 OTHER_KINDS = ("RayJob", "RayCronJob")
 """Kinds of KubeRay that Shoal does not look into."""
@@ -71,7 +71,7 @@ def typed_findings(model: type[BaseModel], node: Node) -> Iterator[Finding]:
 def _explain(model: type[BaseModel], root: Node, keys: Keys, fault: Any) -> Finding:
     node, kind = root.at(*keys), fault["type"]
     if kind == "extra_forbidden":
-        fields = _fields(model, keys[:-1])
+        fields = fields_at(model, keys[:-1])
         given = root.at(*keys[:-1]).value
         return node.finding("no such field", suggest(str(keys[-1]), fields, given))
     if kind == "missing":
@@ -99,32 +99,6 @@ def _keys_in(node: Node, loc: tuple[str | int, ...]) -> Keys:
         if is_there and (last or isinstance(key, int) or key in below):
             keys.append(key)
     return tuple(keys)
-
-
-def _fields(model: type[BaseModel], keys: Keys) -> set[str]:
-    """Names of the fields of the model at a place; empty if none is there."""
-    found: list[type[BaseModel]] = [model]
-    for key in keys:
-        found = [below for one in found for below in _below(one, key)]
-    return {info.alias or name for one in found for name, info in one.model_fields.items()}
-
-
-def _below(model: type[BaseModel], key: str | int) -> list[type[BaseModel]]:
-    if isinstance(key, int):  # a list's element: `_models` went through the list already
-        return [model]
-    for name, info in model.model_fields.items():
-        if key == (info.alias or name):
-            return _models(info.annotation)
-    return []
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models in a type: of a union, a list, an optional."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, list, tuple, Annotated):
-        return [model for arg in get_args(annotation) for model in _models(arg)]
-    return []
 
 
 def _places(root: Node, path: str) -> list[Node]:

@@ -74,13 +74,15 @@ def duplicates(value: Any, schema: Json, path: Path = ()) -> Iterator[Path]:
     if isinstance(value, dict):
         for name, part in value.items():
             yield from duplicates(part, child(schema, name), (*path, f"f:{name}"))
-    elif isinstance(value, list) and list_type(schema) == "map":
+    elif isinstance(value, list):
         seen: set[str] = set()
-        for item in value:
-            element = item_element(item, schema)
-            if element in seen:
-                yield (*path, element)
-            seen.add(element)
+        for index, item in enumerate(value):
+            element = f"v:{index}"
+            if list_type(schema) == "map":
+                element = item_element(item, schema)
+                if element in seen:
+                    yield (*path, element)
+                seen.add(element)
             yield from duplicates(item, child_of_items(schema), (*path, element))
 
 
