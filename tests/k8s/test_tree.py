@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import generate_k8s
 import pytest
 import yaml
 
+import generate_k8s
 from cluster.deploy.config import PRESETS, preset_config
 from cluster.deploy.manifest import identity, load
 from cluster.deploy.render import COMPONENTS, render
