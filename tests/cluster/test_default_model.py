@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from cluster import machine_code
-from cluster.config import parse_config
+from cluster.config import default_model, parse_config
 from cluster.frontend.openai import ChatCompletionRequest
 from cluster.frontend.schema_errors import parse_body
 from cluster.inline import InlineCluster
-from cluster.model_store import EXAMPLE_PROMPT, check_model, default_model
+from cluster.model_store import EXAMPLE_PROMPT, check_model
 from tests.cluster.test_cli import shoal
 
 ROOT = Path(__file__).parents[2]

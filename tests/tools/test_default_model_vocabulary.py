@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
-from cluster.model_store import default_model
+from cluster.config import default_model
 from cluster.tiny_tokenizer import SPECIAL_TOKENS
 from default_model.corpus.domains import DOMAINS
 from default_model.settings import CONFIG, Recipe
