@@ -108,7 +108,8 @@ class KeyRing:
         return found
 
     def _look(self) -> None:
-        """Read a changed file; a damaged one leaves the keys as they are."""
+        """Read a changed file; a damaged one leaves the keys as they are, an empty one has taken
+        them all back."""
         now = self._clock()
         if self._path is None or now - self._looked_s < LOOK_PERIOD_S:
             return
@@ -118,7 +119,7 @@ class KeyRing:
             return
         self._version = version
         try:
-            self._from_file = read_keys(self._path)
+            self._from_file = _read(self._path)
         except ConfigError as error:
             logger.error("%s. The keys read before stay valid.", error)
         else:
@@ -132,6 +133,13 @@ def digest_of(text: str) -> bytes:
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """All keys of a file, at least one. Raises ConfigError with file, line, fault and fix."""
+    keys = _read(path)
+    if not keys:
+        raise ConfigError(f"{path}: no key in it; `shoal key new` makes one")
+    return keys
+
+
+def _read(path: Path) -> tuple[ApiKey, ...]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -158,10 +166,8 @@ def _parse(text: str, path: Path) -> tuple[ApiKey, ...]:
         except ValueError as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
         keys[number] = key
-    if not 1 <= len(keys) <= MAX_KEYS:
-        raise ConfigError(
-            f"{path}: {len(keys)} keys; there must be 1 to {MAX_KEYS}, `shoal key new` makes one"
-        )
+    if len(keys) > MAX_KEYS:
+        raise ConfigError(f"{path}: {len(keys)} keys; at most {MAX_KEYS}, remove some")
     return tuple(keys.values())
 
 

@@ -61,9 +61,11 @@ class HttpGuard:
         self._echo_request_id = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":  # nothing else is served, so nothing else can forget its keys
+            raise ValueError(f"no {scope['type']} here")
         request_id = _request_id(scope, self._limits().max_request_id_chars)
         started = False
 

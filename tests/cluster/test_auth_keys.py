@@ -101,8 +101,8 @@ def test_a_bad_line_is_named_and_not_shown(path: Path, line: str, fault: str) ->
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
-        (b"", "0 keys; there must be 1 to 1000"),
-        (b"# nobody\n", "0 keys"),
+        (b"", "no key in it"),
+        (b"# nobody\n", "no key in it"),
         (b"a inference \xff\xfe", "not UTF-8"),
         (b"#" * (MAX_FILE_BYTES + 1), "larger than 1048576 bytes"),
         (
@@ -192,6 +192,14 @@ def test_a_mounted_secret_changes_by_its_link(tmp_path: Path) -> None:
     os.replace(tmp_path / "new", tmp_path / "..data")
     clock.now += LOOK_PERIOD_S
     assert names_of(keys, ALICE, BOB) == [None, "bob"]
+
+
+def test_an_emptied_file_takes_all_keys_back(path: Path) -> None:
+    watched = Watched(path)
+    path.write_text("# the only key leaked\n")
+    assert watched.names(after_s=LOOK_PERIOD_S) == [None, None]
+    path.write_text(f"bob inference {BOB}")
+    assert watched.names(after_s=LOOK_PERIOD_S) == [None, "bob"]
 
 
 def test_a_damaged_file_keeps_the_keys_and_is_logged_once(
