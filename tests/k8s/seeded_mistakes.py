@@ -608,6 +608,22 @@ REFERENCES = (
         "app.kubernetes.io/component: experts",
     ),
     Mistake(
+        "budget that needs a scale",
+        lambda o: o.one("PodDisruptionBudget", "shoal-experts")["spec"].update(
+            maxUnavailable=o.one("PodDisruptionBudget", "shoal-experts")["spec"].pop("minAvailable")
+        ),
+        "PodDisruptionBudget/shoal-experts spec.maxUnavailable",
+        "a RayCluster has no scale",
+        "an integer minAvailable",
+    ),
+    Mistake(
+        "budget in percent",
+        lambda o: o.one("PodDisruptionBudget", "shoal-head")["spec"].update(minAvailable="50%"),
+        "PodDisruptionBudget/shoal-head spec.minAvailable",
+        "a RayCluster has no scale",
+        "an integer minAvailable",
+    ),
+    Mistake(
         "operator locked out",
         _policy_without_8000,
         "NetworkPolicy/shoal spec.ingress",

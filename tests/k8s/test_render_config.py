@@ -130,15 +130,20 @@ class TestOptions:
         assert not kinds & {"Namespace", "PriorityClass", "Role", "RoleBinding"}
         assert "ServiceAccount" in kinds
 
-    def test_budgets_let_one_pod_of_a_tier_go_and_never_wait_for_sick_ones(self) -> None:
-        objects = rendered(deployment())
-        allowed = {}
+    def test_budgets_keep_all_pods_of_a_tier_but_one_and_never_wait_for_sick_ones(self) -> None:
+        objects = rendered(deployment(ingress={"pods": 3}))  # attention has 4 pods, experts 2
+        kept = {}
         for tier in ("head", "ingress", "attention", "experts"):
             spec = objects[f"PodDisruptionBudget/shoal-{tier}"]["spec"]
             assert spec["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
             assert spec["selector"]["matchLabels"]["app.kubernetes.io/component"] == tier
-            allowed[tier] = spec["maxUnavailable"]
-        assert allowed == {"head": 0, "ingress": 1, "attention": 1, "experts": 1}
+            assert "maxUnavailable" not in spec  # needs a scale, which a RayCluster has not
+            kept[tier] = spec["minAvailable"]
+        assert kept == {"head": 1, "ingress": 2, "attention": 3, "experts": 1}
+
+    def test_a_tier_of_one_pod_has_no_budget_that_would_block_its_node(self) -> None:
+        found = [name for name in rendered(deployment("cpu-dev")) if "Budget" in name]
+        assert found == ["PodDisruptionBudget/shoal-head"]
 
     def test_the_deployer_may_make_every_namespaced_object_there_can_be(self) -> None:
         switches = ("network_policy", "monitoring", "gateway", "gcs_redis")

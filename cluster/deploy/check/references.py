@@ -35,7 +35,7 @@ def reference_findings(objects: Sequence[Located]) -> Iterator[Finding]:
     pods += [t["metadata"]["labels"].texts() for each in objects for t in plain_pods(each.root)]
     for each in objects:
         if each.kind == "PodDisruptionBudget":
-            yield from _budget(each.root, pods)
+            yield from _budget(each.root, pods, ray_pods)
         elif each.kind == "PodMonitor":
             yield from _monitor(each.root, ray_pods)
         elif each.kind in ("HTTPRoute", "GRPCRoute"):
@@ -136,14 +136,26 @@ def _misspelt(objects: Sequence[Located], kind: str, place: Node) -> Iterator[Fi
         yield place.finding(f"no {kind} {place.text} here", suggest(place.text, names))
 
 
-def _budget(root: Node, pods: list[dict[str, str]]) -> Iterator[Finding]:
+def _budget(
+    root: Node, pods: list[dict[str, str]], ray_pods: list[Group]
+) -> Iterator[Finding]:
     selector = root["spec"]["selector"]
     if not any(selects(selector, labels) for labels in pods):
         yield selector.finding("selects no pod", labels_of(pods, selector))
+    if any(selects(selector, group.pod_labels) for group in ray_pods):
+        yield from _scaleless_budget(root["spec"])
     if root["spec"]["unhealthyPodEvictionPolicy"].text != "AlwaysAllow":
         message = "a pod that is not ready would hold up the drain of its node for ever"
         place = root["spec"]["unhealthyPodEvictionPolicy"]
         yield place.finding(message, "write AlwaysAllow")
+
+
+def _scaleless_budget(spec: Node) -> Iterator[Finding]:
+    """Of Ray's pods: only an integer minAvailable needs no scale of their owner."""
+    message = "a RayCluster has no scale to reckon it from: no pod could ever be evicted"
+    for key in ("maxUnavailable", "minAvailable"):
+        if spec[key].given and (key == "maxUnavailable" or spec[key].number is None):
+            yield spec[key].finding(message, "write an integer minAvailable, one less than pods")
 
 
 def _monitor(root: Node, ray_pods: list[Group]) -> Iterator[Finding]:
