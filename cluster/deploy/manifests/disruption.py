@@ -36,9 +36,9 @@ def priorities(config: DeployConfig) -> list[Manifest]:
 
 
 def budgets(config: DeployConfig) -> list[Manifest]:
-    """All pods of a tier but one stay: a tier of one pod has no budget, so that its node can be
-    drained. Losing the head stops scaling and healing, so its node cannot be drained until
-    somebody deletes its budget.
+    """Of the pods that a tier has at least, all but one stay: one of one pod has no budget, so that
+    its node can be drained. Losing the head stops scaling and healing, so its node cannot be
+    drained until somebody deletes its budget.
 
     `maxUnavailable` and percentages would never let any pod go: for those the controller asks the
     pods' owner for its `scale`, and a RayCluster has none.
