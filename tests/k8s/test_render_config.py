@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.config import ConfigError
+from cluster.deploy.api import FIELD_MANAGER
+from cluster.deploy.apply import INSTANCE, MANAGED_BY
 from cluster.deploy.config import PRESETS, parse_deploy_config, preset_config, read_deploy_config
 from cluster.deploy.known_models import KNOWN
 from cluster.deploy.secrets import missing_secrets
@@ -176,6 +178,11 @@ class TestOptions:
         reference = options["redisPassword"]["valueFrom"]["secretKeyRef"]
         assert reference == {"name": "shoal-redis", "key": "password"}
         assert "redis-password" not in cluster["headGroupSpec"]["rayStartParams"]
+
+    def test_the_claim_of_redis_is_found_when_data_are_to_go(self) -> None:
+        (claim,) = rendered(deployment())["StatefulSet/shoal-redis"]["spec"]["volumeClaimTemplates"]
+        labels = claim["metadata"]["labels"]
+        assert (labels[INSTANCE], labels[MANAGED_BY]) == ("shoal", FIELD_MANAGER)
 
     def test_routes_let_answers_stream(self) -> None:
         objects = rendered(deployment(gateway={"enabled": True}))

@@ -29,6 +29,13 @@ class TestPods:
                     "capabilities": {"drop": ["ALL"]},
                 }
 
+    def test_the_last_lines_of_a_container_that_died_are_in_the_pods_status(
+        self, config: Any
+    ) -> None:
+        for spec in templates(config).values():
+            for container in [*spec["containers"], *spec.get("initContainers", [])]:
+                assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
     def test_only_the_head_may_talk_to_the_api_server(self, config: Any) -> None:
         specs = templates(config)
         assert "serviceAccountName" not in specs.pop("head")  # KubeRay makes it

@@ -136,9 +136,7 @@ def _misspelt(objects: Sequence[Located], kind: str, place: Node) -> Iterator[Fi
         yield place.finding(f"no {kind} {place.text} here", suggest(place.text, names))
 
 
-def _budget(
-    root: Node, pods: list[dict[str, str]], ray_pods: list[Group]
-) -> Iterator[Finding]:
+def _budget(root: Node, pods: list[dict[str, str]], ray_pods: list[Group]) -> Iterator[Finding]:
     selector = root["spec"]["selector"]
     if not any(selects(selector, labels) for labels in pods):
         yield selector.finding("selects no pod", labels_of(pods, selector))

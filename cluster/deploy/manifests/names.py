@@ -15,6 +15,8 @@ go there."""
 TIER_LABEL = "shoal.io/tier"
 """Label of Ray's nodes that the deployments' label_selector asks for."""
 COMPONENT_LABEL = "app.kubernetes.io/component"
+MANAGED_BY_US = {"app.kubernetes.io/managed-by": "shoal"}
+"""`shoal k8s apply` adds it to the objects; what Kubernetes makes of them needs it from here."""
 
 SERVE_PORT, GRPC_PORT = 8000, 9000
 GCS_PORT, DASHBOARD_PORT, CLIENT_PORT = 6379, 8265, 10001

@@ -36,10 +36,12 @@ GPU_RESOURCE, GPU_PRODUCT_LABEL = "nvidia.com/gpu", "nvidia.com/gpu.product"
 HOSTNAME_LABEL = "kubernetes.io/hostname"
 HEAD_TERMINATION_S = 60
 DRAIN_MARGIN_S = 60
-DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 """Between the end of a node's drain and the end of its pod."""
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
 """As cluster.serve_proxy has it, which is not imported: rendering needs no Ray."""
+LAST_LINES = "FallbackToLogsOnError"
+"""Why a container ended is then in the pod's status, which outlives its log."""
 CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -48,9 +50,7 @@ def head_template(config: DeployConfig) -> dict[str, Any]:
     inner = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "client": CLIENT_PORT}
     ports = inner | serving_ports(config) | METRICS_PORTS
     memory = round(config.head.memory_gib * GIB)
-    container = _container(
-        config, "ray-head", ports | serving_ports(config) | METRICS_PORTS, [shared_memory()]
-    )
+    container = _container(config, "ray-head", ports, [shared_memory()])
     container["resources"] = resources(config, config.head, memory)
     spec = _pod(config, config.head, "control", [container], [shared_memory()])
     spec["terminationGracePeriodSeconds"] = HEAD_TERMINATION_S
@@ -110,6 +110,7 @@ def _container(
         "imagePullPolicy": config.image_pull_policy,
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
         "env": _environment(config),
+        "terminationMessagePolicy": LAST_LINES,
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": [mount for _, mount in volumes],
     }
@@ -223,6 +224,7 @@ def _verify_model(config: DeployConfig) -> dict[str, Any]:
         "image": config.image,
         "imagePullPolicy": config.image_pull_policy,
         "command": ["shoal", "model", "verify", config.model.path],
+        "terminationMessagePolicy": LAST_LINES,
         "securityContext": CONTAINER_SECURITY,
         "resources": {"requests": size, "limits": size},
         "volumeMounts": [mount for _, mount in model(config)],

@@ -7,6 +7,7 @@ from typing import Any
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.manifest import Manifest
 from cluster.deploy.manifests.names import (
+    MANAGED_BY_US,
     REDIS_KEY,
     labels,
     manifest,
@@ -100,4 +101,6 @@ def _claim(config: DeployConfig) -> dict[str, Any]:
     }
     if wanted.storage_class is not None:
         spec["storageClassName"] = wanted.storage_class
-    return {"metadata": {"name": "data"}, "spec": spec}
+    # By these `shoal k8s down --delete-data` finds the claim, which outlives the StatefulSet.
+    found_by = labels(config, "redis") | MANAGED_BY_US
+    return {"metadata": {"name": "data", "labels": found_by}, "spec": spec}
