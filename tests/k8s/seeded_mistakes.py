@@ -397,8 +397,8 @@ APPLICATION = (
         "wrong import path",
         _application(import_path="cluster.app:build"),
         "applications[0].import_path",
-        "cluster.app has no build",
-        "did you mean build_app?",
+        "there is no cluster.app:build in Shoal",
+        "did you mean cluster.app:build_app?",
     ),
     Mistake(
         "no gRPC service",
@@ -406,6 +406,13 @@ APPLICATION = (
         "grpc_options.grpc_servicer_functions",
         "is not among grpc_servicer_functions",
         "add cluster.protos.inference_pb2_grpc",
+    ),
+    Mistake(
+        "gRPC service that Shoal has not",
+        _serve(grpc_options={"grpc_servicer_functions": ["cluster.protos.inference_pb2_grpc.add"]}),
+        "grpc_options.grpc_servicer_functions[0]",
+        "there is no cluster.protos.inference_pb2_grpc.add in Shoal",
+        "did you mean cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server?",
     ),
     Mistake(
         "sockets of one machine",

@@ -19,6 +19,7 @@ from cluster.deploy.config import PRESETS, DeployConfig, parse_deploy_config
 from cluster.deploy.known_models import known_model
 from cluster.deploy.manifest import Manifest, dump
 from cluster.deploy.render import COMPONENTS, render
+from cluster.deploy.sections import INCREMENTAL
 from cluster.deploy.sizing import model_sizes
 from tests.k8s.seeded_mistakes import MISTAKES, Mistake, Objects
 
@@ -51,6 +52,13 @@ def test_every_component_is_on() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_no_mistake(preset: str, everything: bool) -> None:
     config = deploy_config(preset, everything)
+    objects = load_text(dump(render(config)), FILE)
+    assert [str(f) for f in check_manifests(objects, sizes=model_sizes(config.model))] == []
+
+
+def test_an_incremental_upgrade_is_not_asked_for_the_grpc_that_it_cannot_have() -> None:
+    upgrade = {"strategy": INCREMENTAL, "gateway_class": "envoy"}
+    config = parse_deploy_config({"preset": "gpu-small", "upgrade": upgrade} | ALL_ON)
     objects = load_text(dump(render(config)), FILE)
     assert [str(f) for f in check_manifests(objects, sizes=model_sizes(config.model))] == []
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from typing import Any
 
 import pytest
 
-from cluster import launcher
-from cluster.config import ShoalConfig
+from cluster.config import GRPC_SERVICERS, ShoalConfig
 from cluster.deploy.check import serve_model, syntax
-from cluster.deploy.check.application import SERVICER, Application, Deployment, read_application
+from cluster.deploy.check.application import Application, Deployment, read_application
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.placement import placement_findings
 from cluster.deploy.check.ray_cluster import Group, groups
@@ -19,6 +19,7 @@ from cluster.deploy.check.ray_pods import DRAIN_S
 from cluster.deploy.check.references import reference_findings
 from cluster.deploy.check.selectors import selects
 from cluster.deploy.check.source import Located
+from cluster.deploy.manifests.serve_config import IMPORT_PATH
 from cluster.field_names import suggest
 from tests.k8s.seeded_mistakes import Objects
 from tests.k8s.test_check import good
@@ -220,7 +221,9 @@ def test_groups_carry_the_labels_that_kuberay_adds() -> None:
 
 def test_facts_that_are_written_down_twice() -> None:
     assert DRAIN_S == app.GRACEFUL_SHUTDOWN_S
-    assert SERVICER in launcher.GRPC_SERVICERS
+    for path in (*GRPC_SERVICERS, IMPORT_PATH.replace(":", ".")):
+        module, _, name = path.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
     bound = inspect.getsource(app.build_app)
     service = Located("a.yaml", Objects(list(good())).service)
     application, _ = read_application(service.root)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from cluster.config import ShoalConfig
+from cluster.config import GRPC_SERVICERS, ShoalConfig
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
+from cluster.deploy.check.ray_cluster import serves_grpc
 from cluster.deploy.check.schemas import shown
 from cluster.deploy.check.serve_model import ServeConfig
 from cluster.deploy.check.typed import typed_findings
 from cluster.deploy.check.yaml_nodes import explain, parse_yaml
+from cluster.deploy.manifests.serve_config import IMPORT_PATH
 from cluster.field_names import suggest
 
-IMPORT_PATH = "cluster.app:build_app"
-SERVICER = "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server"
+OUR_SERVICER = GRPC_SERVICERS[0]
 DEFAULT_PORTS = {"serve": 8000, "serve-grpc": 9000}
 
 
@@ -77,6 +74,7 @@ def read_application(root: Node) -> tuple[Application | None, list[Finding]]:
         fix = "write a Serve config file as one text: |"
         return None, [text.finding("missing, or no mapping", fix)]
     found = list(typed_findings(ServeConfig, serve)) + list(_serve_findings(serve))
+    found += _servicer_findings(serve["grpc_options"]["grpc_servicer_functions"], root)
     ours = [app for app in serve["applications"].each() if _is_ours(app)]
     if len(ours) != 1:
         message = f"{len(ours)} applications with import_path {IMPORT_PATH}"
@@ -120,40 +118,22 @@ def _serve_findings(serve: Node) -> Iterator[Finding]:
         yield location.finding(message, "write EveryNode")
     if host.text in ("127.0.0.1", "localhost", "::1"):
         yield host.finding(f"{host.text} is reached from the pod only", "write 0.0.0.0")
-    functions = serve["grpc_options"]["grpc_servicer_functions"]
-    if SERVICER not in [function.value for function in functions.each()]:
-        message = "the gRPC service of Shoal is not among grpc_servicer_functions"
-        yield functions.finding(message, f"add {SERVICER}")
-    for function in functions.each():
-        module, _, name = function.text.rpartition(".")
-        yield from _import_fault(function, module, name)
     for app in serve["applications"].each():
-        module, _, name = app["import_path"].text.partition(":")
-        yield from _import_fault(app["import_path"], module, name)
+        yield from _no_such_path(app["import_path"], [IMPORT_PATH])
 
 
-def _import_fault(place: Node, module: str, name: str) -> Iterator[Finding]:
-    """A path into Shoal's own code that leads nowhere."""
-    if module.partition(".")[0] != "cluster":
-        return
-    names = _names_of(module)
-    if names is None:
-        yield place.finding(f"there is no module {module}", f"use {IMPORT_PATH} or {SERVICER}")
-    elif name not in names:
-        yield place.finding(f"{module} has no {name or 'name given'}", suggest(name, names))
+def _servicer_findings(functions: Node, root: Node) -> Iterator[Finding]:
+    if serves_grpc(root) and OUR_SERVICER not in [each.value for each in functions.each()]:
+        message = "the gRPC service of Shoal is not among grpc_servicer_functions"
+        yield functions.finding(message, f"add {OUR_SERVICER}")
+    for function in functions.each():
+        yield from _no_such_path(function, GRPC_SERVICERS)
 
 
-@lru_cache(maxsize=32)
-def _names_of(module: str) -> frozenset[str] | None:
-    """Functions of a module of ours, read and not run; None if there is no such module."""
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return None
-    tree = ast.parse(Path(spec.origin).read_text())
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+def _no_such_path(place: Node, paths: Sequence[str]) -> Iterator[Finding]:
+    """A path into Shoal's own code other than those that there are."""
+    if place.text.startswith("cluster.") and place.text not in paths:
+        yield place.finding(f"there is no {place.text} in Shoal", suggest(place.text, paths))
 
 
 def _override_findings(app: Node, deployments: tuple[Deployment, ...]) -> Iterator[Finding]:

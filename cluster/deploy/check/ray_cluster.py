@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.syntax import quantity
+from cluster.deploy.sections import INCREMENTAL
 
 GPU = re.compile(r"[a-z0-9.-]+/gpu")
 OPERATORS = re.compile(r"(!?)in\((.*)\)")
@@ -87,6 +88,11 @@ def groups(root: Node) -> list[Group]:
     head = Group(cluster["headGroupSpec"], "headgroup", True, name)
     workers = cluster["workerGroupSpecs"].each()
     return [head, *(Group(node, node["groupName"].text, False, name) for node in workers)]
+
+
+def serves_grpc(root: Node) -> bool:
+    """KubeRay 1.7 routes HTTP only while it upgrades step by step."""
+    return root["spec"]["upgradeStrategy"]["type"].text != INCREMENTAL
 
 
 def _matches(value: str | None, wanted: str) -> bool:

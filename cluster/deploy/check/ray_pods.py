@@ -9,7 +9,7 @@ from cluster.config import API_KEY_VARIABLE, SECRET_VARIABLE
 from cluster.deploy.check.application import Application
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
-from cluster.deploy.check.ray_cluster import Group
+from cluster.deploy.check.ray_cluster import Group, serves_grpc
 from cluster.deploy.check.syntax import quantity
 
 DRAIN_S = 90
@@ -39,10 +39,10 @@ def cluster_findings(root: Node) -> Iterator[Finding]:
     if auth.given and not auth["mode"].given:
         message = "without mode there is no authentication, whatever else is given"
         yield auth["mode"].finding(message, "write mode: token")
-    upgrade = spec["upgradeStrategy"]["type"]
-    if upgrade.text == "NewClusterWithIncrementalUpgrade" and cluster_has_grpc(cluster):
+    if not serves_grpc(root) and cluster_has_grpc(cluster):
         message = "KubeRay 1.7 routes only HTTP in an incremental upgrade, gRPC breaks"
-        yield upgrade.finding(message, "use NewCluster, or remove the port serve-grpc")
+        fix = "use NewCluster, or remove the port serve-grpc"
+        yield spec["upgradeStrategy"]["type"].finding(message, fix)
 
 
 def cluster_has_grpc(cluster: Node) -> bool:
@@ -125,11 +125,11 @@ def port_findings(app: Application, root: Node, groups: list[Group]) -> Iterator
             if port.number is not None and port.number != number:
                 message = f"port {name} is {port.number}, serveConfigV2 says {number}"
                 yield port.finding(message, f"write {number} in both")
-        if not groups[0].container["ports"].named(name).given:
-            place = groups[0].container["ports"]
-            if name == "serve-grpc":  # a missing `serve` is the operator's refusal
-                message = f"no port {name}: the Service would not reach gRPC at {number}"
-                yield place.finding(message, f"add {{name: {name}, containerPort: {number}}}")
+        place = groups[0].container["ports"]
+        if name == "serve-grpc" and serves_grpc(root) and not place.named(name).given:
+            # A missing `serve` is the operator's refusal.
+            message = f"no port {name}: the Service would not reach gRPC at {number}"
+            yield place.finding(message, f"add {{name: {name}, containerPort: {number}}}")
         port = service["ports"].named(name)
         target = port["targetPort"] if port["targetPort"].given else port["port"]
         if target.number is not None and target.number != number:
