@@ -30,6 +30,17 @@ def placement_findings(
             yield from _memory(app, group, sizes)
 
 
+def gpu_notes(app: Application) -> Iterator[Finding]:
+    """What GPUs are asked for and not yet computed on."""
+    for deployment in (each for each in app.deployments if each.num_gpus):
+        message = (
+            f"{deployment.name} still computes on the CPU, GPU back ends are not there yet: its "
+            "weights and cache go into the pod's memory, which is sized for its processes only"
+        )
+        fix = "expect OOMKilled; preset cpu-dev is what works today"
+        yield deployment.settings["num_gpus"].finding(message, fix)
+
+
 def _somewhere_to_run(
     deployment: Deployment, head: Group, workers: list[Group]
 ) -> Iterator[Finding]:
