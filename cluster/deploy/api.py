@@ -75,9 +75,20 @@ class Cluster:
         fields: str = "",
     ) -> list[Manifest]:
         """All objects of a kind, of one namespace or of all; empty if the kind is absent."""
+        return self.listing(api_version, kind, namespace, labels, fields)[0]
+
+    def listing(
+        self,
+        api_version: str,
+        kind: str,
+        namespace: str | None = None,
+        labels: str = "",
+        fields: str = "",
+    ) -> tuple[list[Manifest], str]:
+        """As `select`, with the version of the list, for `events`."""
         found = self.kind(api_version, kind)
         if found is None:
-            return []
+            return [], ""
         query = {"limit": PAGE_SIZE, "labelSelector": labels, "fieldSelector": fields}
         items: list[Manifest] = []
         while True:
@@ -85,7 +96,7 @@ class Cluster:
             # items of a list come without their kind
             items += ({"apiVersion": api_version, "kind": kind, **item} for item in page["items"])
             if not page["metadata"].get("continue"):
-                return items
+                return items, page["metadata"]["resourceVersion"]
             query["continue"] = page["metadata"]["continue"]
 
     def create(self, manifest: Manifest) -> Manifest:
@@ -119,17 +130,35 @@ class Cluster:
 
     def watch(self, ref: Ref, timeout_s: float) -> Generator[Manifest, None, None]:
         """The object as it is, and again after each change until the time is up. Raises Gone."""
-        query = {
-            "watch": "true",
-            "fieldSelector": f"metadata.name={ref.name}",
-            "timeoutSeconds": str(max(1, round(timeout_s))),
-        }
         path = _collection(self._found(ref), ref.namespace)
+        query = {"fieldSelector": f"metadata.name={ref.name}"}
+        for _, obj in self._events(path, query, timeout_s):
+            yield obj
+
+    def events(
+        self,
+        api_version: str,
+        kind: str,
+        namespace: str,
+        version: str,
+        labels: str,
+        timeout_s: float,
+    ) -> Generator[tuple[str, Manifest], None, None]:
+        """ADDED, MODIFIED or DELETED, and the object, after the version of a `listing` and until
+        the time is up. Raises Gone if the server has forgotten it."""
+        found = self._found(Ref(api_version, kind, "", namespace))
+        query = {"resourceVersion": version, "labelSelector": labels}
+        yield from self._events(_collection(found, namespace), query, timeout_s)
+
+    def _events(
+        self, path: str, query: dict[str, str], timeout_s: float
+    ) -> Generator[tuple[str, Manifest], None, None]:
+        query = {**query, "watch": "true", "timeoutSeconds": str(max(1, round(timeout_s)))}
         for line in self._http.lines(path, query, timeout_s + CONNECT_TIMEOUT_S):
             event = json.loads(line)
             if event["type"] == "ERROR":
                 raise refusal(event["object"].get("code", 500), json.dumps(event["object"]))
-            yield event["object"]
+            yield event["type"], event["object"]
 
     def log(
         self,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
-from cluster.deploy.pod_causes import HEAD_GROUP, Cause, group_of, is_ready, pod_causes
+from cluster.deploy.pod_causes import HEAD_GROUP, Cause, group_of, is_ready, pod_causes, tail
 
 State = Literal["ready", "waiting", "failed"]
 
@@ -17,19 +16,28 @@ TERMINAL_REASONS = {
 }
 """Reasons of the Ready condition after which the operator does nothing more, and what to do."""
 
-TAIL_LINES = 6
+MAX_FAILED_PODS = 3
+"""So many pods of a group that failed, and none got ready: the next one will fail as well."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Objects of one deployment as read from the API server; of events the warnings only. `hidden`:
-    kinds we may not read."""
+    """Objects of one deployment as read from the API server, and what is remembered of them; of
+    events the warnings only. `hidden`: kinds we may not read."""
 
     service: dict[str, Any]
     clusters: list[dict[str, Any]] = field(default_factory=list)
     pods: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     hidden: tuple[str, ...] = ()
+    pods_version: str = ""
+    """Of the list of pods."""
+    failed: tuple[dict[str, Any], ...] = ()
+    """Pods that failed, the last one last, and none of their group has been ready since."""
+    pulling_s: Mapping[str, float] = field(default_factory=dict)
+    """By uid: for so long a pod's image has not come."""
+    is_settled: bool = True
+    """False: the applications' statuses may be those from before the last change of settings."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,18 @@ class Verdict:
     applications: dict[str, str] = field(default_factory=dict)
 
 
-def verdict(seen: Observed, now: datetime) -> Verdict:
+def verdict(seen: Observed) -> Verdict:
     """Judge the newest cluster of the service: the pending one while an upgrade runs."""
-    current = _current_status(seen.service)
+    current = current_status(seen.service)
     cluster = _current_cluster(seen, current)
     pods = _pods_of(cluster, seen.pods)
-    state, summary = _state(seen.service, current, cluster)
+    state, summary = _state(seen, current, cluster)
     causes: list[str] = []
-    if _is_current(seen.service):  # else pods and applications are those of the last try
-        troubles = [*_refused_pods(cluster), *(c for pod in pods for c in pod_causes(pod, now))]
-        causes += [*_application_causes(current), *_grouped(troubles)]
+    if is_current(seen.service):  # else pods and applications are those of the last try
+        troubles = [*_refused_pods(cluster), *_pod_troubles(seen, cluster, pods)]
+        if seen.is_settled:
+            causes += _application_causes(current)
+        causes += _grouped(troubles)
         if state != "ready":
             causes += _event_causes(seen.events, cluster, pods)
         if state == "waiting" and any(cause.fatal for cause in troubles):
@@ -82,17 +92,20 @@ def verdict(seen: Observed, now: datetime) -> Verdict:
 
 
 def _state(
-    service: dict[str, Any], current: dict[str, Any], cluster: dict[str, Any] | None
+    seen: Observed, current: dict[str, Any], cluster: dict[str, Any] | None
 ) -> tuple[State, str]:
+    service = seen.service
     conditions = {each["type"]: each for each in service.get("status", {}).get("conditions") or []}
     ready = conditions.get("Ready", {})
     reason, message = ready.get("reason", ""), ready.get("message", "")
     if "deletionTimestamp" in service["metadata"]:
         return "waiting", "is being deleted"
-    if not _is_current(service):
+    if not is_current(service):
         return "waiting", "the KubeRay operator has not looked at this version yet"
     if reason in TERMINAL_REASONS:
         return "failed", f"{reason}: {message.rstrip('.')}; {TERMINAL_REASONS[reason]}"
+    if not seen.is_settled:
+        return "waiting", "the KubeRay operator hands the new settings to Ray"
     for name, app in _applications(current).items():
         if app.get("status") == "DEPLOY_FAILED":
             return "failed", f"application {name}: DEPLOY_FAILED"
@@ -109,7 +122,7 @@ def _state(
     return "waiting", f"{reason}: {message}".strip(": ") or "no status from the operator yet"
 
 
-def _is_current(service: dict[str, Any]) -> bool:
+def is_current(service: dict[str, Any]) -> bool:
     """Whether the status speaks of the spec as it is now. A refused spec is noted in the
     condition before the status as a whole."""
     status = service.get("status", {})
@@ -118,7 +131,7 @@ def _is_current(service: dict[str, Any]) -> bool:
     return bool(judged >= service["metadata"].get("generation", 0))
 
 
-def _current_status(service: dict[str, Any]) -> dict[str, Any]:
+def current_status(service: dict[str, Any]) -> dict[str, Any]:
     """Status of the cluster that is being built, else of the one that serves."""
     status = service.get("status", {})
     pending: dict[str, Any] = status.get("pendingServiceStatus") or {}
@@ -143,13 +156,7 @@ def _application_causes(current: dict[str, Any]) -> Iterator[str]:
             *((f"{name}/{d}", s) for d, s in deployments),
         ]:
             if entry.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
-                yield f"{what}: {entry['status']}: {traceback_tail(entry.get('message', ''))}"
-
-
-def traceback_tail(message: str) -> str:
-    """The last lines of a message from Ray, which ends with the exception."""
-    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
-    return "\n".join(lines[-TAIL_LINES:])
+                yield f"{what}: {entry['status']}: {tail(entry.get('message', ''))}"
 
 
 # ---- clusters and pods
@@ -165,7 +172,9 @@ def _name(cluster: dict[str, Any] | None) -> str:
     return cluster["metadata"]["name"] if cluster else "a new cluster"
 
 
-def _pods_of(cluster: dict[str, Any] | None, pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pods_of(
+    cluster: dict[str, Any] | None, pods: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
     if cluster is None:
         return []
     name = cluster["metadata"]["name"]
@@ -180,6 +189,37 @@ def _refused_pods(cluster: dict[str, Any] | None) -> Iterator[Cause]:
             is_quota = "exceeded quota" in message
             text = f"{condition.get('reason', 'ReplicaFailure')}: {message}"
             yield Cause("pods", "", text, fatal=not is_quota)
+
+
+def _pod_troubles(
+    seen: Observed, cluster: dict[str, Any] | None, pods: list[dict[str, Any]]
+) -> Iterator[Cause]:
+    """Of pods that are there, and of the last one of each group that failed."""
+    failed: dict[str, list[dict[str, Any]]] = {}
+    for pod in _pods_of(cluster, seen.failed):
+        failed.setdefault(group_of(pod), []).append(pod)
+    for group, those in failed.items():
+        yield from _failures(group, those)
+    told = {_uid(pod) for pod in seen.failed}
+    for pod in pods:
+        if _uid(pod) not in told:
+            yield from pod_causes(pod, seen.pulling_s.get(_uid(pod), 0))
+
+
+def _failures(group: str, failed: list[dict[str, Any]]) -> Iterator[Cause]:
+    """Why the last pod of a group failed; fatal if it is one of many."""
+    name = failed[-1]["metadata"]["name"]
+    for cause in pod_causes(failed[-1]) or [Cause(group, name, "Failed: no reason given")]:
+        if len(failed) < MAX_FAILED_PODS:
+            yield cause
+            continue
+        again = f"{len(failed)} pods failed one after the other, and the next one will"
+        read = f"`shoal k8s logs {group} --follow` reads it while it lives"
+        yield Cause(group, name, f"{cause.text}; {again}: {read}", fatal=True)
+
+
+def _uid(pod: dict[str, Any]) -> str:
+    return str(pod["metadata"].get("uid", pod["metadata"]["name"]))
 
 
 def _grouped(causes: Iterable[Cause]) -> Iterator[str]:
@@ -198,13 +238,20 @@ def _event_causes(
     """Warnings that no status repeats: volumes that do not mount, objects that are refused."""
     waiting = {pod["metadata"]["name"] for pod in pods if not is_ready(pod)}
     newest: dict[tuple[str, str], str] = {}
-    for event in events:
+    for event in sorted(events, key=_last_seen):
         about = event.get("involvedObject", {})
         is_ours = about.get("name") in (waiting if about.get("kind") == "Pod" else {_name(cluster)})
         if is_ours and _tells_more(event):
             newest[about["name"], event["reason"]] = " ".join(event.get("message", "").split())
     for (name, reason), message in newest.items():
         yield f"{name}: {reason}: {message}"
+
+
+def _last_seen(event: dict[str, Any]) -> str:
+    """Events come in the order of their names. New ones have eventTime, old ones lastTimestamp."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return next((str(time) for time in times if time), "")
 
 
 def _tells_more(event: dict[str, Any]) -> bool:

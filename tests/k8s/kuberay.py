@@ -14,6 +14,8 @@ from tests.k8s.kuberay_operator import Operator, ServeBackend
 from tests.k8s.kuberay_status import Faults
 
 WATCHED = ("RayService", "RayCluster", "Pod")
+CRASH_S = 0.1
+"""So long a faulty pod runs before it fails again."""
 POLL_S = 1.0
 """How often a real Ray is asked while its applications are not running."""
 
@@ -70,6 +72,8 @@ class KubeRay:
             except Exception:
                 self.errors.append(traceback.format_exc())
             self._changed.wait(None if is_settled else POLL_S)
+            if self._faults.pods:
+                self._is_closed.wait(CRASH_S)
 
     def _follow(self, kind: str) -> None:
         """Wake `_run` at each event of `kind`."""

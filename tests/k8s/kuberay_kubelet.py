@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tests.k8s.api_server.errors import Json
 
 STARTED = "2026-11-22T12:00:00Z"
+LOG = "".join(f"line {number}\n" for number in range(20))
 
 PodFault = Callable[[Json], Json]
 """The status of a pod that has the fault."""
@@ -47,56 +48,46 @@ def image_missing(pod: Json) -> Json:
 
 
 def crashing(pod: Json) -> Json:
-    """The container ends again and again."""
-    container = pod["spec"]["containers"][0]["name"]
-    message = f"back-off 5m0s restarting failed container={container} pod={pod['metadata']['name']}"
-    last = {"terminated": {"exitCode": 1, "reason": "Error"}}
-    return _waiting(pod, "CrashLoopBackOff", message, last, restarts=7)
+    """The container ends with an error; its last lines are its message."""
+    return _ended(pod, {"exitCode": 1, "reason": "Error", "message": f"{LOG}OSError: no model\n"})
 
 
 def out_of_memory(pod: Json) -> Json:
-    """The kernel killed the container; with restartPolicy Never the pod has failed with it."""
-    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled", "finishedAt": STARTED}}
+    """The kernel killed the container."""
+    return _ended(pod, {"exitCode": 137, "reason": "OOMKilled"})
+
+
+def _ended(pod: Json, how: Json) -> Json:
+    """With restartPolicy Never, which autoscaler v2 brings, the pod is over with its container."""
     first, *others = pod["spec"]["containers"]
-    is_over = pod["spec"].get("restartPolicy") == "Never"
-    if is_over:
-        status = _container(first, killed, is_ready=False)
-    else:
-        running_again = {"running": {"startedAt": STARTED}}
-        status = _container(first, running_again, is_ready=False, last=killed, restarts=1)
+    ended = _container(first, {"terminated": {**how, "finishedAt": STARTED}}, is_ready=False)
     rest = [_container(c, {"running": {"startedAt": STARTED}}, True) for c in others]
     return {
-        "phase": "Failed" if is_over else "Running",
+        "phase": "Failed",
         "conditions": [_condition("PodScheduled", True), _condition("Ready", False)],
-        "containerStatuses": [status, *rest],
+        "containerStatuses": [ended, *rest],
     }
 
 
-def _waiting(
-    pod: Json, reason: str, message: str, last: Json | None = None, restarts: int = 0
-) -> Json:
+def _waiting(pod: Json, reason: str, message: str) -> Json:
     state = {"waiting": {"reason": reason, "message": message}}
     container = pod["spec"]["containers"][0]
     return {
         "phase": "Pending",
         "conditions": [_condition("PodScheduled", True), _condition("Ready", False)],
-        "containerStatuses": [
-            _container(container, state, is_ready=False, last=last, restarts=restarts)
-        ],
+        "containerStatuses": [_container(container, state, is_ready=False)],
     }
 
 
-def _container(
-    container: Json, state: Json, is_ready: bool, last: Json | None = None, restarts: int = 0
-) -> Json:
+def _container(container: Json, state: Json, is_ready: bool) -> Json:
     return {
         "name": container["name"],
         "image": container["image"],
         "imageID": "",
         "ready": is_ready,
-        "restartCount": restarts,
+        "restartCount": 0,
         "state": state,
-        "lastState": last or {},
+        "lastState": {},
     }
 
 

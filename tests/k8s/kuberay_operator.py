@@ -23,6 +23,8 @@ class Operator:
         self._client = client
         self._namespace = namespace
         self._serve = serve
+        self._submitted: dict[str, Json] = {}
+        """What Ray was given last, by RayCluster."""
 
     def reconcile(self, faults: Faults) -> bool:
         """Whether nothing is left to do before the next event.
@@ -40,7 +42,7 @@ class Operator:
             return True
         clusters = self._clusters_of(service)
         goal = self._goal(service, clusters)
-        applications = self._applications(service, faults)
+        applications = self._applications(service, goal, faults)
         is_running = all_running(applications)
         self._reconcile_cluster(goal, faults, is_running)
         self._reconcile_others(service, goal, clusters, is_running)
@@ -79,8 +81,19 @@ class Operator:
             else:
                 self._delete("RayCluster", name)
 
-    def _applications(self, service: Json, faults: Faults) -> Mapping[str, Json]:
-        config = kuberay_status.serve_config(service)
+    def _applications(self, service: Json, goal: Json, faults: Faults) -> Mapping[str, Json]:
+        """As KubeRay does it: read what became of the last configuration, then submit a new one. So
+        the first status of a changed service is the old one."""
+        name, config = goal["metadata"]["name"], kuberay_status.serve_config(service)
+        last = self._submitted.get(name)
+        applications = {} if last is None else self._read(last, faults)
+        if config != last:
+            self._submitted[name] = config
+            self._read(config, faults)
+        return applications
+
+    def _read(self, config: Json, faults: Faults) -> Mapping[str, Json]:
+        """A real Ray takes the configuration as well, if it is a new one."""
         if self._serve:
             return self._serve(config)
         return kuberay_status.pretended_applications(config, faults)
@@ -91,7 +104,7 @@ class Operator:
         present: dict[str, Json] = {}
         for pod in self._client.select("Pod", self._namespace, f"ray.io/cluster={name}"):
             pod_name = pod["metadata"]["name"]
-            if pod_name in wanted and not _is_over(pod, faults):
+            if pod_name in wanted and status_of(pod).get("phase") != "Failed":
                 present[pod_name] = pod
             else:
                 self._delete("Pod", pod_name)
@@ -158,8 +171,3 @@ class Operator:
 def _group_of(pod: Json) -> str:
     group: str = pod["metadata"]["labels"]["ray.io/group"]
     return group
-
-
-def _is_over(pod: Json, faults: Faults) -> bool:
-    """Failed for good: the operator makes another one, here once the fault is mended."""
-    return status_of(pod).get("phase") == "Failed" and _group_of(pod) not in faults.pods

@@ -24,6 +24,8 @@ class Faults:
     application: str = "RUNNING"
     """Status of every application, as `DEPLOYING` (a slow start) or `DEPLOY_FAILED`."""
     application_message: str = ""
+    rejected: str = ""
+    """Text in serveConfigV2 with which every application fails."""
     is_initializing_timeout: bool = False
     """The time of annotation ray.io/initializing-timeout has run out."""
 
@@ -47,6 +49,8 @@ def all_running(applications: Mapping[str, Json]) -> bool:
 def pretended_applications(config: Json, faults: Faults) -> Mapping[str, Json]:
     """As Ray would report them; they do not run while pods are missing."""
     status = faults.application
+    if faults.rejected and faults.rejected in str(config):
+        status = "DEPLOY_FAILED"
     if faults.pods and status == "RUNNING":
         status = "DEPLOYING"
     if HEAD_GROUP in faults.pods:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,13 @@ import pytest
 from cluster.config import ConfigError
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.api_errors import Unreachable
-from cluster.deploy.follow import OUTAGE_S, PERIOD_S, Deployment, Follower
+from cluster.deploy.follow import ORIGIN_LABEL, OUTAGE_S, PERIOD_S, Deployment, Follower
+from cluster.deploy.history import SETTLE_S
+from cluster.deploy.pod_causes import PULL_PATIENCE_S
 from cluster.deploy.verdict import Observed, Verdict
 from tests.k8s import kuberay_kubelet
+from tests.k8s.api_server.patches import JSON
+from tests.k8s.kuberay_samples import ray_service
 from tests.k8s.shoal_cli import Shoal
 
 if TYPE_CHECKING:
@@ -58,6 +63,9 @@ class FakeDeployment:
         if isinstance(shown, Unreachable):
             raise shown
         return shown
+
+    def failed_since(self, before: Observed, now: Observed) -> list[dict[str, Any]]:
+        return []
 
     def await_change(self, seen: Observed, timeout_s: float) -> bool:
         self._clock.sleep(timeout_s)
@@ -110,6 +118,105 @@ class TestWait:
         assert clock.now == 3
 
 
+def running(status: str, generation: int = 2, seen_generation: int = 2) -> Observed:
+    """A service on a live cluster whose application has this status."""
+    condition = {"type": "Ready", "status": "True", "reason": "NonZeroServeEndpoints"}
+    active = {"rayClusterName": "a", "applicationStatuses": {"shoal": {"status": status}}}
+    status_ = {"observedGeneration": seen_generation, "conditions": [condition]}
+    status_ |= {"activeServiceStatus": active}
+    metadata = {"generation": generation}
+    return Observed({"metadata": metadata, "spec": {}, "status": status_})
+
+
+class TestChange:
+    """The operator notes a new generation beside the old statuses."""
+
+    def states(self, *shown: Observed, is_change: bool = True) -> tuple[list[str], float]:
+        clock, told = FakeClock(), list[Verdict]()
+        deployment: Any = FakeDeployment(clock, *shown)
+        looks = Follower(deployment, is_change=is_change, clock=clock, sleep=clock.sleep)
+        looks.wait_ready(100, told.append)
+        return [each.state for each in told], clock.now
+
+    @pytest.mark.parametrize(("old", "state"), [("RUNNING", "ready"), ("DEPLOY_FAILED", "failed")])
+    def test_an_old_status_counts_only_if_it_stays(self, old: str, state: str) -> None:
+        states, seconds = self.states(running(old))
+        assert (states, seconds) == (["waiting", "waiting", state], 2 * PERIOD_S)
+        assert seconds >= SETTLE_S
+
+    def test_the_time_begins_when_the_operator_has_seen_the_change(self) -> None:
+        unseen = running("RUNNING", seen_generation=1)
+        states, _ = self.states(unseen, unseen, unseen, running("RUNNING"))
+        assert states == ["waiting"] * 5 + ["ready"]
+
+    def test_a_status_that_changed_is_the_new_one(self) -> None:
+        states, seconds = self.states(running("RUNNING"), running("DEPLOY_FAILED"))
+        assert (states, seconds) == (["waiting", "failed"], PERIOD_S)
+
+    def test_one_that_changed_back_as_well(self) -> None:
+        states, _ = self.states(running("RUNNING"), running("DEPLOYING"), running("RUNNING"))
+        assert states == ["waiting", "waiting", "ready"]
+
+    def test_an_old_failure_is_not_told_as_the_cause(self) -> None:
+        clock, told = FakeClock(), list[Verdict]()
+        deployment: Any = FakeDeployment(clock, running("DEPLOY_FAILED"), running("RUNNING"))
+        looks = Follower(deployment, is_change=True, clock=clock, sleep=clock.sleep)
+        looks.wait_ready(100, told.append)
+        assert [each.causes for each in told] == [(), ()]
+
+    def test_without_a_change_of_settings_nothing_is_waited_for(self) -> None:
+        assert self.states(running("RUNNING"), is_change=False) == (["ready"], 0)
+
+
+def a_pod(uid: str, *, is_ready: bool = False, has_failed: bool = False) -> dict[str, Any]:
+    ready = {"type": "Ready", "status": str(is_ready)}
+    ended = {"name": "c", "state": {"terminated": {"exitCode": 1, "message": f"words of {uid}"}}}
+    failed = {"phase": "Failed", "containerStatuses": [ended]}
+    labels = {"ray.io/cluster": "a", "ray.io/group": "experts"}
+    metadata = {"name": uid, "uid": uid, "labels": labels}
+    return {
+        "metadata": metadata,
+        "status": {"conditions": [ready]} | (failed if has_failed else {}),
+    }
+
+
+class TestPods:
+    """KubeRay replaces a failed pod at once."""
+
+    def looks(self, *pods: list[dict[str, Any]], seconds: float = 1) -> list[Verdict]:
+        named = {"spec": {}, "metadata": {"name": "a"}}
+        clock = FakeClock()
+        shown = [replace(running("DEPLOYING"), clusters=[named], pods=each) for each in pods]
+        deployment: Any = FakeDeployment(clock, *shown)
+        looks = Follower(deployment, clock=clock, sleep=clock.sleep)
+        told = []
+        for _ in pods:
+            told.append(looks.look())
+            clock.sleep(seconds)
+        return told
+
+    def test_the_third_one_that_fails_ends_the_wait(self) -> None:
+        told = self.looks(*([a_pod(uid, has_failed=True)] for uid in "pqr"))
+        assert [each.state for each in told] == ["waiting", "waiting", "failed"]
+        assert "c: exit code 1: words of r; 3 pods failed" in told[-1].causes[0]
+
+    def test_one_that_is_seen_thrice_is_one(self) -> None:
+        assert self.looks(*[[a_pod("p", has_failed=True)]] * 3)[-1].state == "waiting"
+
+    def test_one_that_gets_ready_makes_good_for_those_before(self) -> None:
+        p, q, r = (a_pod(uid, has_failed=True) for uid in "pqr")
+        told = self.looks([p], [q], [a_pod("s", is_ready=True)], [r])
+        assert [each.state for each in told] == ["waiting"] * 4
+        assert told[2].causes == ()
+
+    def test_an_image_that_does_not_come_for_minutes(self) -> None:
+        pod = a_pod("p")
+        waiting = {"reason": "ImagePullBackOff", "message": "i/o timeout"}
+        pod["status"]["containerStatuses"] = [{"name": "c", "state": {"waiting": waiting}}]
+        told = self.looks(*[[pod]] * 3, seconds=PULL_PATIENCE_S / 2)
+        assert [each.state for each in told] == ["waiting", "waiting", "failed"]
+
+
 @pytest.fixture
 def shoal(kube: SimEnv, namespace: str, tmp_path: Path) -> Shoal:
     return Shoal(kube, namespace, tmp_path)
@@ -158,6 +265,33 @@ class TestWatch:
             watch.join(0.05)
         assert done == [False]
 
+    def test_a_pod_that_failed_and_is_gone_is_remembered(
+        self, deployment: Deployment, shoal: Shoal, admin: Client
+    ) -> None:
+        labels = {"ray.io/is-ray-node": "yes", "ray.io/cluster": "shoal-a"}
+        spec = {"containers": [{"name": "ray-worker", "image": "shoal:1"}]}
+        for kind, meta in (
+            ("RayCluster", {"name": "shoal-a", "labels": {ORIGIN_LABEL: "shoal"}}),
+            ("Pod", {"name": "p", "labels": labels}),
+        ):
+            version = "ray.io/v1" if kind == "RayCluster" else "v1"
+            body = {
+                "spec": ray_service("")["spec"]["rayClusterConfig"]
+                if kind == "RayCluster"
+                else spec
+            }
+            metadata = {**meta, "namespace": shoal.namespace}
+            admin.create({"apiVersion": version, "kind": kind, "metadata": metadata, **body})
+        before = self.observed(deployment)
+        failed = [{"op": "add", "path": "/status", "value": {"phase": "Failed"}}]
+        admin.patch("Pod", "p", shoal.namespace, failed, JSON, "status")
+        admin.delete("Pod", "p", shoal.namespace, gracePeriodSeconds="0")
+        now = self.observed(deployment)
+        assert len(before.pods) == 1 and now.pods == []
+        (gone,) = {each["metadata"]["uid"] for each in deployment.failed_since(before, now)}
+        assert gone == before.pods[0]["metadata"]["uid"]
+        assert deployment.failed_since(now, now) == []
+
     def test_an_unreachable_server_is_one_line(self, tmp_path: Path, kube: SimEnv) -> None:
         config = json.loads(kube.cluster("admin").read_text())
         config["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:1"
@@ -169,7 +303,7 @@ class TestWatch:
 
 FAULTS = {
     "image_missing": ("ImagePullBackOff", "check the image's name"),
-    "crashing": ("CrashLoopBackOff", "shoal k8s logs --previous"),
+    "crashing": ("exit code 1: line 15", "OSError: no model", "pods failed one after the other"),
     "out_of_memory": ("OOMKilled", "raise the memory limit"),
 }
 
@@ -200,10 +334,10 @@ class TestApplyAndWait:
         from tests.k8s.kuberay_operator import Faults
 
         kuberay(faults=Faults(pods={"experts": kuberay_kubelet.unschedulable}))
-        result = shoal("apply", "--timeout", "1")
+        result = shoal("apply", "--timeout", "3")
         assert result.exit_code == 3
         assert "Unschedulable: 0/5 nodes are available" in result.text
-        assert "is not ready after 1 s" in result.text
+        assert "is not ready after 3 s" in result.text
         assert shoal("status").exit_code == 1
 
     def test_rays_own_words(self, shoal: Shoal, kuberay: Callable[..., Any]) -> None:

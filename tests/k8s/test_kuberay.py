@@ -26,7 +26,7 @@ class Namespace:
         self.client = client
         self.name = name
 
-    def wait(self, fits: Callable[[Json], bool], kind: str = "RayService") -> Any:
+    def wait(self, fits: Callable[[Json], object], kind: str = "RayService") -> Any:
         listing = self.client.listing(kind, self.name)
         found = [obj for obj in listing["items"] if fits(obj)]
         if found:
@@ -61,6 +61,11 @@ def condition(obj: Json, kind: str) -> Json:
 
 def cluster_name(service: Json, which: str = "activeServiceStatus") -> str | None:
     return (service["status"].get(which) or {}).get("rayClusterName")
+
+
+def pending_applications(service: Json) -> Json:
+    pending = (service.get("status") or {}).get("pendingServiceStatus") or {}
+    return dict(pending.get("applicationStatuses") or {})
 
 
 @pytest.fixture
@@ -231,12 +236,24 @@ class TestRefusals:
 
 
 class TestFaults:
+    def test_a_failed_pod_is_replaced_for_ever(self, place: Namespace, kuberay: Start) -> None:
+        kuberay(faults=Faults(pods={"experts": kuberay_kubelet.crashing}))
+        place.client.apply(ray_service(place.name))
+        uids = set[str]()
+        for event in place.client.watch("Pod", place.name, "0", timeout_s=30):
+            pod = event["object"]
+            if (pod.get("status") or {}).get("phase") == "Failed":
+                uids.add(pod["metadata"]["uid"])
+            if len(uids) > 4:
+                break
+        assert len(uids) > 4
+
     @pytest.mark.parametrize(
         ("fault", "says"),
         [
             (kuberay_kubelet.unschedulable, "0/5 nodes are available"),
             (kuberay_kubelet.image_missing, "ImagePullBackOff"),
-            (kuberay_kubelet.crashing, "CrashLoopBackOff"),
+            (kuberay_kubelet.crashing, "OSError: no model"),
             (kuberay_kubelet.out_of_memory, "OOMKilled"),
         ],
     )
@@ -246,8 +263,7 @@ class TestFaults:
         operator = kuberay(faults=Faults(pods={"experts": fault}))
         place.client.apply(ray_service(place.name))
         place.wait(lambda pod: says in str(pod.get("status")), "Pod")
-        service = place.wait(lambda s: "pendingServiceStatus" in s.get("status", {}))
-        applications = service["status"]["pendingServiceStatus"]["applicationStatuses"]
+        applications = pending_applications(place.wait(pending_applications))
         assert applications["shoal"]["status"] == "DEPLOYING"
         operator.set_faults(pods={})
         place.ready()
@@ -255,9 +271,8 @@ class TestFaults:
     def test_an_application_that_fails(self, place: Namespace, kuberay: Start) -> None:
         kuberay(faults=Faults(application="DEPLOY_FAILED", application_message="OSError: no file"))
         place.client.apply(ray_service(place.name))
-        service = place.wait(lambda s: "pendingServiceStatus" in s.get("status", {}))
-        applications = service["status"]["pendingServiceStatus"]["applicationStatuses"]
-        assert applications["shoal"]["message"] == "OSError: no file"
+        service = place.wait(pending_applications)
+        assert pending_applications(service)["shoal"]["message"] == "OSError: no file"
         assert condition(service, "Ready")["status"] == "False"
 
     def test_the_time_to_start_runs_out(self, place: Namespace, kuberay: Start) -> None:
@@ -267,16 +282,22 @@ class TestFaults:
 
 
 def test_a_changed_serve_config_keeps_the_cluster(place: Namespace, kuberay: Start) -> None:
-    operator = kuberay()
+    kuberay(faults=Faults(rejected="nothing", application_message="ValueError"))
     service = ray_service(place.name)
     place.client.apply(service)
-    old = cluster_name(place.ready())
-    operator.set_faults(application="DEPLOY_FAILED", application_message="ValueError")
+    ready = place.ready()
     config = {"applications": [{"name": "shoal", "import_path": "cluster.app:nothing"}]}
     place.client.apply(
         {**service, "spec": {**service["spec"], "serveConfigV2": yaml.safe_dump(config)}}
     )
-    seen = place.wait(lambda s: s["status"]["observedGeneration"] == 2)
-    assert cluster_name(seen) == old
-    failed = seen["status"]["activeServiceStatus"]["applicationStatuses"]["shoal"]
-    assert failed["status"] == "DEPLOY_FAILED"
+    since = ready["metadata"]["resourceVersion"]
+    told = list[str]()
+    for event in place.client.watch("RayService", place.name, since, timeout_s=30):
+        seen = event["object"]
+        if seen["status"]["observedGeneration"] == 2:
+            assert cluster_name(seen) == cluster_name(ready)
+            applications = seen["status"]["activeServiceStatus"]["applicationStatuses"]
+            told.append(applications["shoal"]["status"])
+            if told[-1] == "DEPLOY_FAILED":
+                break
+    assert told == ["RUNNING", "DEPLOY_FAILED"]  # the old status first

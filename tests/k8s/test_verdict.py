@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from cluster.deploy.verdict import Observed, Verdict, verdict
 
-NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 READY = {"type": "Ready", "status": "True", "reason": "NonZeroServeEndpoints"}
 IDLE = {"type": "UpgradeInProgress", "status": "False", "reason": "NoPendingCluster"}
+OUT_OF_MEMORY = {"terminated": {"reason": "OOMKilled", "exitCode": 137}}
 STARTING = {"type": "Ready", "status": "False", "reason": "Initializing", "message": "starting"}
 
 
@@ -45,7 +44,7 @@ def waiting(reason: str, message: str = "") -> dict[str, Any]:
 def judge(
     shown: dict[str, Any], *pods: dict[str, Any], clusters: Any = None, **more: Any
 ) -> Verdict:
-    return verdict(Observed(shown, clusters or [cluster()], list(pods), **more), NOW)
+    return verdict(Observed(shown, clusters or [cluster()], list(pods), **more))
 
 
 def active(status: str = "RUNNING", message: str = "", name: str = "shoal-a") -> dict[str, Any]:
@@ -138,33 +137,22 @@ class TestApplication:
 
 
 class TestPods:
-    def unschedulable(self, message: str, minutes: int = 0) -> dict[str, Any]:
-        since = (NOW - timedelta(minutes=minutes)).isoformat().replace("+00:00", "Z")
+    def test_unschedulable_says_what_to_do_and_waits_for_a_node(self) -> None:
         condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
-        condition |= {"message": message, "lastTransitionTime": since}
-        return {"phase": "Pending", "conditions": [condition]}
-
-    def test_unschedulable_says_what_to_do_and_waits_for_the_cluster_autoscaler(self) -> None:
-        status = self.unschedulable(
-            "0/3 nodes: 3 Insufficient nvidia.com/gpu. preemption: 0/3", minutes=9
-        )
+        condition |= {"message": "0/3 nodes: 3 Insufficient nvidia.com/gpu. preemption: 0/3"}
+        condition |= {"lastTransitionTime": "2020-01-01T00:00:00Z"}  # however long ago
+        status = {"phase": "Pending", "conditions": [condition]}
         result = judge(service(STARTING), pod("p", **status))
         assert result.state == "waiting"
         assert result.causes[0].startswith(
             "experts p: Unschedulable: 0/3 nodes: 3 Insufficient nvidia.com/gpu; add GPU nodes"
         )
 
-    def test_unschedulable_for_long_fails(self) -> None:
-        status = self.unschedulable("0/3 nodes", minutes=11)
-        assert judge(service(STARTING), pod("p", **status)).state == "failed"
-
     @pytest.mark.parametrize(
         ("reason", "says"),
         [
-            ("ImagePullBackOff", "check the image"),
             ("InvalidImageName", "check the image"),
             ("CreateContainerConfigError", "missing Secrets"),
-            ("CrashLoopBackOff", "logs --previous"),
         ],
     )
     def test_a_container_that_cannot_start_fails(self, reason: str, says: str) -> None:
@@ -173,29 +161,74 @@ class TestPods:
         assert f"ray-worker: {reason}: the kubelet's words" in result.causes[0]
         assert says in result.causes[0]
 
-    def test_a_first_failed_pull_may_succeed_later(self) -> None:
-        result = judge(service(STARTING), pod("p", **waiting("ErrImagePull", "timeout")))
-        assert (result.state, len(result.causes)) == ("waiting", 1)
+    @pytest.mark.parametrize(
+        "message", ["x: not found", "pull access denied", "401 Unauthorized", "invalid reference"]
+    )
+    def test_an_image_that_the_registry_refuses_fails(self, message: str) -> None:
+        result = judge(service(STARTING), pod("p", **waiting("ImagePullBackOff", message)))
+        assert (result.state, "check the image's name" in result.causes[0]) == ("failed", True)
 
-    @pytest.mark.parametrize("where", ["state", "lastState"])
-    def test_out_of_memory(self, where: str) -> None:
-        status = container(**{where: {"terminated": {"reason": "OOMKilled", "exitCode": 137}}})
+    @pytest.mark.parametrize(
+        ("pulling_s", "state"), [(0, "waiting"), (299, "waiting"), (300, "failed")]
+    )
+    def test_a_registry_may_be_slow_for_some_minutes(self, pulling_s: float, state: str) -> None:
+        slow = pod("p", **waiting("ImagePullBackOff", "dial tcp: i/o timeout"))
+        result = judge(service(STARTING), slow, pulling_s={"p": pulling_s})
+        assert (result.state, len(result.causes)) == (state, 1)
+
+    def test_out_of_memory(self) -> None:
+        status = container(state=OUT_OF_MEMORY)
         result = judge(service(STARTING), pod("p", **status))
         assert result.state == "failed"
         assert "OOMKilled: raise the memory limit" in result.causes[0]
 
-    def test_an_exit_is_told_but_the_operator_makes_a_new_pod(self) -> None:
-        status = container(state={"terminated": {"reason": "Error", "exitCode": 1}})
+    def test_out_of_memory_of_an_init_container_is_not_the_groups_limit(self) -> None:
+        verify = {"name": "verify-model", "image": "shoal:1", "state": OUT_OF_MEMORY}
+        (cause,) = judge(service(STARTING), pod("p", initContainerStatuses=[verify])).causes
+        assert cause.startswith("experts p: verify-model: OOMKilled: its own limit is too low")
+
+    def test_a_container_that_runs_again_is_no_trouble(self) -> None:
+        status = container(lastState=OUT_OF_MEMORY, state={"running": {}}, ready=True)
         result = judge(service(STARTING), pod("p", **status))
-        assert (result.state, result.causes) == (
-            "waiting",
-            ("experts p: ray-worker: exit code 1: Error",),
-        )
+        assert (result.state, result.causes) == ("waiting", ())
+
+    def test_an_exit_is_told_with_the_last_words(self) -> None:
+        words = "\n".join(f"line {i}" for i in range(20))
+        ended = {"terminated": {"reason": "Error", "exitCode": 1, "message": words}}
+        verify = {"name": "verify-model", "image": "shoal:1", "state": ended}
+        result = judge(service(STARTING), pod("p", initContainerStatuses=[verify]))
+        assert result.state == "waiting"  # the operator makes a new pod
+        lines = result.causes[0].splitlines()
+        assert lines[0] == "experts p: verify-model: exit code 1: line 14"
+        assert (lines[-1], len(lines)) == ("line 19", 6)
 
     def test_pods_with_the_same_trouble_share_a_line(self) -> None:
         pods = [pod(f"p{i}", **waiting("ImagePullBackOff", "no such tag")) for i in range(3)]
         (cause,) = judge(service(STARTING), *pods).causes
         assert cause.startswith("experts p0 and 2 more: ")
+
+    def failed(self, *names: str) -> tuple[dict[str, Any], ...]:
+        ended = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no checkpoint"}}
+        return tuple(pod(name, phase="Failed", **container(state=ended)) for name in names)
+
+    def test_two_pods_that_failed_may_have_had_bad_luck(self) -> None:
+        result = judge(service(STARTING), pod("r"), failed=self.failed("p", "q"))
+        assert result.state == "waiting"
+        assert result.causes == ("experts q: ray-worker: exit code 3: no checkpoint",)
+
+    def test_three_pods_that_failed_are_a_fault(self) -> None:
+        failed = self.failed("p", "q", "r")
+        result = judge(service(STARTING), failed[-1], failed=failed)
+        (cause,) = result.causes
+        assert result.state == "failed"
+        assert cause.startswith("experts r: ray-worker: exit code 3: no checkpoint; 3 pods failed")
+        assert "shoal k8s logs experts --follow" in cause
+
+    def test_pods_that_failed_in_another_cluster_do_not_count(self) -> None:
+        failed = self.failed("p", "q", "r")
+        shown = service(STARTING, pendingServiceStatus={"rayClusterName": "shoal-b"})
+        result = judge(shown, clusters=[cluster("shoal-b")], failed=failed)
+        assert (result.state, result.causes) == ("waiting", ())
 
     def test_trouble_of_a_service_that_serves_is_told_and_not_fatal(self) -> None:
         shown = service(READY, IDLE, activeServiceStatus=active())
@@ -204,19 +237,13 @@ class TestPods:
 
     def test_pods_of_the_last_try_do_not_fail_the_next_one(self) -> None:
         shown = service(STARTING, generation=4)  # repaired, and not looked at yet
-        result = judge(shown, pod("p", **waiting("CrashLoopBackOff")))
+        result = judge(shown, pod("p", **waiting("InvalidImageName")))
         assert (result.state, result.causes) == ("waiting", ())
 
-    def test_how_it_crashed_is_told_once_for_all(self) -> None:
-        state = waiting("CrashLoopBackOff", "back-off 5m0s restarting pod=p")
-        state["containerStatuses"][0]["lastState"] = {"terminated": {"exitCode": 3}}
-        (cause,) = judge(service(STARTING), pod("p", **state), pod("q", **state)).causes
-        assert cause.startswith("experts p and 1 more: ray-worker: CrashLoopBackOff: exit code 3;")
-
     def test_pods_of_the_old_cluster_and_deleted_ones_do_not_count(self) -> None:
-        gone = pod("p", **waiting("CrashLoopBackOff"))
+        gone = pod("p", **waiting("InvalidImageName"))
         gone["metadata"]["deletionTimestamp"] = "2026-11-22T11:00:00Z"
-        other = pod("q", of="shoal-0", **waiting("CrashLoopBackOff"))
+        other = pod("q", of="shoal-0", **waiting("InvalidImageName"))
         assert judge(service(STARTING), gone, other).causes == ()
 
     def test_pods_the_server_refuses(self) -> None:
@@ -256,6 +283,14 @@ class TestEvents:
         events = [self.event("Pod", "p", "FailedMount", 'secret "shoal-keys" not found')] * 2
         result = judge(service(STARTING), pod("p"), events=events)
         assert result.causes == ('p: FailedMount: secret "shoal-keys" not found',)
+
+    def test_the_newest_of_several_counts_whatever_their_names(self) -> None:
+        old = self.event("Pod", "p", "FailedMount", "old") | {
+            "lastTimestamp": "2026-11-22T12:00:00Z"
+        }
+        new = self.event("Pod", "p", "FailedMount", "new") | {"eventTime": "2026-11-22T12:01:00.5Z"}
+        result = judge(service(STARTING), pod("p"), events=[new, old])
+        assert result.causes == ("p: FailedMount: new",)
 
     def test_events_of_other_objects_and_those_a_status_repeats_are_left_out(self) -> None:
         events = [
