@@ -166,12 +166,10 @@ class Cluster:
         container: str,
         *,
         follow: bool = False,
-        previous: bool = False,
         tail_lines: int | None = None,
     ) -> Iterator[str]:
         """Lines of a container's log."""
         query = {"container": container, "follow": str(follow).lower()}
-        query["previous"] = str(previous).lower()
         if tail_lines is not None:
             query["tailLines"] = str(tail_lines)
         timeout_s = None if follow else READ_TIMEOUT_S

@@ -20,11 +20,11 @@ Line = tuple[str, str]
 
 
 def show_logs(
-    cluster: Cluster, pods: list[dict[str, Any]], tail_lines: int | None, previous: bool
+    cluster: Cluster, pods: list[dict[str, Any]], tail_lines: int | None
 ) -> Iterator[Line]:
     """What there is, pod by pod. A pod that has no log yet says so."""
     for pod in pods:
-        yield from _lines(cluster, pod, tail_lines=tail_lines, previous=previous)
+        yield from _lines(cluster, pod, speaker(pod), tail_lines=tail_lines)
 
 
 def follow_logs(
@@ -35,12 +35,14 @@ def follow_logs(
 ) -> Iterator[Line]:
     """Lines of all pods as they come, also of pods that appear later; without an end."""
     lines: queue.Queue[Line] = queue.Queue()
-    followed: set[str] = set()
+    followed: set[tuple[str, str]] = set()
     while True:
         for pod in find_pods():
-            if pod["metadata"]["uid"] not in followed and _has_started(pod):
-                followed.add(pod["metadata"]["uid"])
-                _follow(cluster, pod, tail_lines, lines)
+            container = speaker(pod)
+            log = (pod["metadata"]["uid"], container)
+            if log not in followed and _has_started(pod, container):
+                followed.add(log)
+                _follow(cluster, pod, container, tail_lines, lines)
         try:
             yield lines.get(timeout=wait_s)
             while True:
@@ -65,20 +67,36 @@ def pods_of_tier(pods: list[dict[str, Any]], tier: str | None) -> list[dict[str,
     return sorted(chosen, key=lambda pod: str(pod["metadata"]["name"]))
 
 
+def speaker(pod: dict[str, Any]) -> str:
+    """The init container that runs or has failed, else Ray's; what follows Ray's are sidecars."""
+    for each in (pod.get("status") or {}).get("initContainerStatuses") or []:
+        state = each.get("state") or {}
+        if "running" in state or (state.get("terminated") or {}).get("exitCode"):
+            return str(each["name"])
+    return _ray_container(pod)
+
+
+def _ray_container(pod: dict[str, Any]) -> str:
+    return str(pod["spec"]["containers"][0]["name"])
+
+
 def _follow(
-    cluster: Cluster, pod: dict[str, Any], tail_lines: int | None, lines: queue.Queue[Line]
+    cluster: Cluster,
+    pod: dict[str, Any],
+    container: str,
+    tail_lines: int | None,
+    lines: queue.Queue[Line],
 ) -> None:
     def read() -> None:
-        for line in _lines(cluster, pod, tail_lines=tail_lines, follow=True):
+        for line in _lines(cluster, pod, container, tail_lines=tail_lines, follow=True):
             lines.put(line)
 
     # daemon: the wait for the next line cannot be interrupted otherwise
     threading.Thread(target=read, name=f"log of {pod['metadata']['name']}", daemon=True).start()
 
 
-def _lines(cluster: Cluster, pod: dict[str, Any], **options: Any) -> Iterator[Line]:
+def _lines(cluster: Cluster, pod: dict[str, Any], container: str, **options: Any) -> Iterator[Line]:
     ref = Ref("v1", "Pod", pod["metadata"]["name"], pod["metadata"]["namespace"])
-    container = pod["spec"]["containers"][0]["name"]  # Ray's; what follows are sidecars
     try:
         for line in cluster.log(ref, container, **options):
             yield ref.name, line
@@ -86,5 +104,6 @@ def _lines(cluster: Cluster, pod: dict[str, Any], **options: Any) -> Iterator[Li
         yield ref.name, f"(no log: {error})"
 
 
-def _has_started(pod: dict[str, Any]) -> bool:
-    return pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")
+def _has_started(pod: dict[str, Any], container: str) -> bool:
+    phase = (pod.get("status") or {}).get("phase")
+    return container != _ray_container(pod) or phase in ("Running", "Succeeded", "Failed")

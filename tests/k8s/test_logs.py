@@ -41,13 +41,13 @@ class FakeCluster:
 
 def shown(*pods: dict[str, Any]) -> tuple[list[tuple[str, str]], FakeCluster]:
     fake: Any = FakeCluster()
-    return list(show_logs(fake, list(pods), 5, False)), fake
+    return list(show_logs(fake, list(pods), 5)), fake
 
 
 def test_lines_have_the_name_of_their_pod() -> None:
     lines, fake = shown(pod("a"), pod("b"))
     assert lines == [("a", "one"), ("a", "two"), ("b", "one"), ("b", "two")]
-    assert fake.asked[0] == ("a", "ray-worker", {"tail_lines": 5, "previous": False})
+    assert fake.asked[0] == ("a", "ray-worker", {"tail_lines": 5})
 
 
 def test_a_pod_without_a_log_does_not_hide_the_others() -> None:
@@ -64,6 +64,32 @@ def test_pods_that_come_later_are_followed_and_each_only_once() -> None:
     got = sorted(itertools.islice(lines, 4))
     assert got == [("a", "one"), ("a", "two"), ("b", "one"), ("b", "two")]
     assert sorted(name for name, _, _ in fake.asked) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("state", "speaks"),
+    [
+        ({"running": {}}, "verify-model"),
+        ({"terminated": {"exitCode": 2}}, "verify-model"),
+        ({"terminated": {"exitCode": 0}}, "ray-worker"),
+        ({"waiting": {"reason": "PodInitializing"}}, "ray-worker"),
+    ],
+)
+def test_an_init_container_speaks_until_it_is_done(state: dict[str, Any], speaks: str) -> None:
+    starting = pod("a", phase="Pending")
+    starting["status"]["initContainerStatuses"] = [{"name": "verify-model", "state": state}]
+    _, fake = shown(starting)
+    assert fake.asked[0][1] == speaks
+
+
+def test_first_the_init_container_is_followed_then_ray() -> None:
+    starting = pod("a", phase="Pending")
+    starting["status"]["initContainerStatuses"] = [{"name": "init", "state": {"running": {}}}]
+    rounds = iter([[starting], [starting]])
+    fake: Any = FakeCluster()
+    lines = follow_logs(fake, lambda: next(rounds, [pod("a")]), 5, wait_s=0.02)
+    list(itertools.islice(lines, 4))
+    assert [container for _, container, _ in fake.asked] == ["init", "ray-worker"]
 
 
 class TestTier:
@@ -106,6 +132,3 @@ class TestCommand:
     def test_no_pods(self, shoal: Shoal) -> None:
         result = shoal("logs")
         assert (result.exit_code, "there are no pods at all" in result.err) == (2, True)
-
-    def test_previous_cannot_be_followed(self, shoal: Shoal) -> None:
-        assert shoal("logs", "--follow", "--previous").exit_code == 2
