@@ -96,20 +96,28 @@ class Forwarder:
         raise error
 
 
-def ready_pods(cluster: Cluster, namespace: str, names: set[str], role: str) -> list[Ref]:
-    """Pods of these RayClusters that answer: the head, or those with a Serve proxy."""
+def shown_cluster(service: dict[str, Any]) -> str:
+    """Name of the RayCluster that serves, else of the one that is being built: its dashboard says
+    how far it is."""
+    status = service.get("status") or {}
+    found = [status.get(f"{which}ServiceStatus") or {} for which in ("active", "pending")]
+    return next((each["rayClusterName"] for each in found if each.get("rayClusterName")), "")
+
+
+def ready_pods(cluster: Cluster, namespace: str, name: str, role: str) -> list[Ref]:
+    """Pods of a RayCluster that answer: the head, or those with a Serve proxy."""
     label = "ray.io/node-type=head" if role == "head" else "ray.io/serve=true"
     pods = cluster.select("v1", "Pod", namespace, label)
-    return [_ref(pod) for pod in pods if _is_usable(pod, names)]
+    return [_ref(pod) for pod in pods if _is_usable(pod, name)]
 
 
 def _ref(pod: dict[str, Any]) -> Ref:
     return Ref("v1", "Pod", pod["metadata"]["name"], pod["metadata"]["namespace"])
 
 
-def _is_usable(pod: dict[str, Any], names: set[str]) -> bool:
+def _is_usable(pod: dict[str, Any], name: str) -> bool:
     metadata = pod["metadata"]
-    is_ours = metadata["labels"].get("ray.io/cluster") in names
+    is_ours = metadata["labels"].get("ray.io/cluster") == name
     return is_ours and is_ready(pod) and "deletionTimestamp" not in metadata
 
 

@@ -14,7 +14,7 @@ from cluster.deploy.api import Ref
 from cluster.deploy.api_errors import Forbidden
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.down import ours, take_down
-from cluster.deploy.forward import Forwarder, Port, ready_pods
+from cluster.deploy.forward import Forwarder, Port, ready_pods, shown_cluster
 from cluster.deploy.logs import follow_logs, named_pods, pods_of_tier, show_logs
 from cluster.deploy.manifests.names import (
     API_KEYS_KEY,
@@ -81,17 +81,13 @@ def logs(
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until Ctrl-C.")] = False,
     tail: Annotated[int, typer.Option(min=0, help="Last lines of each pod.")] = 50,
-    previous: Annotated[
-        bool, typer.Option("--previous", help="Of the container that ran before, and died.")
-    ] = False,
     config: ConfigOption = DEFAULT_CONFIG,
     kubeconfig: KubeconfigOption = None,
     context: ContextOption = None,
 ) -> None:
-    """Print logs of a tier's pods, each line with its pod's name."""
+    """Print logs of a tier's pods, each line with its pod's name. While an init container runs, its
+    own."""
     with user_errors():
-        if follow and previous:
-            raise ConfigError("--previous has ended and cannot be followed: give one of the two")
         session = Session(config, kubeconfig, context)
 
         def pods() -> list[dict[str, Any]]:
@@ -102,7 +98,7 @@ def logs(
         lines = (
             follow_logs(session.cluster, lambda: pods_of_tier(pods(), tier), tail)
             if follow
-            else show_logs(session.cluster, chosen, tail, previous)
+            else show_logs(session.cluster, chosen, tail)
         )
         for pod, line in lines:
             typer.echo(f"{pod}  {line}")
@@ -139,13 +135,11 @@ def forward(
 
 
 def _pods(session: Session, role: str) -> list[Ref]:
-    """Ready pods, those of the cluster that serves."""
+    """Ready pods of the cluster that serves, else of the one that is being built."""
     service = session.cluster.get(session.service)
     if service is None:
         raise ConfigError(f"{session.service} does not exist: `shoal k8s apply` makes it")
-    active = service.get("status", {}).get("activeServiceStatus") or {}
-    name = active.get("rayClusterName", "")
-    return ready_pods(session.cluster, session.config.namespace, {name}, role)
+    return ready_pods(session.cluster, session.config.namespace, shown_cluster(service), role)
 
 
 def _say(text: str) -> None:

@@ -33,9 +33,11 @@ def render_status(judged: Verdict, subject: str) -> RenderableType:
 
 
 def progress(judged: Verdict) -> Stage:
-    """One line; counts pods."""
+    """One line; counts pods and names deployments that are not ready."""
     tiers = ", ".join(f"{tier.name} {tier.num_ready}/{tier.num_wanted}" for tier in judged.tiers)
     text = f"{judged.summary}; pods: {tiers}" if tiers else judged.summary
+    if judged.unfinished:
+        text += f"; not healthy yet: {', '.join(judged.unfinished)}"
     num_ready = sum(tier.num_ready for tier in judged.tiers)
     return Stage(text, num_ready, sum(tier.num_wanted for tier in judged.tiers))
 

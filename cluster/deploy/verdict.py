@@ -60,6 +60,8 @@ class Verdict:
     causes: tuple[str, ...] = ()
     tiers: tuple[Tier, ...] = ()
     applications: dict[str, str] = field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
+    """Deployments that are not HEALTHY yet."""
 
 
 def verdict(seen: Observed) -> Verdict:
@@ -85,6 +87,7 @@ def verdict(seen: Observed) -> Verdict:
         tuple(causes),
         tuple(_tiers(cluster, pods)),
         {name: app.get("status", "") for name, app in _applications(current).items()},
+        tuple(_unfinished(current)),
     )
 
 
@@ -157,6 +160,13 @@ def _application_causes(current: dict[str, Any]) -> Iterator[str]:
         ]:
             if entry.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
                 yield f"{what}: {entry['status']}: {tail(entry.get('message', ''))}"
+
+
+def _unfinished(current: dict[str, Any]) -> Iterator[str]:
+    for app in _applications(current).values():
+        for name, entry in (app.get("serveDeploymentStatuses") or {}).items():
+            if entry.get("status") != "HEALTHY":
+                yield name
 
 
 # ---- clusters and pods

@@ -18,7 +18,7 @@ import pytest
 from cluster.config import ConfigError
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, Unreachable
-from cluster.deploy.forward import Forwarder, Port, ready_pods
+from cluster.deploy.forward import Forwarder, Port, ready_pods, shown_cluster
 from tests.k8s.api_server.kubeconfig import write_kubeconfig
 
 TIMEOUT_S = 10
@@ -138,10 +138,21 @@ class FakeCluster:
         return [pod("a"), pod("b", ready=False), pod("c", of="x"), going]
 
 
+def test_the_cluster_that_serves_else_the_one_that_is_built() -> None:
+    active, pending = {"rayClusterName": "a"}, {"rayClusterName": "b"}
+    both = {"activeServiceStatus": active, "pendingServiceStatus": pending}
+    assert shown_cluster({"status": both}) == "a"
+    assert (
+        shown_cluster({"status": {"activeServiceStatus": {}, "pendingServiceStatus": pending}})
+        == "b"
+    )
+    assert shown_cluster({}) == ""
+
+
 def test_only_pods_that_answer_are_connected_to() -> None:
     fake: Any = FakeCluster()
-    assert ready_pods(fake, "here", {"shoal-a"}, "serve") == PODS[:1]
-    ready_pods(fake, "here", {"shoal-a"}, "head")
+    assert ready_pods(fake, "here", "shoal-a", "serve") == PODS[:1]
+    ready_pods(fake, "here", "shoal-a", "head")
     assert fake.asked == ["ray.io/serve=true", "ray.io/node-type=head"]
 
 

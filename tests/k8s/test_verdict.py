@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.deploy.status_view import progress
 from cluster.deploy.verdict import Observed, Verdict, verdict
 
 READY = {"type": "Ready", "status": "True", "reason": "NonZeroServeEndpoints"}
@@ -134,6 +135,15 @@ class TestApplication:
             pendingServiceStatus=active("DEPLOYING", name="shoal-b"),
         )
         assert judge(shown, clusters=[cluster(), cluster("shoal-b")]).state == "waiting"
+
+    def test_progress_names_what_is_not_healthy_yet(self) -> None:
+        app = active("DEPLOYING")
+        statuses = {"Ingress": "HEALTHY", "Experts": "UPDATING", "Router": "UPDATING"}
+        app["applicationStatuses"]["shoal"]["serveDeploymentStatuses"] = {
+            name: {"status": status} for name, status in statuses.items()
+        }
+        shown = progress(judge(service(STARTING, pendingServiceStatus=app)))
+        assert shown.text.endswith("experts 0/2; not healthy yet: Experts, Router")
 
 
 class TestPods:
