@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cluster.deploy.api import FIELD_MANAGER, Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, Conflict, Forbidden, Refused, Unreachable
-from cluster.deploy.differ import content
+from cluster.deploy.differ import cluster_changes, content
 from cluster.deploy.manifest import CLUSTER_SCOPED, Manifest, identity, in_order
 from cluster.deploy.scale import SCALE_MANAGER, all_bounds
 from cluster.deploy.secrets import SecretSpec
@@ -23,6 +23,8 @@ OPTIONAL_GROUPS = {
     "policy": "policy/v1, which Kubernetes has since 1.21",
 }
 """API groups that a cluster may lack, and what brings them."""
+MAX_PATHS = 4
+"""So many fields are named in one line."""
 ADMIN_KINDS = (*CLUSTER_SCOPED, "Role", "RoleBinding")
 """Kinds that an administrator may have made for a user who may not."""
 NO_KUBERAY = (
@@ -44,11 +46,11 @@ class Step:
 
 
 class ApplyRefused(ClusterError):
-    """The server does not accept all objects; `problems` has a line for each reason."""
+    """Some objects would not come out as they should; `problems` has a line for each reason."""
 
     def __init__(self, problems: list[str], num_conflicts: int) -> None:
         way = "; --force-conflicts takes fields from their owners" if num_conflicts else ""
-        super().__init__(f"not applied: the API server refuses what is listed above{way}")
+        super().__init__(f"not applied, for what is listed above{way}")
         self.problems = problems
         self.num_conflicts = num_conflicts
 
@@ -71,10 +73,12 @@ def apply_all(
     secrets: Iterable[SecretSpec] = (),
     *,
     force: bool = False,
+    anyway: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
-    """Make the cluster as the manifests say, nothing of it if the server would refuse a part.
-    Secrets are made where they are missing. Raises ApplyRefused, Unreachable, Refused."""
+    """Make the cluster as the manifests say, nothing of it if the server would refuse a part, or
+    KubeRay ignore one (but `anyway`). Secrets are made where they are missing. Raises ApplyRefused,
+    Unreachable, Refused."""
     steps: list[Step] = []
 
     def done(step: Step) -> None:
@@ -87,7 +91,7 @@ def apply_all(
     rehearse(cluster, namespaces, force=force)
     for manifest in namespaces:  # in a namespace that does not exist, no dry run is possible
         done(_apply(cluster, manifest, dry_run=False, force=force))
-    rehearse(cluster, rest, force=force)
+    rehearse(cluster, rest, force=force, anyway=anyway)
     for spec in secrets:
         done(make_secret(cluster, spec))
     for manifest in rest:
@@ -106,7 +110,9 @@ def make_secret(cluster: Cluster, spec: SecretSpec, *, dry_run: bool = False) ->
     return Step(name, "created", f"random value; {spec.purpose}")
 
 
-def rehearse(cluster: Cluster, manifests: Iterable[Manifest], *, force: bool = False) -> list[Step]:
+def rehearse(
+    cluster: Cluster, manifests: Iterable[Manifest], *, force: bool = False, anyway: bool = False
+) -> list[Step]:
     """What apply_all would do, as the server says. Raises ApplyRefused with all problems."""
     steps: list[Step] = []
     problems: list[str] = []
@@ -125,11 +131,32 @@ def rehearse(cluster: Cluster, manifests: Iterable[Manifest], *, force: bool = F
             problems += explain(identity(manifest), error)
             num_conflicts += len(error.conflicts)
             continue
+        if not anyway:
+            problems += half_change(steps[-1])
         if manifest["kind"] == "Namespace" and steps[-1].action == "created":
             new_namespaces.add(manifest["metadata"]["name"])
     if problems:
         raise ApplyRefused(problems, num_conflicts)
     return steps
+
+
+def half_change(step: Step) -> list[str]:
+    """A line if KubeRay would take one half of a change and ignore the other."""
+    after, before = step.after or {}, step.before or {}
+    strategy = (after.get("spec", {}).get("upgradeStrategy") or {}).get("type")
+    active = (before.get("status") or {}).get("activeServiceStatus") or {}
+    if strategy != "None" or not active.get("rayClusterName"):
+        return []
+    changes = cluster_changes(step.before, step.after)
+    if not changes:
+        return []
+    more = f" and {len(changes) - MAX_PATHS} more" if len(changes) > MAX_PATHS else ""
+    return [
+        f"{step.identity}: upgrade.strategy is None: KubeRay would keep the pods of "
+        f"{active['rayClusterName']} as they are, give them the new settings and ignore "
+        f"{', '.join(changes[:MAX_PATHS])}{more}: `shoal k8s down`, then apply; or "
+        "upgrade.strategy: NewCluster; or apply --anyway"
+    ]
 
 
 def explain(subject: str, error: Refused) -> list[str]:

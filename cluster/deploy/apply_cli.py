@@ -14,7 +14,7 @@ from cluster.config import ConfigError, StartFailed
 from cluster.console import Stages, stderr, stdout
 from cluster.deploy.api import Ref
 from cluster.deploy.apply import ApplyRefused, Step, apply_all, make_secret, rehearse
-from cluster.deploy.differ import only_bounds_differ, unified_diff
+from cluster.deploy.differ import cluster_changes, settings_differ, unified_diff
 from cluster.deploy.down import obsolete, ours
 from cluster.deploy.follow import Follower
 from cluster.deploy.manifest import identity
@@ -33,10 +33,8 @@ from cluster.deploy.status_view import progress, render_status, to_json
 from cluster.deploy.verdict import Verdict
 
 DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
-IGNORED_UPGRADE = (
-    "upgrade.strategy is None: KubeRay keeps the running cluster as it was, whatever changed in "
-    "pods and groups; `shoal k8s down` and apply again to have the new one"
-)
+OPERATORS_MINUTE_S = 60.0
+"""KubeRay itself says when the time is up: it must come first."""
 
 
 def diff(
@@ -51,7 +49,7 @@ def diff(
             steps = rehearse(session.cluster, session.manifests)
         except ApplyRefused as refused:
             _print_lines(refused.problems, "yellow")
-            steps = rehearse(session.cluster, session.manifests, force=True)
+            steps = rehearse(session.cluster, session.manifests, force=True, anyway=True)
         steps += _missing_secrets(session)
         for step in steps:
             _print_diff(step)
@@ -70,10 +68,17 @@ def apply(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it serves.")] = True,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds to wait; else times.initializing_s.", show_default=False, min=1),
+        typer.Option(
+            help="Seconds to wait; else times.initializing_s and a minute.",
+            show_default=False,
+            min=1,
+        ),
     ] = None,
     force_conflicts: Annotated[
         bool, typer.Option("--force-conflicts", help="Take fields that others have set.")
+    ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Also what KubeRay will take only half of.")
     ] = False,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete what is no longer rendered; never data.")
@@ -88,7 +93,7 @@ def apply(
             _print_lines(map(str, findings), "red")
             raise ConfigError(f"{config}: {len(findings)} mistakes; nothing was changed")
         try:
-            steps = _apply(session, dry_run=dry_run, force=force_conflicts)
+            steps = _apply(session, dry_run=dry_run, force=force_conflicts, anyway=anyway)
         except ApplyRefused as refused:
             _print_lines(refused.problems, "red")
             raise
@@ -97,7 +102,8 @@ def apply(
         if not dry_run:
             _after(session, steps)
             if wait:
-                _wait(session, timeout or session.config.times.initializing_s)
+                limit_s = session.config.times.initializing_s + OPERATORS_MINUTE_S
+                _wait(session, timeout or limit_s, is_change=_changes_settings(session, steps))
 
 
 def status(
@@ -122,13 +128,18 @@ def status(
 # ---- apply
 
 
-def _apply(session: Session, *, dry_run: bool, force: bool) -> list[Step]:
+def _apply(session: Session, *, dry_run: bool, force: bool, anyway: bool) -> list[Step]:
     if not dry_run:
         specs = missing_secrets(session.config)
         return apply_all(
-            session.cluster, session.manifests, specs, force=force, on_step=_print_step
+            session.cluster,
+            session.manifests,
+            specs,
+            force=force,
+            anyway=anyway,
+            on_step=_print_step,
         )
-    steps = rehearse(session.cluster, session.manifests, force=force)
+    steps = rehearse(session.cluster, session.manifests, force=force, anyway=anyway)
     steps += _missing_secrets(session)
     for step in steps:
         _print_step(step)
@@ -159,12 +170,18 @@ def _after(session: Session, steps: list[Step]) -> None:
             _print_lines([f"a first API key was made; read it with: {command}"], "")
         if step.identity != str(session.service) or step.before is None or step.after is None:
             continue
-        if only_bounds_differ(step.before, step.after):
+        if not cluster_changes(step.before, step.after):
             for change in copy_bounds(session.cluster, step.after):
                 text = f"{change.group} {change.before} -> {change.after} pods"
                 _print_step(Step(change.identity, "configured", text))
-        elif config.upgrade.strategy == "None":
-            _print_lines([IGNORED_UPGRADE], "yellow")
+
+
+def _changes_settings(session: Session, steps: list[Step]) -> bool:
+    return any(
+        settings_differ(step.before, step.after)
+        for step in steps
+        if step.identity == str(session.service)
+    )
 
 
 def _place(session: Session) -> tuple[str, str]:
@@ -174,7 +191,7 @@ def _place(session: Session) -> tuple[str, str]:
 # ---- waiting
 
 
-def _wait(session: Session, timeout_s: float) -> None:
+def _wait(session: Session, timeout_s: float, *, is_change: bool) -> None:
     """Return when it serves. Raises StartFailed, with the causes printed before."""
     told: set[str] = set()
     with Stages() as stages:
@@ -184,7 +201,7 @@ def _wait(session: Session, timeout_s: float) -> None:
             _print_lines([cause for cause in judged.causes if cause not in told], "yellow")
             told.update(judged.causes)
 
-        judged = Follower(session.deployment).wait_ready(timeout_s, show)
+        judged = Follower(session.deployment, is_change=is_change).wait_ready(timeout_s, show)
     if judged.state == "failed":
         raise StartFailed(f"{session.service} failed: {judged.summary}")
     if judged.state == "waiting":

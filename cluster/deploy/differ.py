@@ -37,10 +37,16 @@ def unified_diff(identity: str, before: dict[str, Any] | None, after: dict[str, 
     return "\n".join(lines)
 
 
-def only_bounds_differ(before: dict[str, Any] | None, after: dict[str, Any] | None) -> bool:
-    """Whether two RayServices want the same cluster: KubeRay builds a new one for any other change
-    of it, and ignores a change of the numbers of workers."""
-    return before is not None and after is not None and _unbounded(before) == _unbounded(after)
+def cluster_changes(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+    """Fields in which two RayServices want different clusters: KubeRay builds a new one for any
+    change of it but that of the numbers of workers, which it ignores."""
+    return [] if before is None or after is None else _paths(_unbounded(before), _unbounded(after))
+
+
+def settings_differ(before: dict[str, Any] | None, after: dict[str, Any] | None) -> bool:
+    """Whether a live RayService gets another serveConfigV2, which KubeRay hands to its cluster."""
+    given = [(each or {}).get("spec", {}).get("serveConfigV2") for each in (before, after)]
+    return before is not None and given[0] != given[1]
 
 
 def _unbounded(service: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +57,27 @@ def _unbounded(service: dict[str, Any]) -> dict[str, Any]:
         for group in cluster.get("workerGroupSpecs") or []
     ]
     return {**cluster, "workerGroupSpecs": groups}
+
+
+def _paths(before: Any, after: Any, path: str = "") -> list[str]:
+    """Of the values that differ; items of lists by their names."""
+    if before == after:
+        return []
+    old, new = _entries(before), _entries(after)
+    if old is None or new is None:
+        return [path]
+    keys = dict.fromkeys([*old, *new])
+    return [each for key in keys for each in _paths(old.get(key), new.get(key), path + key)]
+
+
+def _entries(value: Any) -> dict[str, Any] | None:
+    """Parts by what they add to a path; None for a plain value."""
+    if isinstance(value, dict):
+        return {f".{key}": item for key, item in value.items()}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        names = [item.get("groupName", item.get("name", i)) for i, item in enumerate(value)]
+        return {f"[{name}]": item for name, item in zip(names, value, strict=True)}
+    return None
 
 
 def _lines(obj: dict[str, Any] | None) -> list[str]:

@@ -170,8 +170,13 @@ class TestPrune:
 
 class TestBounds:
     def test_new_bounds_reach_the_running_cluster(
-        self, shoal: Shoal, admin: Client, kuberay: Callable[..., Any]
+        self,
+        shoal: Shoal,
+        admin: Client,
+        kuberay: Callable[..., Any],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr("cluster.deploy.history.SETTLE_S", 0)
         kuberay()
         shoal("apply")
         shoal.write(experts={"cpus": 2, "workers_per_pod": 2, "pods": 1, "max_pods": 3})
@@ -181,14 +186,50 @@ class TestBounds:
         groups = {each["groupName"]: each for each in cluster["spec"]["workerGroupSpecs"]}
         assert groups["experts"]["maxReplicas"] == 3
 
-    def test_a_change_that_kuberay_will_ignore_is_said(
+
+class TestHalfChange:
+    """upgrade.strategy None: settings of a live cluster change, its pods do not."""
+
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cluster.deploy.history.SETTLE_S", 0)
+
+    def write(self, shoal: Shoal, **settings: Any) -> None:
+        shoal.write(upgrade={"strategy": "None"}, **settings)
+
+    def test_changed_pods_are_refused_and_nothing_is_written(
+        self, shoal: Shoal, admin: Client, kuberay: Callable[..., Any]
+    ) -> None:
+        kuberay()
+        self.write(shoal)
+        assert shoal("apply").exit_code == 0
+        before = admin.get("RayService", "shoal", shoal.namespace)["spec"]
+        self.write(shoal, image="shoal:new", settings={"strict_params": True})
+        for args in (["--no-wait"], ["--dry-run"]):
+            result = shoal("apply", *args)
+            assert result.exit_code == 3
+            assert ".workerGroupSpecs[experts].template.spec.containers[ray-worker]" in result.text
+            assert "`shoal k8s down`, then apply; or upgrade.strategy: NewCluster" in result.text
+        assert admin.get("RayService", "shoal", shoal.namespace)["spec"] == before
+        assert "upgrade.strategy is None" in shoal("diff").err
+        assert shoal("apply", "--anyway").exit_code == 0
+
+    def test_changed_settings_and_another_strategy_are_not(
         self, shoal: Shoal, kuberay: Callable[..., Any]
     ) -> None:
         kuberay()
-        shoal.write(upgrade={"strategy": "None"})
+        self.write(shoal)
         shoal("apply")
-        shoal.write(upgrade={"strategy": "None"}, image="shoal:new")
-        assert "keeps the running cluster as it was" in shoal("apply").text
+        self.write(shoal, settings={"strict_params": True})
+        assert shoal("apply").exit_code == 0
+        shoal.write(image="shoal:new")
+        assert shoal("apply").exit_code == 0
+
+    def test_without_a_live_cluster_everything_may_change(self, shoal: Shoal) -> None:
+        self.write(shoal)
+        shoal("apply", "--no-wait")
+        self.write(shoal, image="shoal:new")
+        assert shoal("apply", "--no-wait").exit_code == 0
 
 
 class TestDiff:
@@ -263,4 +304,4 @@ class TestLimitedUser:
         result = shoal("apply", "--no-wait", user="deployer")
         assert result.exit_code == 3
         assert "RayService/shoal: HTTP 403: " in result.err
-        assert "shoal: not applied: the API server refuses what is listed above" in result.err
+        assert "shoal: not applied, for what is listed above" in result.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from cluster.deploy.differ import content, only_bounds_differ, unified_diff
+from cluster.deploy.differ import cluster_changes, content, settings_differ, unified_diff
 
 
 def config_map(**data: str) -> dict[str, Any]:
@@ -53,7 +53,24 @@ def test_secrets_are_never_shown() -> None:
     assert "-  key: (sha256 " in shown and "+  key: (sha256 " in shown
 
 
-def test_bounds_need_no_new_cluster_and_an_image_does() -> None:
-    assert only_bounds_differ(ray_service(), ray_service(low=3))
-    assert not only_bounds_differ(ray_service(), ray_service(image="shoal:2"))
-    assert not only_bounds_differ(None, ray_service())
+def test_bounds_need_no_new_cluster() -> None:
+    assert cluster_changes(ray_service(), ray_service(low=3)) == []
+    assert cluster_changes(None, ray_service()) == []
+
+
+def test_what_needs_a_new_cluster_is_named() -> None:
+    changed = ray_service(image="shoal:2")
+    changed["spec"]["rayClusterConfig"] |= {"rayVersion": "3", "authOptions": {"mode": "token"}}
+    assert cluster_changes(ray_service(), changed) == [
+        ".rayVersion",
+        ".workerGroupSpecs[experts].image",
+        ".authOptions",
+    ]
+
+
+def test_settings_differ_only_from_those_that_were_there() -> None:
+    before, after = ray_service(), ray_service()
+    after["spec"]["serveConfigV2"] = "applications: []"
+    assert settings_differ(before, after)
+    assert not settings_differ(before, copy.deepcopy(before))
+    assert not settings_differ(None, after)

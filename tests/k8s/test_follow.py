@@ -21,7 +21,7 @@ from cluster.deploy.verdict import Observed, Verdict
 from tests.k8s import kuberay_kubelet
 from tests.k8s.api_server.patches import JSON
 from tests.k8s.kuberay_samples import ray_service
-from tests.k8s.shoal_cli import Shoal
+from tests.k8s.shoal_cli import WAIT_S, Shoal
 
 if TYPE_CHECKING:
     from tests.k8s.api_server.client import Client
@@ -349,6 +349,31 @@ class TestApplyAndWait:
         assert result.exit_code == 3
         assert "No module named 'cluster.apq'" in result.text
         assert "failed: application shoal: DEPLOY_FAILED" in result.text
+
+    def test_changed_settings_with_which_the_application_fails(
+        self, shoal: Shoal, kuberay: Callable[..., Any]
+    ) -> None:
+        from tests.k8s.kuberay_operator import Faults
+
+        kuberay(faults=Faults(rejected="strict_params", application_message="ValueError: no"))
+        assert shoal("apply").exit_code == 0
+        shoal.write(settings={"strict_params": True})
+        result = shoal("apply")
+        assert (result.exit_code, "ValueError: no" in result.err) == (3, True)
+
+    def test_the_operator_gives_up_before_the_wait_does(
+        self, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        limits = list[float]()
+
+        def wait_ready(self: Follower, timeout_s: float, show: Any) -> Verdict:
+            limits.append(timeout_s)
+            return Verdict("ready", "")
+
+        monkeypatch.setattr(Follower, "wait_ready", wait_ready)
+        shoal("apply")
+        shoal("apply", "--timeout", "7")
+        assert limits == [WAIT_S + 60, 7]
 
     def test_an_upgrade_is_ready_when_the_new_cluster_serves(
         self, shoal: Shoal, admin: Client, kuberay: Callable[..., Any]
