@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from cluster.deploy.api import FIELD_MANAGER, Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, Forbidden
@@ -26,7 +26,7 @@ KINDS = {
     "Role": "rbac.authorization.k8s.io/v1",
     "ServiceAccount": "v1",
 }
-"""Namespaced kinds that a deployment is made of, in the order in which they go."""
+"""Namespaced kinds that a deployment is made of."""
 PERIOD_S = 1.0
 
 
@@ -53,10 +53,16 @@ def obsolete(found: list[Manifest], wanted: list[Manifest]) -> list[Manifest]:
     return [each for each in found if identity(each) not in named]
 
 
+def live_clusters(cluster: Cluster, service: Ref) -> list[Manifest]:
+    """RayClusters of a RayService; they are there until their own clean-up is done."""
+    label = f"{ORIGIN_LABEL}={service.name}"
+    return cluster.select("ray.io/v1", "RayCluster", service.namespace, label)
+
+
 def take_down(
     cluster: Cluster,
     service: Ref,
-    refs: Iterable[Ref],
+    refs: list[Ref],
     timeout_s: float,
     *,
     show: Callable[[str], None] = lambda text: None,
@@ -64,31 +70,38 @@ def take_down(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Delete the objects, and return when RayService, RayClusters and their pods are gone: pods may
-    take their whole grace period. Raises ClusterError when the time is up, Unreachable, Refused."""
+    """Delete the RayService, wait until its RayClusters and their pods are gone, then delete the
+    rest: until then KubeRay needs Redis, its Secret and the rights. Pods may take their whole grace
+    period. Raises ClusterError when the time is up, Unreachable, Refused."""
     deadline = clock() + timeout_s
     clusters: set[str] = set()
     _left(cluster, service, clusters)  # pods outlive their RayCluster: remember its name
+    runs = [ref for ref in refs if ref.api_version == service.api_version]
+    _delete(cluster, runs, warn)
+    while left := _left(cluster, service, clusters):
+        if clock() >= deadline:
+            raise ClusterError(
+                f"still there after {timeout_s:.0f} s: {'; '.join(left)}; "
+                "the KubeRay operator must run for its finalizers to be removed; "
+                "then `shoal k8s down` again deletes the rest"
+            )
+        show(f"waiting for {len(left)} to go: {left[0]}")
+        sleep(PERIOD_S)
+    _delete(cluster, [ref for ref in refs if ref not in runs], warn)
+
+
+def _delete(cluster: Cluster, refs: list[Ref], warn: Callable[[str], None]) -> None:
     for ref in refs:
         try:
             cluster.delete(ref)
         except Forbidden:
             warn(f"{ref}: you may not delete it; it is left in place")
-    while left := _left(cluster, service, clusters):
-        if clock() >= deadline:
-            raise ClusterError(
-                f"still there after {timeout_s:.0f} s: {'; '.join(left)}; "
-                "the KubeRay operator must run for its finalizers to be removed"
-            )
-        show(f"waiting for {len(left)} to go: {left[0]}")
-        sleep(PERIOD_S)
 
 
 def _left(cluster: Cluster, service: Ref, clusters: set[str]) -> list[str]:
     """What is still there. Adds the names of the RayClusters to `clusters`."""
     found = cluster.get(service)
-    label = f"{ORIGIN_LABEL}={service.name}"
-    live = cluster.select("ray.io/v1", "RayCluster", service.namespace, label)
+    live = live_clusters(cluster, service)
     clusters.update(each["metadata"]["name"] for each in live)
     pods = cluster.select("v1", "Pod", service.namespace, "ray.io/is-ray-node=yes")
     mine = [pod for pod in pods if pod["metadata"]["labels"].get("ray.io/cluster") in clusters]

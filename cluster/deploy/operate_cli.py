@@ -13,7 +13,7 @@ from cluster.console import Stage, Stages, stderr, stdout
 from cluster.deploy.api import Ref
 from cluster.deploy.api_errors import Forbidden
 from cluster.deploy.config import DeployConfig
-from cluster.deploy.down import ours, take_down
+from cluster.deploy.down import live_clusters, ours, take_down
 from cluster.deploy.forward import Forwarder, Port, ready_pods, shown_cluster
 from cluster.deploy.logs import follow_logs, named_pods, pods_of_tier, show_logs
 from cluster.deploy.manifests.names import (
@@ -25,9 +25,10 @@ from cluster.deploy.manifests.names import (
     api_keys_secret,
     token_secret,
 )
-from cluster.deploy.scale import Bounds, parse_bounds, serve_bounds
+from cluster.deploy.scale import Bounds, empty_pods, parse_bounds, serve_bounds
 from cluster.deploy.scale import scale as set_bounds
 from cluster.deploy.secrets import missing_secrets
+from cluster.deploy.sections import IngressGroup
 from cluster.deploy.session import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -52,11 +53,14 @@ def scale(
     with user_errors():
         session = Session(config, kubeconfig, context)
         bounds = parse_bounds(pods)
+        live = session.cluster.get(session.service)
+        if live and (empty := empty_pods(live, tier, bounds)):
+            fix = f"raise {tier}.pods in {config} and apply, or lower the minimum"
+            raise ConfigError(f"{tier} {bounds}: {empty[0].message}, never to become ready: {fix}")
         for change in set_bounds(session.cluster, session.service, tier, bounds):
             text = f"{change.identity}: {change.group} {change.before} -> {change.after} pods"
             stdout.print(text, markup=False, soft_wrap=True)
-        service = session.cluster.get(session.service)
-        workers = serve_bounds(service, tier) if service else None
+        workers = serve_bounds(live, tier) if live else None
         if workers is not None:
             _print_workers(session.config, tier, bounds, workers)
         stderr.print(f"{config}: write the numbers there too, or the next apply asks about them")
@@ -64,11 +68,13 @@ def scale(
 
 def _print_workers(config: DeployConfig, tier: str, bounds: Bounds, workers: Bounds) -> None:
     """Pods are only room: the application decides how many workers there are."""
-    per_pod = getattr(getattr(config, tier), "workers_of_a_pod", 1)
+    group = getattr(config, tier)
+    is_fixed = isinstance(group, IngressGroup)
+    per_pod = group.replicas_per_pod if is_fixed else group.workers_of_a_pod
     stdout.print(f"the application keeps {workers} workers there, {per_pod} a pod")
     if bounds.high * per_pod > workers.high:
         idle = f"pods beyond {-(-workers.high // per_pod)} stay empty"
-        fix = f"raise {tier}.max_pods in the configuration and apply"
+        fix = f"raise {tier}.{'pods' if is_fixed else 'max_pods'} in the configuration and apply"
         stdout.print(f"{idle}: {fix}", style="yellow", soft_wrap=True)
     if bounds.high * per_pod < workers.low:
         text = f"fewer than the application needs: some of its {workers.low} workers will wait"
@@ -187,10 +193,13 @@ def down(
 
 
 def _to_delete(session: Session, delete_data: bool) -> tuple[list[Ref], list[str]]:
-    """What is there of the deployment, its PriorityClasses included."""
+    """What is there of the deployment, its PriorityClasses included; also RayClusters that an
+    earlier `down` did not see go."""
     config = session.config
     found, hidden = ours(session.cluster, config.namespace, config.name, with_claims=delete_data)
     refs = [Ref.of(each) for each in found]
+    if session.service not in refs:
+        refs += [Ref.of(each) for each in live_clusters(session.cluster, session.service)]
     named = [Ref.of(each) for each in session.manifests if each["kind"] == "PriorityClass"]
     if delete_data:
         named += [

@@ -6,6 +6,7 @@ changes of them in the RayService: both objects must be changed.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,11 @@ import yaml
 from cluster.config import ConfigError
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.api_errors import ClusterError, NotFound, Refused
+from cluster.deploy.check.application import read_application
+from cluster.deploy.check.finding import Finding
+from cluster.deploy.check.placement import placement_findings
+from cluster.deploy.check.ray_cluster import groups
+from cluster.deploy.check.source import Located
 from cluster.deploy.follow import ORIGIN_LABEL
 from cluster.deploy.manifest import Manifest
 
@@ -55,6 +61,20 @@ def parse_bounds(text: str) -> Bounds:
     if not 1 <= low <= high <= MAX_PODS:
         raise ConfigError(f"{text}: expected 1 to {MAX_PODS} pods, the smaller number first")
     return Bounds(low, high)
+
+
+def empty_pods(service: Manifest, group: str, bounds: Bounds) -> list[Finding]:
+    """What `check` would say about a RayService with these bounds: pods without a replica, which
+    never become ready."""
+    changed = copy.deepcopy(service)
+    changed["spec"]["rayClusterConfig"]["workerGroupSpecs"][_find(changed, group)[0]] |= {
+        "minReplicas": bounds.low,
+        "maxReplicas": bounds.high,
+    }
+    root = Located(f"{service['kind']}/{service['metadata']['name']}", changed).root
+    app, _ = read_application(root)
+    found = placement_findings(app, groups(root), None) if app else ()
+    return [each for each in found if each.path.endswith(".minReplicas")]
 
 
 def scale(cluster: Cluster, service: Ref, group: str, bounds: Bounds) -> list[Change]:

@@ -11,6 +11,8 @@ import pytest
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.api_errors import ClusterError
 from cluster.deploy.down import take_down
+from cluster.deploy.follow import ORIGIN_LABEL
+from tests.k8s.kuberay_samples import ray_service
 from tests.k8s.shoal_cli import Shoal
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ def names(admin: Client, namespace: str, *kinds: str) -> set[str]:
     return {each["name"] for each in found if "deletionTimestamp" not in each} - {"default"}
 
 
+def wait_gone(admin: Client, namespace: str, *kinds: str) -> None:
+    """The operator may have been at work when its RayService went, and tidies up after itself."""
+    for kind in kinds:
+        while (listing := admin.listing(kind, namespace))["items"]:
+            since = listing["metadata"]["resourceVersion"]
+            watch = admin.watch(kind, namespace, since, timeout_s=30)
+            assert any(event["type"] == "DELETED" for event in watch), listing["items"]
+
+
 def test_everything_but_data_goes(shoal: Shoal, admin: Client, kuberay: Callable[..., Any]) -> None:
     kuberay()
     shoal.write(**STORED)
@@ -39,8 +50,8 @@ def test_everything_but_data_goes(shoal: Shoal, admin: Client, kuberay: Callable
     result = shoal("down", "--yes")
     assert result.exit_code == 0, result.text
     assert "volumes and Secrets are kept" in result.text
-    gone = ("RayService", "RayCluster", "Pod", "Service", "ServiceAccount", "Role")
-    assert names(admin, shoal.namespace, *gone) == set()
+    wait_gone(admin, shoal.namespace, "RayService", "RayCluster", "Pod", "Service")
+    assert names(admin, shoal.namespace, "ServiceAccount", "Role") == set()
     kept = names(admin, shoal.namespace, "Secret", "PersistentVolumeClaim")
     assert kept >= {"shoal-models", "shoal-ray-token", "shoal-cluster-secret"}
     assert admin.find("Namespace", shoal.namespace)
@@ -85,17 +96,69 @@ def test_what_a_finalizer_holds_is_named_when_the_time_is_up(
             "spec": {"rayClusterConfig": {"headGroupSpec": {**head, "rayStartParams": {}}}},
         }
     )
+    place = {"name": "shoal-worker", "namespace": shoal.namespace}
+    account: dict[str, Any] = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": place}
+    admin.create(account)
     service = Ref("ray.io/v1", "RayService", "shoal", shoal.namespace)
     cluster, told, times = Cluster(kube.cluster("admin")), list[str](), iter([0.0, 1.0, 99.0])
     with pytest.raises(ClusterError, match=r"RayService/shoal \(held by .*ray\.io/hold"):
         take_down(
             cluster,
             service,
-            [service],
+            [service, Ref.of(account)],
             30,
             show=told.append,
             clock=lambda: next(times),
             sleep=lambda seconds: None,
         )
+    assert admin.find("ServiceAccount", "shoal-worker", shoal.namespace)  # in use until then
     assert told == ["waiting for 1 to go: " + told[0].removeprefix("waiting for 1 to go: ")]
     admin.patch("RayService", "shoal", shoal.namespace, {"metadata": {"finalizers": None}})
+
+
+class FakeCluster:
+    """A RayService with one RayCluster, which goes two looks after it; notes what is asked."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self._looks_left: int | None = None
+
+    def get(self, ref: Ref) -> dict[str, Any] | None:
+        return None if "delete RayService/shoal" in self.told else thing("RayService", "shoal")
+
+    def select(self, api_version: str, kind: str, *args: Any) -> list[dict[str, Any]]:
+        if kind != "RayCluster":
+            return []
+        looks = sum(each == "look" for each in self.told)
+        if "delete RayService/shoal" in self.told:
+            self.told.append("look")
+        return [] if looks >= 2 else [thing("RayCluster", "shoal-a")]
+
+    def delete(self, ref: Ref) -> None:
+        self.told.append(f"delete {ref}")
+
+
+def thing(kind: str, name: str) -> dict[str, Any]:
+    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name}}
+
+
+def test_redis_and_the_rest_go_after_the_pods() -> None:
+    fake: Any = FakeCluster()
+    service = Ref("ray.io/v1", "RayService", "shoal", "here")
+    redis = Ref("apps/v1", "StatefulSet", "shoal-redis", "here")
+    take_down(fake, service, [redis, service], 30, clock=lambda: 0, sleep=lambda seconds: None)
+    assert fake.told == [
+        "delete RayService/shoal",
+        *["look"] * 3,
+        "delete StatefulSet/shoal-redis",
+    ]
+
+
+def test_a_cluster_that_an_earlier_down_left_is_found(shoal: Shoal, admin: Client) -> None:
+    metadata = {"name": "shoal-a", "namespace": shoal.namespace, "labels": {ORIGIN_LABEL: "shoal"}}
+    spec = ray_service(shoal.namespace)["spec"]["rayClusterConfig"]
+    body = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}
+    admin.create(body)
+    result = shoal("down", "--yes")
+    assert (result.exit_code, "RayCluster/shoal-a" in result.out) == (0, True)
+    assert admin.find("RayCluster", "shoal-a", shoal.namespace) is None

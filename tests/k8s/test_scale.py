@@ -115,27 +115,46 @@ class TestCommand:
     ) -> None:
         kuberay()
         shoal("apply")
-        result = shoal("scale", "experts", "2-4")
+        result = shoal("scale", "experts", "1-4")
         assert result.exit_code == 0
-        assert "RayService/shoal: experts 1 -> 2-4 pods" in result.out
+        assert "RayService/shoal: experts 1 -> 1-4 pods" in result.out
         (cluster,) = admin.select("RayCluster", shoal.namespace)
         service = admin.get("RayService", "shoal", shoal.namespace)
-        assert self.bounds(service) == self.bounds(cluster) == (2, 4)
+        assert self.bounds(service) == self.bounds(cluster) == (1, 4)
 
     def test_it_says_what_the_application_makes_of_the_room(self, shoal: Shoal) -> None:
         shoal("apply", "--no-wait")
-        told = shoal("scale", "experts", "4").text
+        told = shoal("scale", "experts", "1-4").text
         workers = shoal.config.experts.num_workers
         assert f"the application keeps {workers} workers there, 2 a pod" in told
         assert "pods beyond 1 stay empty: raise experts.max_pods" in told
 
+    def test_ingress_has_fixed_pods_with_several_replicas(self, shoal: Shoal) -> None:
+        shoal.write(ingress={"pods": 2, "replicas_per_pod": 3})
+        shoal("apply", "--no-wait")
+        told = shoal("scale", "ingress", "2-5").text
+        assert "the application keeps 6 workers there, 3 a pod" in told
+        assert "pods beyond 2 stay empty: raise ingress.pods in" in told
+
+    @pytest.mark.parametrize("tier", ["ingress", "experts"])
+    def test_a_minimum_that_leaves_pods_without_replicas_is_refused(
+        self, shoal: Shoal, admin: Client, tier: str
+    ) -> None:
+        shoal("apply", "--no-wait")
+        before = admin.get("RayService", "shoal", shoal.namespace)["spec"]
+        result = shoal("scale", tier, "2-4")
+        assert result.exit_code == 2
+        assert "may leave one empty, never to become ready" in result.text
+        assert f"raise {tier}.pods in" in result.text
+        assert admin.get("RayService", "shoal", shoal.namespace)["spec"] == before
+
     def test_the_next_apply_asks_about_numbers_that_differ(self, shoal: Shoal) -> None:
         shoal("apply", "--no-wait")
-        shoal("scale", "experts", "4")
+        shoal("scale", "experts", "1-4")
         result = shoal("apply", "--no-wait")
         assert result.exit_code == 3
         assert "`shoal k8s scale` has set numbers of pods: write them into the conf" in result.err
-        numbers = {"cpus": 2, "workers_per_pod": 2, "pods": 4}
+        numbers = {"cpus": 2, "workers_per_pod": 2, "pods": 1, "max_pods": 4}
         shoal.write(experts=numbers, image="shoal:new")
         assert shoal("apply", "--no-wait").exit_code == 0
 
