@@ -13,6 +13,7 @@ from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.apply import stamped
 from cluster.deploy.check.checks import check_manifests
 from cluster.deploy.check.finding import Finding
+from cluster.deploy.check.schemas import NEWEST
 from cluster.deploy.check.source import Located
 from cluster.deploy.config import DeployConfig, read_deploy_config
 from cluster.deploy.follow import Deployment
@@ -53,10 +54,13 @@ class Session:
         """As `shoal k8s apply` applies them."""
         return stamped(self.rendered)
 
-    def findings(self) -> list[Finding]:
-        """Mistakes in what is rendered, model sizes included."""
-        located = [Located(str(self.path), each) for each in self.rendered]
-        return check_manifests(located, sizes=model_sizes(self.config.model))
+    @property
+    def located(self) -> list[Located]:
+        return [Located(str(self.path), each) for each in self.rendered]
+
+    def findings(self, version: str = NEWEST) -> list[Finding]:
+        """Mistakes in what is rendered, model sizes included. `version`: of Kubernetes."""
+        return check_manifests(self.located, version, sizes=model_sizes(self.config.model))
 
     @cached_property
     def cluster(self) -> Cluster:

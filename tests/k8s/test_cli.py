@@ -128,8 +128,8 @@ class TestCheck:
     def test_presets_are_fine(self, deploy_yaml: Path) -> None:
         for preset in ("cpu-dev", "gpu-small", "gpu-large"):
             deploy_yaml.write_text(f"preset: {preset}\n")
-            code, out, _ = run("check", "-c", deploy_yaml)
-            assert (code, out) == (0, "")
+            code, out, err = run("check", "-c", deploy_yaml)
+            assert (code, out, "to exist" in err) == (0, "", False)  # apply makes its Secrets
 
     def test_a_mistake_is_told_with_file_path_and_fix(
         self, deploy_yaml: Path, tmp_path: Path
@@ -141,6 +141,21 @@ class TestCheck:
         code, out, _ = run("check", folder)
         assert code == 1
         assert "rayservice-shoal.yaml" in out and "rayVersoin" in out and "rayVersion?" in out
+
+    def test_secrets_that_have_to_exist_are_noted(self, deploy_yaml: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "out"
+        run("render", "-c", deploy_yaml, "-o", folder)
+        code, _, err = run("check", folder)
+        assert code == 0
+        assert "note: " in err and "Secret shoal-ray-token is not among these objects" in err
+        deploy_yaml.write_text("preset: cpu-dev\nimage_pull_secrets: [registry]\n")
+        _, _, err = run("check", "-c", deploy_yaml)
+        assert "Secret registry is not among" in err and "shoal-ray-token" not in err
+
+    def test_schemas_of_another_version(self, deploy_yaml: Path) -> None:
+        assert run("check", "-c", deploy_yaml, "--kubernetes-version", "1.30")[0] == 0
+        code, _, err = run("check", "-c", deploy_yaml, "--kubernetes-version", "1.2")
+        assert (code, "1.2" in err) == (2, True)
 
     def test_nothing_given(self) -> None:
         code, _, err = run("check")
