@@ -96,7 +96,7 @@ class Cluster:
             # items of a list come without their kind
             items += ({"apiVersion": api_version, "kind": kind, **item} for item in page["items"])
             if not page["metadata"].get("continue"):
-                return items, page["metadata"]["resourceVersion"]
+                return items, page["metadata"].get("resourceVersion", "")
             query["continue"] = page["metadata"]["continue"]
 
     def create(self, manifest: Manifest) -> Manifest:
