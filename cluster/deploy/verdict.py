@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.deploy.event_causes import event_causes
 from cluster.deploy.pod_causes import HEAD_GROUP, Cause, group_of, is_ready, pod_causes, tail
 
 State = Literal["ready", "waiting", "failed"]
@@ -77,7 +78,7 @@ def verdict(seen: Observed) -> Verdict:
             causes += _application_causes(current)
         causes += _grouped(troubles)
         if state != "ready":
-            causes += _event_causes(seen.events, cluster, pods)
+            causes += event_causes(seen.events, _name(cluster), pods)
         if state == "waiting" and any(cause.fatal for cause in troubles):
             state, summary = "failed", "a pod cannot run"
     causes += (f"{kind}: not permitted to read them; ask for the right" for kind in seen.hidden)
@@ -240,33 +241,6 @@ def _grouped(causes: Iterable[Cause]) -> Iterator[str]:
     for (group, text), names in pods.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"{group} {names[0]}".strip() + f"{more}: {text}"
-
-
-def _event_causes(
-    events: list[dict[str, Any]], cluster: dict[str, Any] | None, pods: list[dict[str, Any]]
-) -> Iterator[str]:
-    """Warnings that no status repeats: volumes that do not mount, objects that are refused."""
-    waiting = {pod["metadata"]["name"] for pod in pods if not is_ready(pod)}
-    newest: dict[tuple[str, str], str] = {}
-    for event in sorted(events, key=_last_seen):
-        about = event.get("involvedObject", {})
-        is_ours = about.get("name") in (waiting if about.get("kind") == "Pod" else {_name(cluster)})
-        if is_ours and _tells_more(event):
-            newest[about["name"], event["reason"]] = " ".join(event.get("message", "").split())
-    for (name, reason), message in newest.items():
-        yield f"{name}: {reason}: {message}"
-
-
-def _last_seen(event: dict[str, Any]) -> str:
-    """Events come in the order of their names. New ones have eventTime, old ones lastTimestamp."""
-    series = event.get("series") or {}
-    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
-    return next((str(time) for time in times if time), "")
-
-
-def _tells_more(event: dict[str, Any]) -> bool:
-    reason = event.get("reason", "")
-    return reason.startswith("Failed") and reason not in ("Failed", "FailedScheduling")
 
 
 def _tiers(cluster: dict[str, Any] | None, pods: list[dict[str, Any]]) -> Iterator[Tier]:
