@@ -49,6 +49,9 @@ class DeployConfig(Section):
     """Built from k8s/Dockerfile; the same for all pods."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     image_pull_secrets: tuple[DnsLabel, ...] = ()
+    log_to_stderr: bool = False
+    """Logs of all processes to the containers' output, for a collector and `shoal k8s logs`. They
+    are in Ray's files and dashboard otherwise: it is one or the other."""
     model: Model
     head: Head = Head()
     ingress: IngressGroup = IngressGroup()

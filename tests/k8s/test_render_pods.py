@@ -50,6 +50,12 @@ class TestPods:
             assert reference == {"name": "shoal-cluster-secret", "key": "secret"}
             assert env["OMP_WAIT_POLICY"]["value"] == "passive"
 
+    def test_logs_go_to_the_output_of_containers_if_asked(self) -> None:
+        for asked in (True, False):
+            for spec in templates(deployment("gpu-small", log_to_stderr=asked)).values():
+                names = {e["name"] for e in spec["containers"][0]["env"]}
+                assert ("RAY_LOG_TO_STDERR" in names) is asked
+
     def test_shared_memory_has_a_limit_below_the_pods(self, config: Any) -> None:
         for spec in templates(config).values():
             volumes = {v["name"]: v for v in spec["volumes"]}

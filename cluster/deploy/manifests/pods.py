@@ -123,6 +123,8 @@ def _environment(config: DeployConfig) -> list[dict[str, Any]]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_GRPC_MESSAGE_BYTES),
     }
+    if config.log_to_stderr:
+        plain["RAY_LOG_TO_STDERR"] = "1"
     return [
         {"name": SECRET_VARIABLE, "valueFrom": {"secretKeyRef": reference}},
         *({"name": name, "value": value} for name, value in plain.items()),
