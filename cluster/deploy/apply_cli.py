@@ -92,6 +92,7 @@ def apply(
         if findings := session.findings():
             _print_lines(map(str, findings), "red")
             raise ConfigError(f"{config}: {len(findings)} mistakes; nothing was changed")
+        _print_lines((f"note: {note}" for note in session.notes()), "yellow")
         try:
             steps = _apply(session, dry_run=dry_run, force=force_conflicts, anyway=anyway)
         except ApplyRefused as refused:

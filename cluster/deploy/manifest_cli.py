@@ -11,12 +11,10 @@ from cluster.cli_common import user_errors
 from cluster.config import ConfigError
 from cluster.console import stderr, stdout
 from cluster.deploy.check.checks import check_manifests, list_notes
-from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.schemas import NEWEST
-from cluster.deploy.check.source import Located, load
+from cluster.deploy.check.source import load
 from cluster.deploy.manifest import Manifest, dump, dump_one, identity
 from cluster.deploy.preflight import preflight
-from cluster.deploy.secrets import missing_secrets
 from cluster.deploy.session import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -76,22 +74,13 @@ def check(
         findings += session.findings(version) if config else []
         for finding in findings:
             stdout.print(str(finding), markup=False, soft_wrap=True)
-        for note in _notes(session, located, config is not None):
+        for note in session.notes(located) if config else list_notes(located):
             stderr.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
         bodies = [each.body for each in located] + (session.rendered if config else [])
         num_errors = len(findings) + (_preflight(session, bodies) if live else 0)
         if num_errors:
             raise typer.Exit(1)
         stderr.print(f"{len(bodies)} objects, nothing to mend", style="green")
-
-
-def _notes(session: Session, located: list[Located], has_config: bool) -> list[Finding]:
-    """What has to exist first. The Secrets of a configuration are made by `apply`."""
-    if not has_config:
-        return list_notes(located)
-    made = [spec.manifest("") for spec in missing_secrets(session.config)]
-    secrets = [Located(str(session.path), each) for each in made]
-    return list_notes([*located, *session.located, *secrets])
 
 
 def _preflight(session: Session, manifests: list[Manifest]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from cluster.deploy.api import Cluster, Ref
 from cluster.deploy.apply import stamped
-from cluster.deploy.check.checks import check_manifests
+from cluster.deploy.check.checks import check_manifests, list_notes
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.schemas import NEWEST
 from cluster.deploy.check.source import Located
@@ -19,6 +20,7 @@ from cluster.deploy.config import DeployConfig, read_deploy_config
 from cluster.deploy.follow import Deployment
 from cluster.deploy.manifest import Manifest
 from cluster.deploy.render import render
+from cluster.deploy.secrets import missing_secrets
 from cluster.deploy.sizing import model_sizes
 
 ConfigOption = Annotated[
@@ -61,6 +63,13 @@ class Session:
     def findings(self, version: str = NEWEST) -> list[Finding]:
         """Mistakes in what is rendered, model sizes included. `version`: of Kubernetes."""
         return check_manifests(self.located, version, sizes=model_sizes(self.config.model))
+
+    def notes(self, located: Iterable[Located] = ()) -> list[Finding]:
+        """What one should know of them, and of others beside them, before they are applied. The
+        Secrets of a configuration need not exist: `apply` makes them."""
+        made = [spec.manifest("") for spec in missing_secrets(self.config)]
+        secrets = [Located(str(self.path), each) for each in made]
+        return list_notes([*located, *self.located, *secrets])
 
     @cached_property
     def cluster(self) -> Cluster:
