@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.autoscaling.serve_policies import autoscaling_config
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling, Scaling
 from cluster.config import (
+    GRACEFUL_SHUTDOWN_S,
     SECRET_VARIABLE,
     AttentionTier,
     ConfigError,
@@ -33,7 +34,6 @@ from cluster.config import (
 )
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.members import (
-    HANDOVER_TIMEOUT_S,
     AttentionMember,
     ExpertMember,
     IngressMember,
@@ -45,7 +45,6 @@ from experts.kernels.runtime import configure_threads
 
 ENDPOINT_TIMEOUT_S = 5.0
 PACKAGES = ("experts", "router", "attention", "cluster")
-GRACEFUL_SHUTDOWN_S = HANDOVER_TIMEOUT_S + 30.0
 
 
 def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:

@@ -23,6 +23,11 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_COMMANDED = 64
 """Workers that `shoal scale` may ask for in a tier without `scaling`."""
+HANDOVER_TIMEOUT_S = 60.0
+"""So long a stopping expert worker waits for others to take over what it alone holds."""
+GRACEFUL_SHUTDOWN_S = HANDOVER_TIMEOUT_S + 30.0
+"""So long a replica that is told to stop may take: then it also answers what is under way."""
+MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
 GRPC_SERVICERS = (
     "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",

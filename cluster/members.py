@@ -27,7 +27,7 @@ from cluster.autoscaling.stats import (
     ExpertStats,
 )
 from cluster.backend import AttentionPool
-from cluster.config import ShoalConfig
+from cluster.config import HANDOVER_TIMEOUT_S, ShoalConfig
 from cluster.frontend.api_keys import open_keys
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.expert_load import LoadWatch
@@ -51,9 +51,6 @@ from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.client import RouterClient
 from router.worker import RouterWorker
-
-HANDOVER_TIMEOUT_S = 60.0
-"""How long an expert worker that stops waits for others to hold what only it holds."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from cluster.config import MAX_GRPC_MESSAGE_BYTES
+
 GRPC_HOST_VARIABLE = "SHOAL_GRPC_HOST"
-MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
 
 
 def environment(host: str) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from cluster.config import ConfigError, default_model
 from cluster.deploy.matrices import WeightType
 from cluster.deploy.sizes import ModelSizes
+from cluster.field_names import nearest
 
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _V2_FAMILY = _MLA | {
@@ -114,6 +114,6 @@ def model_sizes(model: str, weights: WeightType | None = None) -> ModelSizes:
 
 def suggestion(given: str, accepted: tuple[str, ...], shown: tuple[str, ...] | None = None) -> str:
     """What to say of a name that is not known: the nearest one, then those that are."""
-    nearest = difflib.get_close_matches(given.lower(), accepted, n=1, cutoff=0.5)
-    hint = f"not known, did you mean {nearest[0]}? " if nearest else "not known; "
+    meant = nearest(given.lower(), accepted)
+    hint = f"not known, did you mean {meant}? " if meant else "not known; "
     return f"{hint}known are {', '.join(shown or accepted)}"

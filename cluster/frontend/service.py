@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import time
 from collections.abc import Callable
 
 from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, quote
+from cluster.field_names import nearest
 from cluster.frontend.admission import Admission
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.backend import EngineBackend, Readiness
@@ -155,8 +155,8 @@ class InferenceService:
         names = self.model.names
         if name is None or name in names:
             return
-        near = difflib.get_close_matches(name[:200], names, n=1)
-        hint = f" Did you mean {quote(near[0])}?" if near else ""
+        meant = nearest(name[:200], names)
+        hint = f" Did you mean {quote(meant)}?" if meant else ""
         raise NotFound(
             f"The model {quote(name)} does not exist. This server has"
             f" {', '.join(map(quote, names))}.{hint}",

@@ -15,7 +15,6 @@ from cluster.deploy.check.application import Application, Deployment, read_appli
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.placement import placement_findings
 from cluster.deploy.check.ray_cluster import Group, groups
-from cluster.deploy.check.ray_pods import DRAIN_S
 from cluster.deploy.check.references import reference_findings
 from cluster.deploy.check.selectors import selects
 from cluster.deploy.check.source import Located
@@ -220,7 +219,6 @@ def test_groups_carry_the_labels_that_kuberay_adds() -> None:
 
 
 def test_facts_that_are_written_down_twice() -> None:
-    assert DRAIN_S == app.GRACEFUL_SHUTDOWN_S
     for path in (*GRPC_SERVICERS, IMPORT_PATH.replace(":", ".")):
         module, _, name = path.rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config import GRACEFUL_SHUTDOWN_S
 from cluster.deploy.config import PRESETS, preset_config
 from cluster.deploy.manifests.pods import DRAIN_MARGIN_S, DRAIN_VARIABLE
 from tests.k8s.deployments import serve_settings, templates
@@ -16,7 +17,7 @@ with warnings.catch_warnings():  # Ray imports what pydantic deprecates
     from ray._private import ray_constants
     from ray.serve.schema import ServeDeploySchema
 
-    from cluster.app import GRACEFUL_SHUTDOWN_S, build_app
+    from cluster.app import build_app
 
 
 @pytest.fixture(params=PRESETS)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from cluster.config import API_KEY_VARIABLE, SECRET_VARIABLE
+from cluster.config import API_KEY_VARIABLE, GRACEFUL_SHUTDOWN_S, SECRET_VARIABLE
 from cluster.deploy.check.application import Application
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.node import Node
 from cluster.deploy.check.ray_cluster import Group, serves_grpc
 from cluster.deploy.check.syntax import quantity
 
-DRAIN_S = 90
-"""A worker that is told to stop hands over for so long, as GRACEFUL_SHUTDOWN_S in cluster.app."""
 SHM = "/dev/shm"  # noqa: S108 - where Ray keeps its object store
 SECRETS = (SECRET_VARIABLE, API_KEY_VARIABLE, "RAY_AUTH_TOKEN", "REDIS_PASSWORD")
 PRIVATE_PORTS = {8265: "the dashboard", 10001: "Ray's client", 6379: "the GCS"}
@@ -56,9 +54,11 @@ def group_findings(group: Group) -> Iterator[Finding]:
     if group.is_head:
         yield from _head(group)
     elif (grace := group.spec["terminationGracePeriodSeconds"]).number is None or (
-        grace.number <= DRAIN_S
+        grace.number <= GRACEFUL_SHUTDOWN_S
     ):
-        message = f"{grace.number or 30} seconds, a worker's drain takes up to {DRAIN_S}"
+        message = (
+            f"{grace.number or 30} seconds, a worker's drain takes up to {GRACEFUL_SHUTDOWN_S:.0f}"
+        )
         yield grace.finding(message, "write 300")
     yield from _memory(group)
     yield from _secrets(group)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cluster.config import SECRET_VARIABLE
+from cluster.config import MAX_GRPC_MESSAGE_BYTES, SECRET_VARIABLE
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.hardware import known_gpu
 from cluster.deploy.manifests.names import (
@@ -38,8 +38,6 @@ HEAD_TERMINATION_S = 60
 DRAIN_MARGIN_S = 60
 """Between the end of a node's drain and the end of its pod."""
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
-"""As cluster.serve_proxy has it, which is not imported: rendering needs no Ray."""
 LAST_LINES = "FallbackToLogsOnError"
 """Why a container ended is then in the pod's status, which outlives its log."""
 CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
