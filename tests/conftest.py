@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # OpenMP threads under load run many times slower than one.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+# Before Triton is imported: without a GPU its kernels run in its interpreter, on CPU tensors.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

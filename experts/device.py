@@ -1,0 +1,127 @@
+"""Where a process computes: chosen once, at its start, and the reason kept and logged.
+
+`host`: the CPU kernels over the mapped checkpoint, float32 (experts/kernels/runtime.py). `triton`:
+the kernels of */kernels/gpu over weights in the memory of a device. `torch`: their plain-torch
+twins, same signatures, on the same tensors: oracle and fall-back, and how a machine without a GPU
+runs everything but the kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+KernelKind = Literal["host", "triton", "torch"]
+
+MIN_CAPABILITY = (8, 0)
+"""bfloat16 matrix instructions and asynchronous copies begin here (sm_80)."""
+FP8_CAPABILITY = (8, 9)
+"""fp8 matrix instructions begin here; below it fp8 weights are multiplied as bfloat16."""
+
+
+class DeviceError(ValueError):
+    """The device that was asked for cannot be used; str() says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaProbe:
+    """What this process can see of CUDA. `missing`: why there is none, empty if there is."""
+
+    missing: str = ""
+    name: str = ""
+    capability: tuple[int, int] = (0, 0)
+    num_sms: int = 0
+    total_bytes: int = 0
+    triton_missing: str = ""
+    """Why Triton cannot be used, empty if it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeDevice:
+    """A device and how tensors lie on it. `dtype` is that of activations and plain weights."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kernels: KernelKind
+    reason: str
+    fp8_matmul: bool = False
+    """fp8 weights are multiplied with fp8 activations; else with `dtype` ones."""
+    num_sms: int = 1
+    total_bytes: int = 0
+
+    @property
+    def is_host(self) -> bool:
+        """The CPU kernels over mapped weights, without a copy of them."""
+        return self.kernels == "host"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def host_device(reason: str = "asked for") -> ComputeDevice:
+    """The CPU kernels."""
+    return ComputeDevice(torch.device("cpu"), torch.float32, "host", f"CPU: {reason}")
+
+
+def choose_device(asked: DeviceName, probe: CudaProbe, kernels: str = "") -> ComputeDevice:
+    """Pure. kernels: the value of SHOAL_KERNELS, `torch` for the twins. Raises DeviceError."""
+    why_not = probe.missing
+    if not why_not and probe.capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (probe.capability, MIN_CAPABILITY))
+        why_not = f"{probe.name} has compute capability {have}, the kernels need {need}"
+    if asked == "cuda" and why_not:
+        raise DeviceError(f"device cuda: {why_not}; use --device cpu, or auto")
+    if asked == "cpu" or why_not:
+        return host_device("asked for" if asked == "cpu" else why_not)
+    twins = "SHOAL_KERNELS=torch" if kernels == "torch" else probe.triton_missing
+    how = f"plain torch ({twins})" if twins else "Triton kernels"
+    return ComputeDevice(
+        torch.device("cuda", 0),
+        torch.bfloat16,
+        "torch" if twins else "triton",
+        f"{probe.name}, {how}",
+        fp8_matmul=probe.capability >= FP8_CAPABILITY,
+        num_sms=probe.num_sms,
+        total_bytes=probe.total_bytes,
+    )
+
+
+def probe_cuda() -> CudaProbe:
+    """Look at the first GPU that this process may use (Ray shows it the ones it reserved)."""
+    if not torch.backends.cuda.is_built():
+        return CudaProbe("this torch was built without CUDA")
+    if not torch.cuda.is_available():
+        return CudaProbe("torch finds no CUDA device: no GPU, no driver, or none reserved")
+    properties = torch.cuda.get_device_properties(0)
+    return CudaProbe(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        num_sms=properties.multi_processor_count,
+        total_bytes=properties.total_memory,
+        triton_missing=_triton_missing(),
+    )
+
+
+def _triton_missing() -> str:
+    try:
+        import triton  # noqa: F401 - whether it can be imported
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return ""
+
+
+def open_device(asked: DeviceName = "auto") -> ComputeDevice:
+    """The device of this process; call once, at its start. Raises DeviceError."""
+    kernels = os.environ.get("SHOAL_KERNELS", "")
+    probe = CudaProbe("asked for the CPU") if asked == "cpu" else probe_cuda()
+    chosen = choose_device(asked, probe, kernels)
+    logger.info("device: %s", chosen.reason)
+    return chosen
