@@ -22,8 +22,12 @@ class AttentionConfig(BaseModel):
     """Blocks of the cache; None: as many as kv_cache_bytes holds."""
     kv_cache_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
     """Memory of the cache, all layers together; used when num_kv_blocks is None."""
-    kv_cache_dtype: Literal["auto", "float32"] = "auto"
-    """auto: float32 on the CPU."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
+    """auto: float32 on the CPU, bfloat16 on a GPU. fp8, on a GPU only: values of 8 bits with a
+    scale for each 128 of them, the rotated key in bfloat16."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Part of the worker's share of a GPU (all of it, or num_gpus) that weights and cache take,
+    used when neither num_kv_blocks nor kv_cache_bytes is given."""
     enable_prefix_caching: bool = True
     """Share the blocks of equal prompt prefixes (of equal cache_salt)."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None

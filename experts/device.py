@@ -55,6 +55,7 @@ class ComputeDevice:
     """fp8 weights are multiplied with fp8 activations; else with `dtype` ones."""
     num_sms: int = 1
     total_bytes: int = 0
+    """Memory of the GPU that this process may use: its share."""
 
     @property
     def is_host(self) -> bool:
@@ -71,8 +72,11 @@ def host_device(reason: str = "asked for") -> ComputeDevice:
     return ComputeDevice(torch.device("cpu"), torch.float32, "host", f"CPU: {reason}")
 
 
-def choose_device(asked: DeviceName, probe: CudaProbe, kernels: str = "") -> ComputeDevice:
-    """Pure. kernels: the value of SHOAL_KERNELS, `torch` for the twins. Raises DeviceError."""
+def choose_device(
+    asked: DeviceName, probe: CudaProbe, kernels: str = "", share: float = 1.0
+) -> ComputeDevice:
+    """Pure. kernels: the value of SHOAL_KERNELS, `torch` for the twins. share: the part of a GPU
+    that is reserved for this process; more than one GPU is used as one. Raises DeviceError."""
     why_not = probe.missing
     if not why_not and probe.capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (probe.capability, MIN_CAPABILITY))
@@ -90,16 +94,16 @@ def choose_device(asked: DeviceName, probe: CudaProbe, kernels: str = "") -> Com
         f"{probe.name}, {how}",
         fp8_matmul=probe.capability >= FP8_CAPABILITY,
         num_sms=probe.num_sms,
-        total_bytes=probe.total_bytes,
+        total_bytes=int(min(share, 1.0) * probe.total_bytes),
     )
 
 
 def probe_cuda() -> CudaProbe:
     """Look at the first GPU that this process may use (Ray shows it the ones it reserved)."""
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         return CudaProbe("this torch was built without CUDA")
     if not torch.cuda.is_available():
-        return CudaProbe("torch finds no CUDA device: no GPU, no driver, or none reserved")
+        return CudaProbe(f"torch finds no GPU and driver that it can use ({_visible()})")
     properties = torch.cuda.get_device_properties(0)
     return CudaProbe(
         name=properties.name,
@@ -118,10 +122,15 @@ def _triton_missing() -> str:
     return ""
 
 
-def open_device(asked: DeviceName = "auto") -> ComputeDevice:
+def _visible() -> str:
+    """The GPUs that Ray, or whoever started this process, lets it see."""
+    return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
+
+
+def open_device(asked: DeviceName = "auto", share: float = 1.0) -> ComputeDevice:
     """The device of this process; call once, at its start. Raises DeviceError."""
     kernels = os.environ.get("SHOAL_KERNELS", "")
     probe = CudaProbe("asked for the CPU") if asked == "cpu" else probe_cuda()
-    chosen = choose_device(asked, probe, kernels)
-    logger.info("device: %s", chosen.reason)
+    chosen = choose_device(asked, probe, kernels, share)
+    logger.info("device: %s (%s)", chosen.reason, _visible())
     return chosen
