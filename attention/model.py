@@ -13,7 +13,9 @@ where.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from attention.kernels.mla_decode import mla_decode
 from attention.layers import LATENT_NORM_EPS, add_rms_norm, rms_norm, rotate_query_and_cache_latent
 from attention.mla import MlaSizes, naive_attention
 from attention.rope import rope_table, softmax_scale
+from attention.sampler import Sampled, SampleRow, sample
 from attention.weights import LayerWeights, ModelWeights, QueryWeights
 from experts.config import ModelConfig
 from experts.layer import swiglu
@@ -58,8 +61,42 @@ class Batch:
     chunks: tuple[Chunk, ...]
 
 
+class Decoder(Protocol):
+    """What the runner needs of a model, wherever that computes. One thread at a time."""
+
+    @property
+    def num_renormalised(self) -> int:
+        """Grows whenever a forward pass had to do without some experts."""
+
+    def prefers_naive(self, num_new: int, context_len: int) -> bool:
+        """Whether a chunk of num_new tokens should attend in the naive form."""
+
+    def forward(self, batch: Batch, wait_until_s: float | None = None) -> Tensor:
+        """Hidden states after the last layer, [T, d] float32, before the final norm; good until the
+        next call.
+
+        Writes the latents of all tokens to the cache. Raises what the MoE client raises; the cache
+        then holds rubbish in the slots of this batch and nowhere else. wait_until_s: the time (of
+        time.monotonic) until which it may wait for experts, if the MoE client's own limit is later.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, d] float32 -> [R, V] float32, where the model computes."""
+
+    def sample(
+        self, hidden: Tensor, places: Sequence[int], rows: Sequence[SampleRow]
+    ) -> list[Sampled]:
+        """A token after each of these rows of `hidden`."""
+
+
+def wait_limit_s(wait_until_s: float | None) -> float | None:
+    """Seconds a layer may wait for its experts: one in good order gets its time even when the
+    step's is over."""
+    return None if wait_until_s is None else max(MIN_WAIT_S, wait_until_s - time.monotonic())
+
+
 class DecoderModel:
-    """Weights, cache and the forward pass. One thread at a time."""
+    """The decoder on the CPU: its kernels over the mapped weights. See Decoder."""
 
     def __init__(
         self,
@@ -82,12 +119,6 @@ class DecoderModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, wait_until_s: float | None = None) -> Tensor:
-        """Hidden states after the last layer, [T, d] float32, before the final norm.
-
-        Writes the latents of all tokens to the cache. Raises what the MoE client raises; the cache
-        then holds rubbish in the slots of this batch and nowhere else. wait_until_s: the time (of
-        time.monotonic) until which it may wait for experts, if the MoE client's own limit is later.
-        """
         eps = self.config.rms_norm_eps
         hidden = self._weights.embedding[batch.token_ids].float()
         delta: Tensor | None = None
@@ -103,13 +134,20 @@ class DecoderModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, d] float32 -> [R, V] float32."""
         x = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
         return linear(x, self._weights.lm_head, deterministic=self.deterministic)
 
+    def sample(
+        self, hidden: Tensor, places: Sequence[int], rows: Sequence[SampleRow]
+    ) -> list[Sampled]:
+        last = hidden if len(places) == hidden.shape[0] else hidden[places]
+        return sample(self.logits(last).numpy(), rows)
+
+    def prefers_naive(self, num_new: int, context_len: int) -> bool:
+        return not self.deterministic and self.sizes.prefers_naive(num_new, context_len)
+
     @property
     def num_renormalised(self) -> int:
-        """Grows whenever a forward pass had to do without some experts."""
         return self._moe.num_renormalised
 
     def _feed_forward(
@@ -118,10 +156,7 @@ class DecoderModel:
         """The dense FFN, or routed plus shared experts; the shared run while the others fly."""
         if not layer.is_moe:
             return swiglu(x, layer.mlp, deterministic=self.deterministic)
-        limit_s = None
-        if wait_until_s is not None:  # a layer in good order gets its time even when that is over
-            limit_s = max(MIN_WAIT_S, wait_until_s - time.monotonic())
-        ticket = self._moe.begin(index, x, limit_s)
+        ticket = self._moe.begin(index, x, wait_limit_s(wait_until_s))
         shared = swiglu(x, layer.mlp, deterministic=self.deterministic)
         return shared.add_(self._moe.finish(ticket))
 

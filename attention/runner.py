@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attention.messages import TokenLogprob
-from attention.model import Batch, Chunk, DecoderModel
+from attention.model import Batch, Chunk, Decoder
 from attention.request import Request
-from attention.sampler import Sampled, SampleRow, sample, token_logprob
+from attention.sampler import Sampled, SampleRow, token_logprob
 from attention.scheduler import Schedule, ScheduledRequest
 
 LOGPROB_ROWS = 64
@@ -96,13 +96,13 @@ def block_tables(requests: Sequence[Request]) -> NDArray[np.int32]:
 class ModelRunner:
     """Runs schedules on a model."""
 
-    def __init__(self, model: DecoderModel, block_size: int, eos_token_ids: frozenset[int]):
+    def __init__(self, model: Decoder, block_size: int, eos_token_ids: frozenset[int]):
         self._model = model
         self._block_size = block_size
         self._eos = eos_token_ids
 
     def run(self, schedule: Schedule, wait_until_s: float | None = None) -> list[ItemResult]:
-        """Compute a step; results in the order of the schedule's items. See DecoderModel.forward
+        """Compute a step; results in the order of the schedule's items. See Decoder.forward
         for wait_until_s and what it raises."""
         absorbed = [item for item in schedule.items if not self._is_naive(item)]
         naive = [item for item in schedule.items if self._is_naive(item)]
@@ -125,10 +125,10 @@ class ModelRunner:
         ]
 
     def _is_naive(self, item: ScheduledRequest) -> bool:
-        if item.num_tokens == 1 or self._model.deterministic:
+        if item.num_tokens == 1:
             return False
         context_len = item.request.num_computed_tokens + item.num_tokens
-        return self._model.sizes.prefers_naive(item.num_tokens, context_len)
+        return self._model.prefers_naive(item.num_tokens, context_len)
 
     def _sample(
         self, items: Sequence[ScheduledRequest], first_rows: dict[str, int], hidden: Tensor
@@ -136,10 +136,9 @@ class ModelRunner:
         sampling = [i for i in items if i.samples and i.request.submit.params.max_tokens != 0]
         if not sampling:
             return {}
-        rows = [first_rows[item.request.request_id] + item.num_tokens - 1 for item in sampling]
-        last = hidden if len(rows) == hidden.shape[0] else hidden[rows]
-        logits = self._model.logits(last).numpy()
-        choices = sample(logits, [self._sample_row(item.request) for item in sampling])
+        places = [first_rows[item.request.request_id] + item.num_tokens - 1 for item in sampling]
+        rows = [self._sample_row(item.request) for item in sampling]
+        choices = self._model.sample(hidden, places, rows)
         return {i.request.request_id: c for i, c in zip(sampling, choices, strict=True)}
 
     def _sample_row(self, request: Request) -> SampleRow:
@@ -164,6 +163,6 @@ class ModelRunner:
         for begin in range(start, stop, LOGPROB_ROWS):
             end = min(begin + LOGPROB_ROWS, stop)
             rows = hidden[first_row + begin - start : first_row + end - start]
-            for place, logits in enumerate(self._model.logits(rows).numpy(), begin + 1):
+            for place, logits in enumerate(self._model.logits(rows).cpu().numpy(), begin + 1):
                 found.append((place, token_logprob(logits, request.token_ids[place], num_top)))
         return tuple(found)
