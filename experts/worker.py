@@ -27,9 +27,9 @@ from experts.channel.frame import (
     reply_to,
 )
 from experts.checkpoint import Checkpoint
+from experts.compute import Compute, PairBatch, open_compute
+from experts.device import ComputeDevice, host_device
 from experts.errors import CheckpointError
-from experts.kernels.runtime import warm_up
-from experts.layer import SlotWeights, grouped_swiglu
 from experts.load import WINDOW_S, LoadCounter
 from experts.placement.space import ExpertKey
 from experts.turns import Turns
@@ -100,8 +100,10 @@ class ExpertWorker:
         load_window_s: float = WINDOW_S,
         emulated_pairs_per_s: float | None = None,
         limits: FrameLimits = DEFAULT_LIMITS,
+        device: ComputeDevice | None = None,
     ) -> None:
-        """`emulated_pairs_per_s`: sleep after each batch to be as slow as such a device."""
+        """`device`: where to compute, None = the CPU kernels; its memory for the slots is taken at
+        once. `emulated_pairs_per_s`: sleep after each batch to be as slow as such a device."""
         config = checkpoint.config
         self.worker_id = worker_id
         self.num_slots = num_slots
@@ -113,14 +115,14 @@ class ExpertWorker:
         self._width = config.hidden_size
         self._limits = limits
         self._emulated_pairs_per_s = emulated_pairs_per_s
-        self._slots = SlotWeights(num_slots)
+        self._compute: Compute = open_compute(checkpoint, num_slots, device or host_device())
         self._free_slots = list(range(num_slots))
         self._slot_of: dict[ExpertKey, int] = {}
         self._slots_of_layer: dict[int, npt.NDArray[np.int32]] = {  # [E], -1 = not here
             layer: np.full(config.n_routed_experts, -1, np.int32) for layer in config.moe_layers
         }
         self._load_lock = threading.Lock()
-        self._turns = Turns[_Batch](self._compute, max_batch_rows)
+        self._turns = Turns[_Batch](self._answer, max_batch_rows)
         self._draining = False
         self._server: Server | None = None
 
@@ -131,7 +133,7 @@ class ExpertWorker:
 
         Compiles the kernels first: the first batch would time out while they are.
         """
-        warm_up()
+        self._compute.warm_up()
         self._server = Server(
             endpoint,
             self.handle,
@@ -211,7 +213,7 @@ class ExpertWorker:
         if slots is None or not 0 <= expert < slots.shape[0]:
             raise ValueError(f"the model has no expert {expert} in layer {layer}")
         slot = self._free_slots[-1]
-        self._slots.fill(slot, load_expert(self._checkpoint, layer, expert))
+        self._compute.fill(key, slot, load_expert(self._checkpoint, layer, expert))
         self._free_slots.pop()
         self._slot_of[key] = slot
         slots[expert] = slot
@@ -221,7 +223,7 @@ class ExpertWorker:
             for layer, expert in keys:
                 slot = self._slot_of.pop((layer, expert))
                 self._slots_of_layer[layer][expert] = -1
-                self._slots.clear(slot)
+                self._compute.clear((layer, expert), slot)
                 self._free_slots.append(slot)
 
         if keys:
@@ -244,12 +246,13 @@ class ExpertWorker:
             status = Status.DRAINING if self._draining else Status.OVERLOADED
             return reply_to(frame, status=status, text=f"{self.worker_id}: {status.name}")
         batch = _Batch(frame, rows, row_ids, expert_ids, frame.weights)
-        self._turns.run((frame.layer, frame.flags, rows.dtype), rows.shape[0], batch)
+        kind = (frame.layer, frame.flags, rows.dtype, rows.is_cuda)
+        self._turns.run(kind, rows.shape[0], batch)
         if batch.reply is None:
             raise RuntimeError("a batch was computed without an answer")
         return batch.reply
 
-    def _compute(self, batches: list[_Batch]) -> None:
+    def _answer(self, batches: list[_Batch]) -> None:
         """Batches of one layer, in one go. Sets their replies."""
         begun_s = time.monotonic()
         ready = [batch for batch in batches if self._find_slots(batch, begun_s)]
@@ -301,15 +304,17 @@ class ExpertWorker:
         per_pair = bool(first.request.flags & ONE_ROW_PER_PAIR)
         num_rows = [batch.rows.shape[0] for batch in batches]
         starts = np.cumsum([0, *num_rows[:-1]]).tolist()
-        results = grouped_swiglu(
-            _cat([batch.rows for batch in batches]).float(),
-            self._slots,
-            _cat([batch.row_ids + start for batch, start in zip(batches, starts, strict=True)]),
-            _cat([batch.slot_ids for batch in batches if batch.slot_ids is not None]),
-            _cat([batch.weights for batch in batches]),
-            per_pair=per_pair,
-            deterministic=per_pair,
-        ).to(first.rows.dtype)
+        results = self._compute.run(
+            PairBatch(
+                first.request.layer,
+                _cat([batch.rows for batch in batches]),
+                _cat([batch.row_ids + start for batch, start in zip(batches, starts, strict=True)]),
+                _cat([batch.expert_ids for batch in batches]),
+                _cat([batch.slot_ids for batch in batches if batch.slot_ids is not None]),
+                _cat([batch.weights for batch in batches]),
+                per_pair,
+            )
+        )
         if len(batches) == 1:
             return [results]
         sizes = [batch.row_ids.shape[0] for batch in batches] if per_pair else num_rows

@@ -259,7 +259,7 @@ def test_a_merged_computation_gives_each_sender_its_own_rows(
     requests = [request(rows(i), [(i - 1, i % 8, 1.0), (0, 7, 0.5)], flags=flags) for i in (1, 4)]
     alone = [worker.handle(frame, NOBODY).rows for frame in requests]
     batches = [_Batch(f, f.rows, f.row_ids, f.expert_ids, f.weights) for f in requests]  # type: ignore[arg-type]
-    worker._compute(batches)
+    worker._answer(batches)
     assert worker.counters.merged_batches == 1
     for batch, rows_alone in zip(batches, alone, strict=True):
         assert batch.reply is not None
@@ -269,7 +269,7 @@ def test_a_merged_computation_gives_each_sender_its_own_rows(
 def test_a_lack_in_a_merged_computation_is_the_sender_s_own(worker: ExpertWorker) -> None:
     requests = [request(rows(1), [(0, expert, 1.0)]) for expert in (12, 3)]
     batches = [_Batch(f, f.rows, f.row_ids, f.expert_ids, f.weights) for f in requests]  # type: ignore[arg-type]
-    worker._compute(batches)
+    worker._answer(batches)
     statuses = [batch.reply.status for batch in batches if batch.reply is not None]
     assert statuses == [Status.NOT_HERE, Status.OK]
 
