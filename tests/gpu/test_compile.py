@@ -1,0 +1,73 @@
+"""Every kernel compiles for the GPUs that it is for, within their limits, and never asks the host.
+
+Needs no GPU: tools/compile_kernels.py runs in a process of its own, as kernels imported here would
+be the interpreter's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "compile_kernels.py"
+
+TOO_LARGE = """
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(x, out, K, M: tl.constexpr, BLOCK: tl.constexpr):
+    rows, columns = tl.arange(0, M), tl.arange(0, BLOCK)
+    acc = tl.zeros((M, M), tl.float32)
+    for start in tl.range(0, K, BLOCK):
+        tile = tl.load(x + rows[:, None] * K + start + columns[None, :])
+        acc = tl.dot(tile, tile.T, acc)
+    tl.store(out + rows[:, None] * M + rows[None, :], acc)
+
+
+def call(rows, block, asks=False):
+    x = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(rows, rows, device="meta")
+    if asks:
+        out.sum().item()
+    product[(1,)](x, out, 4096, rows, block, num_stages=6)
+
+
+def cases(native_fp8):
+    yield "small", lambda: call(32, 128)
+    yield "large", lambda: call(128, 256)
+    yield "asks", lambda: call(32, 128, asks=True)
+"""
+
+
+def compile_kernels(folder: Path, *args: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, outcomes and what was printed."""
+    report = folder / "report.json"
+    command = ["nice", "-n", "5", sys.executable, str(TOOL), "--json", str(report), *args]
+    environment = {**os.environ, "PYTHONPATH": f"{TOOL.parents[1]}:{folder}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert report.exists(), done.stderr
+    return done.returncode, json.loads(report.read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_what_breaks_a_limit_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "large_cases.py").write_text(TOO_LARGE)
+    code, outcomes, printed = compile_kernels(
+        tmp_path, "--cases", "large_cases", "--target", "sm_90"
+    )
+    assert code == 1
+    assert "large_cases/large sm_90: product: shared memory 393216 > 232448 bytes" in printed
+    assert "large_cases/asks sm_90: RuntimeError: Tensor.item() cannot be called" in printed
+    small = outcomes[0]["launches"][0]
+    assert not outcomes[0]["error"]
+    assert small["constants"] == {"M": "32", "BLOCK": "128"}
+    assert small["dots"] == ["bf16"] and small["matrix_instructions"]
