@@ -37,7 +37,7 @@ class DeviceCompute:
     ) -> None:
         self._slots = slots
         self._device = device
-        self._ops = expert_ops("triton" if device.kernels == "triton" else "torch")
+        self._ops = expert_ops(device.kernels)
         self._staging = Staging(device)
         self._places = {layer: i for i, layer in enumerate(layers)}
         self._slot_of = torch.full(

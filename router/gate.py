@@ -92,8 +92,17 @@ class GateWeights:
         object.__setattr__(self, "bias_array", bias)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceGate:
+    """One layer's gate on a device. weight [E, d] bfloat16 if the file has it so, else float32 (the
+    products are exact in float32 either way); bias [E] float32."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 def route(x: Tensor, gate: GateWeights, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """Choose experts for x [T, d] float32.
+    """Choose experts for x [T, d], float32 or a narrower dtype: float32 has all its values.
 
     Returns topk_ids [T, k] int64, ascending in each row, and topk_weights [T, k] float32.
     Raises NonFiniteInput when a row's logits are not all finite: no expert could answer it.
@@ -104,7 +113,7 @@ def route(x: Tensor, gate: GateWeights, spec: GateSpec) -> tuple[Tensor, Tensor]
 
 def choose(x: Tensor, gate: GateWeights, spec: GateSpec) -> tuple[Ids, Floats]:
     """`route` with arrays as its result: what dispatch works on, 6 us less for one token."""
-    logits = linear(x, gate.weight, deterministic=True).numpy()  # [T, E]
+    logits = linear(x.float(), gate.weight, deterministic=True).numpy()  # [T, E]
     topk_ids = np.empty((len(logits), spec.top_k), np.int64)
     topk_weights = np.empty((len(logits), spec.top_k), np.float32)
     bad_row = select_experts(

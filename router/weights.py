@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from experts.checkpoint import Checkpoint, CheckpointError
 from experts.config import ModelConfig
+from experts.device import ComputeDevice
 from experts.linear import Weight
-from router.gate import GateWeights
+from router.gate import DeviceGate, GateWeights
 
 
 def _names(layer: int) -> tuple[str, str]:
@@ -33,13 +35,31 @@ def load_gates(checkpoint: Checkpoint) -> dict[int, GateWeights]:
     return {layer: _load_gate(checkpoint, layer) for layer in config.moe_layers}
 
 
+def load_device_gates(checkpoint: Checkpoint, device: ComputeDevice) -> dict[int, DeviceGate]:
+    """Layer -> a copy of its gate on the device. Raises CheckpointError."""
+    config = checkpoint.config
+    checkpoint.require(gate_tensor_shapes(config))
+    return {layer: _load_device_gate(checkpoint, layer, device) for layer in config.moe_layers}
+
+
 def _load_gate(checkpoint: Checkpoint, layer: int) -> GateWeights:
-    name, bias_name = _names(layer)
-    weight = Weight(checkpoint.weight(name).dequantize())
+    weight = checkpoint.weight(_names(layer)[0])
+    return GateWeights(Weight(weight.dequantize()), _load_bias(checkpoint, layer))
+
+
+def _load_device_gate(checkpoint: Checkpoint, layer: int, device: ComputeDevice) -> DeviceGate:
+    weight, bias = checkpoint.weight(_names(layer)[0]), _load_bias(checkpoint, layer)
+    values = weight.data if weight.data.dtype is torch.bfloat16 else weight.dequantize()
+    return DeviceGate(values.to(device.device), None if bias is None else bias.to(device.device))
+
+
+def _load_bias(checkpoint: Checkpoint, layer: int) -> Tensor | None:
+    """[E] float32; None where the model has none."""
+    name = _names(layer)[1]
     if checkpoint.config.topk_method != "noaux_tc":
-        return GateWeights(weight)
-    bias = checkpoint.tensor(bias_name).float()
+        return None
+    bias = checkpoint.tensor(name).float()
     if not bool(torch.isfinite(bias).all()):
-        file = checkpoint.info(bias_name).file
-        raise CheckpointError(file, "finite biases", "NaN or infinity", bias_name)
-    return GateWeights(weight, bias)
+        file = checkpoint.info(name).file
+        raise CheckpointError(file, "finite biases", "NaN or infinity", name)
+    return bias

@@ -1,0 +1,68 @@
+"""LocalMoe: the numbers of the host path, bits that depend on the row alone, and no host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.checkpoint import Checkpoint
+from experts.device import ComputeDevice
+from router.errors import NonFiniteInput
+from router.local import LocalMoe
+from tests.reference import Reference
+from tests.router.pool import expected, some_rows
+
+TWINS = ComputeDevice(torch.device("cpu"), torch.float32, "torch", "test")
+Folder = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8", "v3fp8-ragged"])
+def test_equals_one_expert_at_a_time(preset: str, checkpoint_dir: Folder) -> None:
+    folder = checkpoint_dir(preset)
+    checkpoint = Checkpoint.open(folder)
+    moe, reference = LocalMoe.open(checkpoint, TWINS), Reference(folder)
+    for layer in checkpoint.config.moe_layers:
+        x = some_rows(7, checkpoint, seed=layer)
+        y, want = moe.finish(moe.begin(layer, x)), expected(reference, layer, x)
+        assert y.dtype == torch.float32
+        assert float((y - want).norm() / want.norm()) < 1e-5
+
+
+def test_deterministic_bits_depend_on_the_row_alone(checkpoint_dir: Folder) -> None:
+    """In twos: on a CPU torch's sigmoid of 16 numbers has other bits than that of 32."""
+    checkpoint = Checkpoint.open(checkpoint_dir("v3"))
+    moe = LocalMoe.open(checkpoint, TWINS, deterministic=True)
+    layer = checkpoint.config.moe_layers[0]
+    x = some_rows(34, checkpoint)
+    together = moe.begin(layer, x)
+    assert torch.equal(together, torch.cat([moe.begin(layer, two) for two in x.split(2)]))
+    assert torch.equal(together.flip(0), moe.begin(layer, x.flip(0)))
+
+
+def test_rows_that_are_not_finite_are_noted_and_told_once(checkpoint_dir: Folder) -> None:
+    checkpoint = Checkpoint.open(checkpoint_dir("v2lite"))
+    moe = LocalMoe.open(checkpoint, TWINS)
+    first, second = checkpoint.config.moe_layers[:2]
+    x = some_rows(6, checkpoint)
+    moe.check()
+    x[4, 3], x[5, 0] = torch.nan, torch.inf
+    moe.begin(first, x)
+    moe.begin(second, some_rows(2, checkpoint))  # a good batch must not hide it
+    moe.check(num_rows=4)  # rows 4 and 5 are padding
+    moe.begin(first, x)
+    with pytest.raises(NonFiniteInput) as caught:
+        moe.check()
+    assert caught.value.row == 4
+    moe.check()
+
+
+def test_more_rows_than_it_was_made_for_are_refused(checkpoint_dir: Folder) -> None:
+    checkpoint = Checkpoint.open(checkpoint_dir("v2lite"))
+    moe = LocalMoe.open(checkpoint, TWINS, max_rows=4)
+    layer = checkpoint.config.moe_layers[0]
+    assert moe.finish(moe.begin(layer, some_rows(4, checkpoint))).shape[0] == 4
+    with pytest.raises(ValueError, match="5 rows, this client was made for 4"):
+        moe.begin(layer, some_rows(5, checkpoint))
