@@ -109,8 +109,11 @@ def cache_bytes_per_token(model: ModelConfig, dtype: CacheDtype) -> int:
 
 
 def cache_room(share_bytes: int, utilization: float, weights_bytes: int) -> int:
-    """Bytes for the cache. share_bytes: of the GPU's memory, what this process may use; what
-    `utilization` leaves of it is for activations, graphs and CUDA itself. Raises ValueError."""
+    """Bytes for the cache. share_bytes: of the GPU's memory, what this process may use, 0 where a
+    device is played on the CPU; what `utilization` leaves of it is for activations, graphs and CUDA
+    itself. Raises ValueError."""
+    if not share_bytes:
+        return HOST_CACHE_BYTES
     room = int(utilization * share_bytes) - weights_bytes
     if room <= 0:
         raise ValueError(

@@ -33,6 +33,7 @@ from cluster.config import (
     parse_config,
 )
 from cluster.frontend.grpc_server import GrpcMethods
+from cluster.gpus import divide_gpus
 from cluster.members import (
     AttentionMember,
     ExpertMember,
@@ -50,6 +51,7 @@ PACKAGES = ("experts", "router", "attention", "cluster")
 def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
     """The application of a configuration. Raises ConfigError."""
     config = args if isinstance(args, ShoalConfig) else parse_config(args)
+    config = divide_gpus(config, None).config
     if config.channel == "unix" and config.runtime_dir is None:
         raise ConfigError("runtime_dir = None: channel unix needs a folder for its sockets")
     secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32))
@@ -60,7 +62,9 @@ def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
     tiers = [experts.bind(config, secret, placement), attention.bind(config, secret, placement)]
     if config.router.mode == "deployment":
         router = config.router
-        routers = _deploy("Router", RouterReplica, router, num_replicas=router.num_workers)
+        routers = _deploy(
+            "Router", RouterReplica, router, router.num_gpus, num_replicas=router.num_workers
+        )
         tiers.append(routers.bind(config, secret, placement))
     ingress = _deploy(
         "Ingress",
@@ -72,10 +76,10 @@ def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
 
 
 def _deploy(
-    name: str, replica: type, place: Pinned, num_gpus: float = 0, **size: Any
+    name: str, replica: type, place: Pinned, num_gpus: float | None = None, **size: Any
 ) -> serve.Deployment:
     """A deployment whose replicas reserve GPUs but no CPUs: one machine must hold all of them."""
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus}
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus or 0}
     if place.label_selector:
         options["label_selector"] = place.label_selector
     if place.max_per_node is not None:

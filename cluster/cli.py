@@ -63,6 +63,10 @@ DeterministicOption = Annotated[
         help="Identical tokens whatever the placement, batch or failure; slower.",
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu or cuda: where workers compute. auto: on GPUs if there are any."),
+]
 InlineOption = Annotated[
     bool, typer.Option("--inline", help="Everything in this process, without Ray.")
 ]
@@ -115,6 +119,7 @@ def serve(
     attention: AttentionOption = None,
     router_mode: RouterModeOption = None,
     deterministic: DeterministicOption = None,
+    device: DeviceOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     http_port: Annotated[int | None, typer.Option("--http-port", "--port")] = None,
     grpc_port: Annotated[int | None, typer.Option()] = None,
@@ -142,6 +147,7 @@ def serve(
             attention,
             router_mode,
             deterministic=deterministic,
+            device=device,
             served_model_name=served_model_name,
             enable_chaos=enable_chaos or None,
             listen={"host": host, "http_port": http_port, "grpc_port": grpc_port},
@@ -149,6 +155,8 @@ def serve(
         )
         with running(chosen, inline=inline, dashboard=dashboard) as server:
             _print_ready(chosen, server.url, server.dashboard_url, inline)
+            if server.gpus:
+                stdout.print(f"GPUs: {server.gpus}", markup=False, soft_wrap=True)
             server.signals.first.wait()
             stderr.print("Stopping: requests in flight finish first; Ctrl-C again stops at once.")
 
@@ -181,6 +189,7 @@ def run(
     experts: ExpertsOption = None,
     router_mode: RouterModeOption = None,
     deterministic: DeterministicOption = None,
+    device: DeviceOption = None,
     inline: InlineOption = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -199,6 +208,7 @@ def run(
             None,
             router_mode,
             deterministic=deterministic,
+            device=device,
             listen={"http_port": 0, "grpc_port": 0},
         )
         params: dict[str, Any] = {"max_tokens": max_tokens}

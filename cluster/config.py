@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from attention.config import AttentionConfig
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling
@@ -19,6 +26,9 @@ from cluster.field_names import fields_at, suggest
 from router.config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
+Device = Literal["auto", "cpu", "cuda"]
+"""auto: the GPU that is reserved for the worker if it can be used, else the CPU."""
+ComputingTier = Literal["attention", "router", "experts"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_COMMANDED = 64
@@ -27,6 +37,8 @@ HANDOVER_TIMEOUT_S = 60.0
 """So long a stopping expert worker waits for others to take over what it alone holds."""
 GRACEFUL_SHUTDOWN_S = HANDOVER_TIMEOUT_S + 30.0
 """So long a replica that is told to stop may take: then it also answers what is under way."""
+GPU_UNIT = 1e-4
+"""The least part of a GPU that Ray reserves."""
 MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
 GRPC_SERVICERS = (
     "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
@@ -67,6 +79,25 @@ class Pinned(_Section):
     node. None: any number."""
 
 
+class Computing(Pinned):
+    """A deployment whose workers may use GPUs."""
+
+    device: Device | None = None
+    """None: the application's."""
+    num_gpus: Annotated[float, Field(ge=0, le=64)] | None = None
+    """GPUs of one worker, 0 for none. Below 1 it shares one with others and may use that part of
+    its memory. None: `shoal serve` divides what there is (cluster/gpus.py); elsewhere none."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _can_be_reserved(cls, num_gpus: float | None) -> float | None:
+        if num_gpus is not None and num_gpus > 1 and num_gpus != int(num_gpus):
+            raise ValueError("Ray reserves a part of one GPU or whole GPUs: at most 1, or 2, 3, ..")
+        if num_gpus is not None and 0 < num_gpus < GPU_UNIT:
+            raise ValueError(f"Ray divides a GPU into parts of {GPU_UNIT:g}: raise it")
+        return num_gpus
+
+
 class IngressTier(Pinned):
     """The `Ingress` deployment: HTTP and gRPC behind Serve's proxies."""
 
@@ -78,7 +109,7 @@ class PlacementTier(Pinned):
     """The `Placement` deployment, always one replica."""
 
 
-class _Tier(Pinned):
+class _Tier(Computing):
     """A deployment whose size may change."""
 
     num_workers: Count
@@ -99,15 +130,17 @@ class AttentionTier(_Tier):
     """At the start; from then on as `scaling` and `shoal scale` say."""
     scaling: AttentionScaling | None = None
     """None: the size changes by command only."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of one worker; 0 runs it on the CPU. A fraction shares a GPU with another actor."""
     num_threads: Count | None = None
     """Compute threads of one worker; None: the machine's cores divided among the workers."""
     engine: AttentionConfig = AttentionConfig()
 
 
-class RouterTier(Pinned):
-    """The `Router` deployment, or the same class inside each attention worker."""
+class RouterTier(Computing):
+    """The `Router` deployment, or the same class inside each attention worker.
+
+    A deployment computes its gates on the CPU unless it is given num_gpus. Inside an attention
+    worker they are computed where that one computes; device: cpu forbids it.
+    """
 
     mode: Literal["deployment", "inline"] = "deployment"
     num_workers: Count = 1
@@ -134,7 +167,8 @@ class ExpertTier(_Tier):
     """At the start; from then on as `scaling` and `shoal scale` say."""
     scaling: ExpertScaling | None = None
     """None: the size changes by command only."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Part of a worker's share of a GPU that its slots may take."""
     num_threads: Count | None = None
     redundancy: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     """Slots of the whole pool that hold second replicas; None: an eighth of the experts."""
@@ -178,6 +212,8 @@ class ShoalConfig(_Section):
     """Name in the API; None: the folder's name."""
     deterministic: bool = False
     """Bit-identical answers whatever the placement, batch or failure; slower."""
+    device: Device = "auto"
+    """Of all tiers that do not say otherwise. cuda: a worker that finds no GPU does not start."""
     strict_params: bool = False
     """Answer 400 to unknown request fields instead of ignoring them with a header."""
     ingress: IngressTier = IngressTier()
@@ -192,8 +228,9 @@ class ShoalConfig(_Section):
     they need an API key, and where `shoal serve` listens on loopback itself."""
     enable_chaos: bool = False
     """`shoal chaos` may kill and stop workers."""
-    channel: Literal["unix", "tcp"] = "unix"
-    """Data plane: unix sockets on one machine, tcp across machines."""
+    channel: Literal["unix", "tcp", "shm", "cuda", "nixl"] = "unix"
+    """Data plane. unix, tcp: sockets, on one machine or across. Rows beside the frames: shm through
+    memory that processes of a host share, cuda from GPU to GPU of a host, nixl by RDMA."""
     runtime_dir: Path | None = None
     """Folder of the unix sockets; None: a fresh private one under the system's temporary folder."""
 
@@ -217,6 +254,31 @@ class ShoalConfig(_Section):
     def router_worker(self) -> RouterConfig:
         """Settings of a router, with the application-wide switches folded in."""
         return self.router.worker.model_copy(update={"deterministic": self.deterministic})
+
+    def device_of(self, tier: ComputingTier) -> Device:
+        """Where its workers shall compute, as far as it was said."""
+        own: Device | None = getattr(self, tier).device
+        return own or self.device
+
+    def may_use_gpu(self, tier: ComputingTier) -> bool:
+        """Whether a worker may compute on a GPU. Once the GPUs are divided: whether one is reserved
+        for it."""
+        return self.device_of(tier) != "cpu" and getattr(self, tier).num_gpus != 0
+
+    @model_validator(mode="after")
+    def _cuda_has_gpus(self) -> Self:
+        tiers: tuple[ComputingTier, ...] = ("attention", "experts")
+        lacking = [t for t in tiers if self.device_of(t) == "cuda" and not self.may_use_gpu(t)]
+        router = self.router
+        if router.mode == "deployment" and router.device == "cuda" and not router.num_gpus:
+            lacking.append("router")
+        if lacking:
+            name = lacking[0]
+            raise ValueError(
+                f"device cuda for {name}, which reserves no GPU: set {name}.num_gpus to 1 or a "
+                f"part of one, or {name}.device to cpu"
+            )
+        return self
 
     def threads(self, tier: Literal["attention", "experts"]) -> int:
         """Compute threads of one worker: two that fight for a core run 20x slower than one."""

@@ -9,7 +9,10 @@ import itertools
 import secrets
 from types import TracebackType
 
+import torch
+
 from cluster.config import ShoalConfig
+from cluster.gpus import divide_gpus
 from cluster.members import (
     AttentionMember,
     ExpertMember,
@@ -18,6 +21,7 @@ from cluster.members import (
     RouterMember,
     Site,
 )
+from experts.device import ComputeDevice
 
 READY_TIMEOUT_S = 600.0
 _numbers = itertools.count()
@@ -26,7 +30,13 @@ _numbers = itertools.count()
 class InlineCluster:
     """Placement, expert workers, routers, attention workers and an ingress of one configuration."""
 
-    def __init__(self, config: ShoalConfig) -> None:
+    def __init__(self, config: ShoalConfig, device: ComputeDevice | None = None) -> None:
+        """device: where all workers compute; None: as configured, on the first GPU of the process.
+
+        Raises ConfigError and DeviceError for a device that cannot be had.
+        """
+        num_gpus = 1 if device is None and torch.cuda.is_available() else 0
+        config = divide_gpus(config, num_gpus).config
         secret = secrets.token_bytes(32)
         prefix = f"inproc:shoal-{next(_numbers)}"
         self.placement = PlacementMember(config, secret, f"{prefix}-placement")
@@ -35,6 +45,7 @@ class InlineCluster:
             secret=secret,
             directory=lambda: self.placement.endpoint,
             new_endpoint=lambda worker_id: f"{prefix}-{worker_id}",
+            device=device,
         )
         self.experts = [
             ExpertMember(site, f"experts-{i}") for i in range(config.experts.num_workers)

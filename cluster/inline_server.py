@@ -17,6 +17,7 @@ class InlineServer:
 
     dashboard_url: str | None = None
     stage = "loading"
+    gpus = ""
 
     def __init__(self, config: ShoalConfig) -> None:
         """Raises ConfigError for what needs processes that come and go."""

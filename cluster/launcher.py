@@ -14,6 +14,8 @@ from typing import Any
 
 from cluster import machine_code, ray_messages, serve_proxy
 from cluster.config import GRPC_SERVICERS, SECRET_VARIABLE, ConfigError, ShoalConfig
+from cluster.gpus import divide_gpus
+from cluster.model_store import check_engine
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class LocalCluster:
         self.dashboard_url: str | None = None
         self.stage = "starting Ray"
         """What `start` is at, for people."""
+        self.gpus = ""
+        """How the GPUs were divided, for people; empty without any."""
 
     def start(self) -> None:
         """Returns once every deployment's replicas run; weights may still load (see /readyz)."""
@@ -105,10 +109,17 @@ class LocalCluster:
         )
 
     def deploy(self, config: ShoalConfig) -> None:
-        """Put the application of `config` on the running Ray; its `listen` is not looked at."""
+        """Put the application of `config` on the running Ray; its `listen` is not looked at.
+
+        Raises ConfigError for GPUs that Ray does not have.
+        """
+        import ray
         from ray import serve
 
         from cluster.app import build_app
+
+        config, self.gpus = divide_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+        check_engine(config)
 
         if self._kernels.is_running:
             self.stage = machine_code.STAGE

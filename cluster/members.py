@@ -7,6 +7,7 @@ knows which of the two it is.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from attention.worker import AttentionWorker, context_length, count_blocks
+from attention.memory import context_length
+from attention.worker import AttentionWorker
 from cluster import chaos
 from cluster.autoscaling.stats import (
     UNKNOWN,
@@ -27,7 +29,7 @@ from cluster.autoscaling.stats import (
     ExpertStats,
 )
 from cluster.backend import AttentionPool
-from cluster.config import HANDOVER_TIMEOUT_S, ShoalConfig
+from cluster.config import HANDOVER_TIMEOUT_S, ComputingTier, ShoalConfig
 from cluster.frontend.api_keys import open_keys
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.expert_load import LoadWatch
@@ -40,9 +42,11 @@ from cluster.generation_defaults import GenerationDefaults
 from cluster.tokenizer import Tokenizer
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
+from experts.device import ComputeDevice, host_device, open_device
 from experts.directory.client import DirectoryClient
 from experts.directory.roster import RosterRules
 from experts.directory.server import Directory
+from experts.memory import check_slots
 from experts.messages import Assign, LoadReport, Register, Role
 from experts.placement.rebalance import RebalanceRules
 from experts.placement.replan import slots_needed
@@ -51,6 +55,8 @@ from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.client import RouterClient
 from router.worker import RouterWorker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ class Site:
     new_endpoint: Callable[[str], str]
     """Endpoint to listen at, for a worker id."""
     node: str = ""
+    device: ComputeDevice | None = None
+    """Where all workers compute; None: as the configuration says of each tier. For tests."""
+
+    def open_device(self, tier: ComputingTier) -> ComputeDevice:
+        """Where a worker of the tier computes: chosen once, at its start. Raises DeviceError."""
+        return self.device or open_tier_device(self.config, tier)
 
     def register(
         self, role: Role, worker_id: str, endpoint: str, num_slots: int = 0, spare_slots: int = 0
@@ -84,6 +96,20 @@ class Site:
         return Checkpoint.open(self.config.model)
 
 
+def open_tier_device(config: ShoalConfig, tier: ComputingTier) -> ComputeDevice:
+    """A process without a reserved GPU does not look for one: Ray 2.60 lets it see all of them.
+
+    Raises DeviceError.
+    """
+    if config.may_use_gpu(tier):
+        return open_device(config.device_of(tier), getattr(config, tier).num_gpus)
+    if config.device_of(tier) == "cpu":
+        return open_device("cpu")
+    host = host_device("no GPU is reserved for this worker")
+    logger.info("device: %s", host.reason)
+    return host
+
+
 def expert_space(model: ModelConfig) -> ExpertSpace:
     """What has to be placed: whole groups where the model is group-limited."""
     groups = model.n_group if model.is_group_limited else 1
@@ -100,12 +126,12 @@ def slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
     )
 
 
-def spare_slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
+def spare_slots_per_worker(config: ShoalConfig, model: ModelConfig, *, is_host: bool) -> int:
     """As configured, else all that the worker's own slots leave out, if they cost nothing."""
     tier = config.experts
     if tier.spare_slots_per_worker is not None:
         return tier.spare_slots_per_worker
-    if tier.num_gpus:
+    if not is_host:
         return 0
     return max(0, expert_space(model).num_total - slots_per_worker(config, model))
 
@@ -120,7 +146,7 @@ def redundancy(config: ShoalConfig, space: ExpertSpace) -> int:
 def model_info(config: ShoalConfig) -> ModelInfo:
     """What requests are checked against: the model's files and the engine's cache."""
     model = ModelConfig.load(config.model)
-    context = context_length(config.engine, model, count_blocks(config.engine, model))
+    context = context_length(config.engine, model, on_gpu=config.may_use_gpu("attention"))
     defaults = GenerationDefaults.load(config.model)
     return ModelInfo(
         config.model_name,
@@ -163,12 +189,16 @@ class ExpertMember:
 
     def __init__(self, site: Site, worker_id: str) -> None:
         checkpoint, tier = site.open_checkpoint(), site.config.experts
-        slots = slots_per_worker(site.config, checkpoint.config)
-        spare = spare_slots_per_worker(site.config, checkpoint.config)
+        model, device = checkpoint.config, site.open_device("experts")
+        slots = slots_per_worker(site.config, model)
+        spare = spare_slots_per_worker(site.config, model, is_host=device.is_host)
+        if device.is_cuda:
+            check_slots(slots + spare, model, device.total_bytes, tier.gpu_memory_utilization)
         self.worker = ExpertWorker(
             checkpoint,
             worker_id,
             slots + spare,
+            device=device,
             load_window_s=tier.load_window_s,
             emulated_pairs_per_s=tier.emulated_pairs_per_s,
         )

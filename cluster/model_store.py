@@ -53,11 +53,12 @@ def check_model(folder: Path) -> ModelConfig:
 
 def check_engine(config: ShoalConfig) -> None:
     """Check the engine's settings against the model. Raises ConfigError."""
-    from attention.worker import context_length, count_blocks
+    from attention.memory import cache_dtype, context_length
 
-    model = ModelConfig.load(config.model)
+    model, on_gpu = ModelConfig.load(config.model), config.may_use_gpu("attention")
     try:
-        context_length(config.engine, model, count_blocks(config.engine, model))
+        cache_dtype(config.engine, on_gpu)
+        context_length(config.engine, model, on_gpu=on_gpu)
     except ValueError as error:
         raise ConfigError(f"attention.engine: {error}") from None
 

@@ -28,6 +28,7 @@ class Launch(Protocol):
 
     dashboard_url: str | None
     stage: str
+    gpus: str
 
     def start(self) -> None: ...
 
@@ -42,6 +43,8 @@ class RunningServer:
 
     url: str
     dashboard_url: str | None
+    gpus: str
+    """How they were divided; empty without any."""
     signals: StopSignals
 
 
@@ -64,7 +67,7 @@ def running(
         starter = _Starter(launch)
         try:
             _wait_until_ready(starter, config, signals)
-            yield RunningServer(_url(config), launch.dashboard_url, signals)
+            yield RunningServer(_url(config), launch.dashboard_url, launch.gpus, signals)
             _until_second_signal(launch.drain, signals)
         finally:
             starter.done.wait(START_CANCEL_S)  # Ray cannot be stopped while it comes up
