@@ -222,17 +222,16 @@ def compile_all(modules: list[str], targets: list[str], only: str, jobs: int) ->
         for name in list_cases(module, target)
         if only in name
     ]
-    console = Console(stderr=True)
-    with (
-        Progress(console=console) as progress,
-        ProcessPoolExecutor(jobs, get_context("spawn")) as processes,
-    ):
-        bar = progress.add_task("compiling", total=len(tasks))
-        futures = {processes.submit(compile_case, *task): task for task in tasks}
-        for future in as_completed(futures):
-            progress.update(bar, advance=1, description=" ".join(futures[future][1:]))
-            for failure in future.result().failures:
-                progress.console.print(f"{' '.join(futures[future][1:])}: {failure}")
+    with ProcessPoolExecutor(jobs, get_context("fork")) as processes:  # torch is imported once
+        futures = [processes.submit(compile_case, *task) for task in tasks]
+        with Progress(console=Console(stderr=True)) as progress:
+            bar = progress.add_task("compiling", total=len(tasks))
+            for future in as_completed(futures):
+                outcome = future.result()
+                title = f"{outcome.case} {outcome.target}"
+                progress.update(bar, advance=1, description=title)
+                for failure in outcome.failures:
+                    progress.console.print(f"{title}: {failure}")
     return [future.result() for future in futures]
 
 
@@ -263,7 +262,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cases", action="append", metavar="MODULE", help="default: our packages")
     args = parser.parse_args()
-    os.environ.pop("TRITON_INTERPRET", None)  # before the processes start that import kernels
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: the kernels would be the interpreter's")
     targets = args.target or list(SHARED_BYTES)
     modules = args.cases or list(CASES)
     with tempfile.TemporaryDirectory() as cache:
