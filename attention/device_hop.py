@@ -55,3 +55,14 @@ class StagedHop:
             return routed
 
         return receive
+
+
+def open_hop(moe: MoeClient, staging: Staging) -> Hop:
+    """How to reach this client from the device of `staging`."""
+    return DirectHop(moe) if getattr(moe, "accepts_device", False) else StagedHop(moe, staging)
+
+
+def is_capturable(moe: MoeClient) -> bool:
+    """Whether a hop may be part of a recorded segment: it then never waits, nor leaves the
+    device."""
+    return bool(getattr(moe, "accepts_device", False) and getattr(moe, "capturable", False))

@@ -117,17 +117,19 @@ def load_weights(checkpoint: Checkpoint) -> ModelWeights:
     checkpoint.require(attention_tensor_shapes(config))
     return ModelWeights(
         embedding=checkpoint.tensor("model.embed_tokens.weight"),
-        layers=tuple(_load_layer(checkpoint, i) for i in range(config.num_hidden_layers)),
-        norm=_norm(checkpoint, "model.norm"),
+        layers=tuple(load_layer(checkpoint, i) for i in range(config.num_hidden_layers)),
+        norm=load_norm(checkpoint, "model.norm"),
         lm_head=checkpoint.weight("lm_head.weight"),
     )
 
 
-def _norm(checkpoint: Checkpoint, name: str) -> Tensor:
+def load_norm(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The weight of a norm as float32."""
     return checkpoint.tensor(f"{name}.weight").float().contiguous()
 
 
-def _load_layer(checkpoint: Checkpoint, layer: int) -> LayerWeights:
+def load_layer(checkpoint: Checkpoint, layer: int) -> LayerWeights:
+    """One layer, when `require` has accepted the file."""
     place = f"model.layers.{layer}"
     _, mlp_name = _mlp_place(checkpoint.config, layer)
     mlp = [
@@ -135,9 +137,9 @@ def _load_layer(checkpoint: Checkpoint, layer: int) -> LayerWeights:
         for part in ("gate", "up", "down")
     ]
     return LayerWeights(
-        input_norm=_norm(checkpoint, f"{place}.input_layernorm"),
+        input_norm=load_norm(checkpoint, f"{place}.input_layernorm"),
         attention=_load_attention(checkpoint, f"{place}.self_attn"),
-        post_attention_norm=_norm(checkpoint, f"{place}.post_attention_layernorm"),
+        post_attention_norm=load_norm(checkpoint, f"{place}.post_attention_layernorm"),
         mlp=ExpertWeights(*mlp),
         is_moe=checkpoint.config.is_moe_layer(layer),
     )
@@ -152,7 +154,7 @@ def _load_attention(checkpoint: Checkpoint, place: str) -> AttentionWeights:
     return AttentionWeights(
         query=_load_query(checkpoint, place),
         kv_a=checkpoint.weight(f"{place}.kv_a_proj_with_mqa.weight"),
-        kv_a_norm=_norm(checkpoint, f"{place}.kv_a_layernorm"),
+        kv_a_norm=load_norm(checkpoint, f"{place}.kv_a_layernorm"),
         kv_b=kv_b,
         w_uk=HeadWeights(per_head[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()),
         w_uv=HeadWeights(per_head[:, config.qk_nope_head_dim :]),
@@ -165,6 +167,6 @@ def _load_query(checkpoint: Checkpoint, place: str) -> QueryWeights:
         return QueryWeights(None, None, checkpoint.weight(f"{place}.q_proj.weight"))
     return QueryWeights(
         down=checkpoint.weight(f"{place}.q_a_proj.weight"),
-        norm=_norm(checkpoint, f"{place}.q_a_layernorm"),
+        norm=load_norm(checkpoint, f"{place}.q_a_layernorm"),
         up=checkpoint.weight(f"{place}.q_b_proj.weight"),
     )
