@@ -4,19 +4,39 @@
     pair_rows[p] = pair_weights[p] * (h[p] . down^T)
 
 gate, up and down are those of the slot slot_of[expert of p]. Only slots of experts with pairs are
-read. Accumulation is float32.
+read. A program computes one tile of one block of sorted pairs (permute.py, tile.py); unused blocks
+lie behind all others and end at once.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
 
-from experts.kernels.gpu.permute import SortedPairs
+from experts.kernels.gpu.permute import SortedPairs, max_blocks
 from experts.kernels.gpu.quantise import dequantise_blocks, dequantise_rows
+from experts.kernels.gpu.tile import (
+    PLAIN,
+    SCALED,
+    Tile,
+    mode_of,
+    multiply_add,
+    operand,
+    tile_of_program,
+    zero_tile,
+)
+
+BLOCKS_SHARING_A_TILE: Final = 8
+"""8 blocks of 128 rows against 16 tiles of 128 columns: what a wave of 132 programs reads is
+least when both are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +55,228 @@ class DeviceWeights:
         return self.gate_up_scales is not None
 
 
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+def _gate_up_kernel(
+    x, x_scales, w, w_scales, slot_of, order, block_experts, row_ids, h,
+    num_pairs, num_blocks, num_experts, f, d, x_stride,
+    MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """h[pair] for the pairs of a block and COLUMNS columns; w [S, 2, f, d]."""
+    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(f, COLUMNS), GROUP)
+    slot = _slot(block, block_experts, slot_of, num_experts)
+    if slot < 0:
+        return
+    pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS))
+    is_pair = pairs < num_pairs
+    rows = tl.load(row_ids + pairs, is_pair, other=0).to(tl.int64)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    x_at = x + rows[:, None] * x_stride + depth[None, :]
+    # Columns past the end read the last one: no mask in the loop, and they are not stored.
+    w_at = w + slot * (2 * f * d) + tl.minimum(columns, f - 1)[:, None] * d + depth[None, :]
+    num_groups = tl.cdiv(d, 128)
+    x_scale_at = rows * num_groups
+    gate_scale_at = (slot * 2 * tl.cdiv(f, 128) + tile * COLUMNS // 128) * num_groups
+    up_scale_at = gate_scale_at + tl.cdiv(f, 128) * num_groups
+    gate = zero_tile(ROWS, COLUMNS, SWAP)
+    up = zero_tile(ROWS, COLUMNS, SWAP)
+    for k in range(0, d, DEPTH):
+        inside = depth[None, :] < d - k
+        x_tile = tl.load(x_at + k, inside & is_pair[:, None], other=0.0)
+        gate_tile = tl.load(w_at + k, inside, other=0.0)
+        up_tile = tl.load(w_at + f * d + k, inside, other=0.0)
+        x_scale = tl.load(x_scales + x_scale_at + k // 128) if MODE == SCALED else 0.0
+        gate_scale = tl.load(w_scales + gate_scale_at + k // 128) if MODE != PLAIN else 0.0
+        up_scale = tl.load(w_scales + up_scale_at + k // 128) if MODE != PLAIN else 0.0
+        gate = multiply_add(gate, x_tile, gate_tile, x_scale, gate_scale, MODE, SWAP)
+        up = multiply_add(up, x_tile, up_tile, x_scale, up_scale, MODE, SWAP)
+    gated = gate * tl.sigmoid(gate) * up
+    if SWAP:
+        gated = tl.trans(gated)
+    h_at = h + pairs.to(tl.int64)[:, None] * f + columns[None, :]
+    tl.store(h_at, gated.to(h.dtype.element_ty), is_pair[:, None] & (columns < f)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+def _down_kernel(
+    h, h_scales, w, w_scales, slot_of, order, block_experts, pair_weights, out,
+    num_pairs, num_blocks, num_experts, f, d,
+    MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[pair] for the pairs of a block and COLUMNS columns; w [S, d, f]."""
+    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(d, COLUMNS), GROUP)
+    if tl.load(block_experts + block) < 0:
+        return
+    slot = _slot(block, block_experts, slot_of, num_experts)
+    pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS))
+    is_pair = pairs < num_pairs
+    pairs = pairs.to(tl.int64)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    h_at = h + pairs[:, None] * f + depth[None, :]
+    w_at = w + slot * (d * f) + tl.minimum(columns, d - 1)[:, None] * f + depth[None, :]
+    num_groups = tl.cdiv(f, 128)
+    h_scale_at = pairs * num_groups
+    w_scale_at = (slot * tl.cdiv(d, 128) + tile * COLUMNS // 128) * num_groups
+    total = zero_tile(ROWS, COLUMNS, SWAP)
+    for k in range(0, tl.where(slot < 0, 0, f), DEPTH):
+        inside = depth[None, :] < f - k
+        h_tile = tl.load(h_at + k, inside & is_pair[:, None], other=0.0)
+        w_tile = tl.load(w_at + k, inside, other=0.0)
+        h_scale = 0.0
+        if MODE == SCALED:
+            h_scale = tl.load(h_scales + h_scale_at + k // 128, is_pair, other=0.0)
+        w_scale = tl.load(w_scales + w_scale_at + k // 128) if MODE != PLAIN else 0.0
+        total = multiply_add(total, h_tile, w_tile, h_scale, w_scale, MODE, SWAP)
+    if SWAP:
+        total = tl.trans(total)
+    total *= tl.load(pair_weights + pairs, is_pair, other=0.0)[:, None]
+    out_at = out + pairs[:, None] * d + columns[None, :]
+    tl.store(out_at, total, is_pair[:, None] & (columns < d)[None, :])
+
+
+@triton.jit
+def _slot(block, block_experts, slot_of, num_experts):
+    """Slot of a block's expert; -1 for an unused block, dropped pairs, an expert without a slot."""
+    expert = tl.load(block_experts + block)
+    is_expert = (expert >= 0) & (expert < num_experts)
+    return tl.load(slot_of + expert, is_expert, other=-1).to(tl.int64)
+
+
 def block_rows_for(
     num_pairs: int, num_experts: int, dtype: torch.dtype, *, deterministic: bool = False
 ) -> int:
-    """Rows of a block, from what is known without reading values. dtype: of the weights."""
+    """Rows of a block, from what is known without reading values. dtype: of the weights.
+
+    Weights are read once a block, from L2 if blocks of one expert follow each other; below 64 rows
+    an expert the reading is all that counts. deterministic: the same whatever the batch.
+    """
+    if dtype == torch.float32:
+        return 32
     if deterministic:
         return 64
     mean = num_pairs / max(1, num_experts)
-    return 16 if mean <= 16 else 64 if mean <= 48 else 128
+    return 16 if mean <= 16 else 64 if mean <= 64 else 128
+
+
+def gate_up_tile(block_rows: int, dtype: torch.dtype) -> Tile:
+    """Sizes for gate_up_silu: two accumulators. Shared memory: at most 144 KiB (sm_80 has 163);
+    a third of sm_90's 227 where a second block on the multiprocessor hides what one waits for."""
+    if dtype == torch.float32:
+        return Tile(block_rows, 32, 32, 2, 4)
+    if dtype == torch.float8_e4m3fn:
+        return {
+            16: Tile(16, 64, 128, 6, 4, swap=True),  # 108 KiB
+            64: Tile(64, 64, 128, 4, 4),  # 96 KiB
+            128: Tile(128, 64, 128, 3, 8),  # 96 KiB
+        }[block_rows]
+    return {
+        16: Tile(16, 64, 128, 3, 4, swap=True),  # 108 KiB
+        64: Tile(64, 64, 64, 4, 4),  # 96 KiB
+        128: Tile(128, 128, 64, 3, 8),  # 144 KiB
+    }[block_rows]
+
+
+def down_tile(block_rows: int, dtype: torch.dtype) -> Tile:
+    """Sizes for `down` and for dense products: one accumulator; two blocks a multiprocessor."""
+    if dtype == torch.float32:
+        return Tile(block_rows, 32, 32, 2, 4)
+    if dtype == torch.float8_e4m3fn:
+        return {
+            16: Tile(16, 128, 128, 6, 4, swap=True),  # 108 KiB
+            64: Tile(64, 128, 128, 4, 4),  # 96 KiB
+            128: Tile(128, 128, 128, 3, 8),  # 96 KiB
+        }[block_rows]
+    return {
+        16: Tile(16, 128, 128, 3, 4, swap=True),  # 108 KiB
+        64: Tile(64, 128, 64, 4, 4),  # 96 KiB
+        128: Tile(128, 128, 64, 3, 8),  # 96 KiB
+    }[block_rows]
+
+
+def gate_up_silu(
+    x: Tensor,
+    x_scales: Tensor | None,
+    weights: DeviceWeights,
+    slot_of: Tensor,
+    pairs: SortedPairs,
+    row_ids: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    deterministic: bool = False,
+) -> Tensor:
+    """The first product. x [T, d] with rows of contiguous numbers, in the dtype of the weights; for
+    fp8 weights e4m3 with x_scales [T, ceil(d/128)], or bfloat16 or float32 without. row_ids [P]
+    int32 < T, slot_of [E] int32. Returns [P, f]; rows of dropped pairs are not written.
+    deterministic: nothing to do here, the blocks of `pairs` decide (block_rows_for).
+    """
+    (_, _, f, d), num_pairs = weights.gate_up.shape, row_ids.shape[0]
+    mode = _check(x, x_scales, weights.gate_up, slot_of, pairs, row_ids)
+    h = torch.empty(num_pairs, f, dtype=out_dtype, device=x.device)
+    if not num_pairs:
+        return h
+    tile = gate_up_tile(pairs.block_rows, weights.gate_up.dtype)
+    _gate_up_kernel[(pairs.num_blocks * triton.cdiv(f, tile.columns),)](
+        x, x_scales, operand(weights.gate_up, mode), weights.gate_up_scales,
+        slot_of, pairs.order, pairs.block_experts, row_ids, h,
+        num_pairs, pairs.num_blocks, slot_of.shape[0], f, d, x.stride(0),
+        mode, tile.swap, tile.rows, tile.columns, tile.depth, BLOCKS_SHARING_A_TILE,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return h
+
+
+def down(
+    h: Tensor,
+    h_scales: Tensor | None,
+    weights: DeviceWeights,
+    slot_of: Tensor,
+    pairs: SortedPairs,
+    pair_weights: Tensor,
+    *,
+    deterministic: bool = False,
+) -> Tensor:
+    """The second product. h [P, f] as gate_up_silu returns it, or quantised with h_scales;
+    pair_weights [P] float32. Returns [P, d] float32, zero for dropped pairs."""
+    (_, d, f), num_pairs = weights.down.shape, pair_weights.shape[0]
+    mode = _check(h, h_scales, weights.down, slot_of, pairs, pair_weights)
+    out = torch.empty(num_pairs, d, dtype=torch.float32, device=h.device)
+    if not num_pairs:
+        return out
+    tile = down_tile(pairs.block_rows, weights.down.dtype)
+    _down_kernel[(pairs.num_blocks * triton.cdiv(d, tile.columns),)](
+        h, h_scales, operand(weights.down, mode), weights.down_scales,
+        slot_of, pairs.order, pairs.block_experts, pair_weights, out,
+        num_pairs, pairs.num_blocks, slot_of.shape[0], f, d,
+        mode, tile.swap, tile.rows, tile.columns, tile.depth, BLOCKS_SHARING_A_TILE,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    x: Tensor,
+    scales: Tensor | None,
+    weight: Tensor,
+    slot_of: Tensor,
+    pairs: SortedPairs,
+    per_pair: Tensor,
+) -> tl.constexpr:
+    """How to multiply. Raises ValueError for shapes and dtypes that do not fit."""
+    mode = mode_of(x, weight)
+    if x.ndim != 2 or x.shape[1] != weight.shape[-1] or x.stride(1) != 1:
+        raise ValueError(f"x {tuple(x.shape)} does not fit weights {tuple(weight.shape)}")
+    if mode is PLAIN and x.dtype != weight.dtype:
+        raise ValueError(f"x {x.dtype}, weights {weight.dtype}")
+    if (mode is SCALED) != (scales is not None):
+        raise ValueError(f"scales belong to float8_e4m3fn rows, got {x.dtype}")
+    if slot_of.dtype != torch.int32 or per_pair.ndim != 1:
+        raise ValueError(f"slot_of must be int32, got {slot_of.dtype}")
+    if pairs.num_blocks < max_blocks(per_pair.shape[0], slot_of.shape[0], pairs.block_rows):
+        raise ValueError(f"{pairs.num_blocks} blocks are of other pairs or experts")
+    return mode
 
 
 def gate_up_silu_torch(
