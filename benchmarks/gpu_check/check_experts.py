@@ -57,10 +57,15 @@ def _types(context: Context, local: Local) -> Iterator[tuple[WeightKind, bool]]:
     """(weights, whether the rows are fp8 too)"""
     yield "bfloat16", False
     yield "fp8", False
-    if context.compute.fp8_matmul or context.smoke:
+    if _has_fp8(context):
         yield "fp8", True
     if local.shape in (ODD, TINY):
         yield "float32", False
+
+
+def _has_fp8(context: Context) -> bool:
+    """Whether fp8 is multiplied with fp8 here."""
+    return context.compute.fp8_matmul or context.smoke
 
 
 def _row_cases(context: Context, shape: ModelShape) -> Iterator[Case]:
@@ -91,11 +96,8 @@ def _linear_cases(context: Context, shape: ModelShape, count: int) -> Iterator[C
     """The latent's product: 576 outputs, which no 128 divides."""
     local = Local(shape, 1, 1)
     hidden, out = shape.hidden_size, shape.latent_width
-    for kind, deterministic, fp8_matmul in (
-        ("bfloat16", True, False),
-        ("fp8", False, False),
-        ("fp8", False, context.compute.fp8_matmul),
-    ):
+    ways = [("bfloat16", True, False), ("fp8", False, False), ("fp8", False, True)]
+    for kind, deterministic, fp8_matmul in ways[: 3 if _has_fp8(context) else 2]:
 
         def call(
             ops: ExpertOps, kind: Any = kind, exact: bool = deterministic, fp8: bool = fp8_matmul

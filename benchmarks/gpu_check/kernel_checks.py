@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_check.compare import ALLOWED, Difference, Poisoned, difference
+from gpu_check.compare import ALLOWED, EXACT, Difference, Poisoned, difference
 from gpu_check.plan import Unit
 from gpu_check.rows import Check
 
@@ -38,6 +38,19 @@ def case(
 ) -> Case:
     """allowed: that of the dtype, if it is not given."""
     return Case(kernel, shape, dtype, call, ALLOWED[dtype] if allowed is None else allowed)
+
+
+def alone(kernel: str, shape: str, dtype: str, call: Callable[..., Tensor], twins: Any) -> Case:
+    """`call(ops, 1)` is the first row by itself: the same bits as in `call(ops)`, where it is among
+    others. Of the twins this is not asked."""
+
+    def num_different(ops: Any) -> Tensor:
+        by_itself = call(ops, 1)
+        if ops is twins:
+            return by_itself.new_zeros((), dtype=torch.int64)
+        return (call(ops)[:1] != by_itself).sum()
+
+    return case(kernel, f"{shape}, first row alone", dtype, num_different, EXACT)
 
 
 def units_of(cases: Iterable[Case], kernels: Any, twins: Any, *, twice: bool) -> Iterator[Unit]:
