@@ -50,6 +50,12 @@ class DeviceAttention:
     w_uv: Tensor  # [H, v, c]
     output: DeviceWeight  # [d, H * v]
 
+    @property
+    def num_bytes(self) -> int:
+        norms = [norm for norm in (self.query_norm, self.kv_a_norm) if norm is not None]
+        matrices = [*self.down, self.query_up, self.kv_b, self.output]
+        return sum(norm.nbytes for norm in norms) + sum(w.num_bytes for w in matrices if w)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceLayer:
@@ -61,6 +67,11 @@ class DeviceLayer:
     mlp: DeviceMlp
     is_moe: bool
 
+    @property
+    def num_bytes(self) -> int:
+        norms = self.input_norm.nbytes + self.post_attention_norm.nbytes
+        return norms + self.attention.num_bytes + self.mlp.num_bytes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceModelWeights:
@@ -70,6 +81,11 @@ class DeviceModelWeights:
     layers: tuple[DeviceLayer, ...]
     norm: Tensor
     lm_head: DeviceWeight
+
+    @property
+    def num_bytes(self) -> int:
+        ends = self.embedding.nbytes + self.norm.nbytes + self.lm_head.num_bytes
+        return ends + sum(layer.num_bytes for layer in self.layers)
 
 
 def load_device_weights(checkpoint: Checkpoint, device: ComputeDevice) -> DeviceModelWeights:

@@ -24,7 +24,7 @@ from attention.messages import (
     encode_message,
     parse_message,
 )
-from attention.worker import AttentionWorker, context_length, count_blocks
+from attention.worker import AttentionWorker, build_engine
 from experts.channel.channel import ChannelClosed, connect
 from experts.channel.frame import Frame, FrameLimits, Kind, Status
 from tests.attention.harness import GREEDY, Answers, Rig, submit
@@ -443,15 +443,9 @@ def test_parameters_out_of_bounds_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_sizes_follow_from_config_and_model(rig: RigOf) -> None:
-    model = rig("v2lite").config  # 4 layers of 80 float32 values: 1,280 bytes a token
-    assert count_blocks(AttentionConfig(kv_cache_bytes=1280 * 16 * 7 + 5), model) == 7
-    assert count_blocks(AttentionConfig(num_kv_blocks=3), model) == 3
-    assert context_length(AttentionConfig(), model, 7) == 112
-    assert context_length(AttentionConfig(), model, 1000) == 2560
-    assert context_length(AttentionConfig(max_model_len=100), model, 7) == 100
-    with pytest.raises(ValueError, match="max_model_len 113 exceeds 112"):
-        context_length(AttentionConfig(max_model_len=113), model, 7)
-    with pytest.raises(ValueError, match="raise it to 20480"):
-        count_blocks(AttentionConfig(kv_cache_bytes=1000), model)
+    v2lite = rig("v2lite")  # 4 layers of 80 float32 values: 1,280 bytes a token
+    settings = AttentionConfig(kv_cache_bytes=1280 * 16 * 7 + 5, block_size=16)
+    stats = build_engine(v2lite.checkpoint, v2lite.pool.router(), settings).stats()
+    assert (stats.kv_blocks_total, stats.block_size, stats.max_model_len) == (7, 16, 112)
     with pytest.raises(ValidationError, match="less than max_num_seqs"):
         AttentionConfig(max_num_batched_tokens=8, max_num_seqs=9)
