@@ -12,18 +12,23 @@ from experts.channel.connection import (
     ChannelTimeout,
     Connection,
     Handler,
+    deadline_after,
+    remaining_s,
 )
 from experts.channel.counters import ChannelCounters
 from experts.channel.dial import connect_stream
 from experts.channel.endpoint import parse_endpoint
 from experts.channel.frame import DEFAULT_LIMITS, FrameError, FrameLimits
 from experts.channel.inproc import InprocClient, connect_inproc
+from experts.channel.memory import ChannelMemory
+from experts.channel.ring import RingConnection
 from experts.channel.server import Server
 
 __all__ = [
     "ChannelClosed",
     "ChannelCounters",
     "ChannelError",
+    "ChannelMemory",
     "ChannelRefused",
     "ChannelTimeout",
     "Connection",
@@ -42,17 +47,18 @@ def connect(
     limits: FrameLimits = DEFAULT_LIMITS,
     timeout_s: float = 5.0,
     counters: ChannelCounters | None = None,
+    memory: ChannelMemory | None = None,
 ) -> Connection:
     """Connect and prove the secret; the back end follows from the endpoint's prefix.
 
     Raises ChannelClosed (nobody there), ChannelTimeout, ChannelRefused (another secret or
-    protocol), ValueError (not an endpoint).
+    protocol), ChannelError (NIXL is not installed), ValueError (not an endpoint).
     """
     where = parse_endpoint(endpoint)
     counters = counters or ChannelCounters()
     if where.scheme == "inproc":
         return connect_inproc(where.address, secret, limits, counters)
-    return connect_stream(where, secret, limits, timeout_s, counters)
+    return connect_stream(where, secret, limits, timeout_s, counters, memory or ChannelMemory())
 
 
 def wait_readable(
@@ -85,9 +91,19 @@ def _wait_sockets(
         poller.register(waker_fd, select.POLLIN)
     if ended:
         timeout_s = 0
-    timeout_ms = None if timeout_s is None else math.ceil(timeout_s * 1000)
-    ready = [by_fd[fd] for fd, _ in poller.poll(timeout_ms) if fd in by_fd]
-    return ended + ready
+    deadline_s = deadline_after(timeout_s)
+    while True:
+        left_s = remaining_s(deadline_s)
+        polled = poller.poll(None if left_s is None else math.ceil(left_s * 1000))
+        ready = [by_fd[fd] for fd, _ in polled if fd in by_fd and _has_frame(by_fd[fd])]
+        only_notices = polled and not ready and (waker_fd, select.POLLIN) not in polled
+        if not only_notices:
+            return ended + ready
+
+
+def _has_frame(connection: Connection) -> bool:
+    """Whether a descriptor that can be read means a frame."""
+    return not isinstance(connection, RingConnection) or connection.settle()
 
 
 def _wait_mixed(

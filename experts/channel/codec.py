@@ -23,6 +23,7 @@ from torch import Tensor
 from experts.channel.frame import ROW_DTYPES, Frame, FrameError, FrameLimits, Kind, Status
 from experts.channel.rules import (
     EXPERT_IDS,
+    ITEM_BYTES,
     PAIR_BYTES,
     PAIRS,
     ROW_IDS,
@@ -46,6 +47,10 @@ HEADER_BYTES = _HEADER.size
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES, start=1)}  # 0: no rows
 _ROW_ARRAYS = [np.dtype(name) for name in ("V", "f4", "i2", "u1")]  # numpy has no bfloat16
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+_ON_THE_HOST = (
+    "on the CPU, without gradient: stage them (experts/staging.py) or use a connection that "
+    "accepts_device"
+)
 _INT32, _FLOAT32 = np.dtype("i4"), np.dtype("f4")
 _KINDS = {int(kind): kind for kind in Kind}
 _STATUSES = {int(status): status for status in Status}
@@ -63,6 +68,10 @@ class Header(NamedTuple):
     body_bytes: int
     payload_len: int
     payload_crc: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.num_rows * self.width * ITEM_BYTES[self.dtype]
 
 
 # --- sending ---
@@ -82,12 +91,15 @@ def encode(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int]:
     Raises FrameError when a peer with these limits would refuse the frame.
     """
     buffers, dtype, sizes = _inspect(frame, limits)
-    payload_crc = 0
-    for buffer in buffers:
-        payload_crc = crc32c(buffer, payload_crc)
-    fields = _pack(frame, dtype, sizes, payload_crc)
-    buffers.insert(0, fields + _CRC.pack(crc32c(fields)))
-    return buffers, HEADER_BYTES + sizes.payload_len
+    return _with_header(frame, buffers, dtype, sizes), HEADER_BYTES + sizes.payload_len
+
+
+def encode_without_rows(frame: Frame, rows: Tensor, limits: FrameLimits) -> tuple[list[Any], int]:
+    """The same when the frame's rows travel another way: all that the header says stays the same,
+    but its checksum is that of the other sections."""
+    buffers, dtype, sizes = _inspect(frame, limits, with_rows=False)
+    num_bytes = HEADER_BYTES + sizes.payload_len - rows.nbytes
+    return _with_header(frame, buffers, dtype, sizes), num_bytes
 
 
 def validate(frame: Frame, limits: FrameLimits) -> None:
@@ -96,7 +108,18 @@ def validate(frame: Frame, limits: FrameLimits) -> None:
     _pack(frame, dtype, sizes, 0)
 
 
-def _inspect(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int, _Sizes]:
+def _with_header(frame: Frame, buffers: list[Any], dtype: int, sizes: _Sizes) -> list[Any]:
+    payload_crc = 0
+    for buffer in buffers:
+        payload_crc = crc32c(buffer, payload_crc)
+    fields = _pack(frame, dtype, sizes, payload_crc)
+    buffers.insert(0, fields + _CRC.pack(crc32c(fields)))
+    return buffers
+
+
+def _inspect(
+    frame: Frame, limits: FrameLimits, with_rows: bool = True
+) -> tuple[list[Any], int, _Sizes]:
     """The payload's buffers, the rows' dtype code and the sizes, all checked."""
     sections = sections_of(frame.kind, frame.status)
     buffers: list[Any] = []
@@ -115,8 +138,8 @@ def _inspect(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int, _Sizes]
     body_bytes = len(frame.body)
     payload_len = check_sizes(sections, num_rows, num_pairs, width, dtype, body_bytes, limits)
     check_flags(frame.flags, frame.deadline_us)
-    if num_rows:
-        buffers.append(_memory(rows))
+    if num_rows and with_rows:
+        buffers.append(host_memory(rows))
     if body_bytes:
         buffers.append(frame.body)
     return buffers, dtype, _Sizes(num_rows, num_pairs, width, body_bytes, payload_len)
@@ -137,7 +160,7 @@ def _pack(frame: Frame, dtype: int, sizes: _Sizes, payload_crc: int) -> bytes:
 def _checked_rows(frame: Frame) -> Tensor:
     rows = frame.rows
     if rows is None or rows.dim() != 2 or rows.dtype not in _DTYPE_CODES:
-        raise _refused("rows", rows, "[R, width] float32, bfloat16 or float8_e4m3fn on the CPU")
+        raise _refused("rows", rows, "[R, width] float32, bfloat16 or float8_e4m3fn")
     return rows
 
 
@@ -149,7 +172,7 @@ def _refused(name: str, tensor: Tensor | None, limit: str) -> FrameError:
     return FrameError(name, found, limit)
 
 
-def _memory(rows: Tensor) -> Array:
+def host_memory(rows: Tensor) -> Array:
     """The rows' memory as an array of items of the same size; copied only if not contiguous."""
     if not rows.is_contiguous():
         rows = rows.contiguous()
@@ -157,7 +180,7 @@ def _memory(rows: Tensor) -> Array:
         integers = _INTEGERS.get(rows.dtype)
         array: Array = (rows if integers is None else rows.view(integers)).numpy()
     except (RuntimeError, TypeError) as error:
-        raise _refused("rows", rows, "on the CPU, without gradient") from error
+        raise _refused("rows", rows, _ON_THE_HOST) from error
     return array
 
 
@@ -225,21 +248,28 @@ def decode_header(data: bytes | bytearray, limits: FrameLimits) -> Header:
     )
 
 
-def decode(header: Header, payload: npt.NDArray[np.uint8]) -> Frame:
-    """The frame of a checked header and its payload, uint8 [payload_len]; tensors are views."""
-    frame, sections, num_rows, num_pairs, width, dtype, body_bytes, payload_len, crc = header
+def decode(
+    header: Header, payload: npt.NDArray[np.uint8], placed_rows: Tensor | None = None
+) -> Frame:
+    """The frame of a checked header and its payload, uint8 [payload_len]; tensors are views.
+
+    placed_rows: the rows, when they came another way; the payload is shorter by their bytes then.
+    """
+    frame, sections, num_rows, num_pairs, width, dtype, body_bytes, _, crc = header
     if crc32c(payload) != crc:
         raise FrameError("payload_crc", crc, "the checksum of the payload")
     if sections & PAIRS:
         _set_pairs(frame, sections, num_rows, num_pairs, payload)
-    if sections & ROWS:
+    if placed_rows is not None:
+        frame.rows = placed_rows
+    elif sections & ROWS:
         offset = num_pairs * PAIR_BYTES[sections]
         array: Array = np.ndarray((num_rows, width), _ROW_ARRAYS[dtype], payload, offset)
         frame.rows = torch.from_numpy(array)
         if dtype > 1:
             frame.rows = frame.rows.view(ROW_DTYPES[dtype - 1])
     if body_bytes:
-        frame.body = payload[payload_len - body_bytes :].tobytes()
+        frame.body = payload[-body_bytes:].tobytes()
     return frame
 
 

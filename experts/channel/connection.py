@@ -37,16 +37,22 @@ class Connection(Protocol):
     def credits(self) -> int:
         """How many more batches may be in flight."""
 
+    @property
+    def accepts_device(self) -> bool:
+        """Whether frame.rows may be a tensor on a GPU; elsewhere it raises FrameError."""
+
     def send(self, frame: Frame, timeout_s: float | None = None) -> None:
         """Send one frame; None waits without limit.
 
         Raises FrameError when the frame breaks a rule or the peer's limits (nothing was sent, the
-        connection stays usable); ChannelTimeout without a credit in time (still usable) or when the
-        peer stops reading (closed: half a frame cannot be resumed); ChannelClosed.
+        connection stays usable); ChannelTimeout without a credit, or room in the peer's ring, in
+        time (still usable) or when the peer stops reading (closed: half a frame cannot be resumed);
+        ChannelClosed.
         """
 
     def receive(self, timeout_s: float | None = None) -> Frame:
-        """The next frame.
+        """The next frame. Its rows may be a view of memory that the peer fills: they keep their
+        place there until the last tensor that refers to them has gone.
 
         Raises ChannelTimeout (call again: what has arrived of a frame is kept), ChannelClosed, or
         FrameError when the peer sent garbage (counted, and the connection is closed).

@@ -7,8 +7,11 @@ import time
 from experts.channel.connection import ChannelClosed, ChannelTimeout, ClientFlow
 from experts.channel.counters import ChannelCounters
 from experts.channel.endpoint import Endpoint
+from experts.channel.establish import establish
 from experts.channel.frame import FrameLimits
-from experts.channel.handshake import HANDSHAKE_TIMEOUT_S, join_handshake
+from experts.channel.handshake import HANDSHAKE_TIMEOUT_S, Terms, join_handshake
+from experts.channel.memory import ChannelMemory
+from experts.channel.offer import check_available, usable_memory
 from experts.channel.stream import StreamConnection
 
 UNIX_BUFFER_BYTES = 2**20  # the kernel cuts it to wmem_max; TCP tunes its own
@@ -34,26 +37,30 @@ def connect_stream(
     limits: FrameLimits,
     timeout_s: float,
     counters: ChannelCounters,
+    memory: ChannelMemory,
 ) -> StreamConnection:
     """Connect and prove the secret. Raises ChannelClosed, ChannelTimeout or ChannelRefused."""
+    check_available(endpoint)
     deadline_s = time.monotonic() + timeout_s
     sock = _open_socket(endpoint, timeout_s)
     try:
         tune(sock)
         left_s = deadline_s - time.monotonic()
-        terms = join_handshake(sock, secret, limits, min(left_s, HANDSHAKE_TIMEOUT_S))
+        mine = Terms(limits, 0, usable_memory(endpoint, sock, memory))
+        theirs = join_handshake(sock, secret, mine, min(left_s, HANDSHAKE_TIMEOUT_S))
+        flow = ClientFlow(theirs.credits)
+        peer = str(endpoint)
+        return establish(sock, peer, endpoint, flow, mine, theirs, memory, counters)
     except BaseException:
         sock.close()
         raise
-    flow = ClientFlow(terms.credits)
-    return StreamConnection(sock, str(endpoint), flow, limits, terms.limits, counters)
 
 
 def _open_socket(endpoint: Endpoint, timeout_s: float) -> socket.socket:
     try:
-        if endpoint.scheme == "tcp":
-            return socket.create_connection((endpoint.address, endpoint.port), timeout_s)
-        return _open_unix_socket(endpoint.address, timeout_s)
+        if endpoint.is_unix:
+            return _open_unix_socket(endpoint.address, timeout_s)
+        return socket.create_connection((endpoint.address, endpoint.port), timeout_s)
     except (TimeoutError, BlockingIOError) as error:
         raise ChannelTimeout(f"no answer from {endpoint} in {timeout_s} s") from error
     except OSError as error:

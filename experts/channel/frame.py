@@ -84,7 +84,8 @@ DEFAULT_LIMITS = FrameLimits()
 
 @dataclass(slots=True, eq=False)
 class Frame:
-    """One message. Tensors live on the CPU; those of a received frame are views of its own buffer.
+    """One message. Tensors live on the CPU, but rows may be on a GPU where a connection
+    accepts_device; those of a received frame are views of its own buffer or of a landing ring.
 
     rows [R, width] in one of ROW_DTYPES; row_ids, expert_ids int32 [P]; weights float32 [P].
     EXPERT_BATCH: rows [T, width] and P pairs; row_ids in [0, T); expert_ids are logical, the worker

@@ -109,6 +109,10 @@ class InprocClient:
     def readable(self) -> bool:
         return bool(self._queue) or self._closed
 
+    @property
+    def accepts_device(self) -> bool:
+        return False
+
     def fileno(self) -> int:
         return -1
 
@@ -200,6 +204,10 @@ class InprocServerEnd:
     @property
     def credits(self) -> int:
         return self.flow.left
+
+    @property
+    def accepts_device(self) -> bool:
+        return False
 
     def fileno(self) -> int:
         return -1

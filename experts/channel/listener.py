@@ -15,7 +15,7 @@ BACKLOG = 128
 def open_listener(endpoint: Endpoint) -> tuple[socket.socket, Endpoint]:
     """A listening socket and its endpoint with the port it got. Raises ChannelError."""
     try:
-        if endpoint.scheme == "unix":
+        if endpoint.is_unix:
             return _open_unix(Path(endpoint.address)), endpoint
         return _open_tcp(endpoint)
     except ChannelError:
@@ -71,7 +71,7 @@ class SocketFile:
     """Remembers which file a listener made, to remove that one and not a successor's."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._path = Path(endpoint.address) if endpoint.scheme == "unix" else None
+        self._path = Path(endpoint.address) if endpoint.is_unix else None
         self._inode = self._path.stat().st_ino if self._path else 0
 
     def remove(self) -> None:

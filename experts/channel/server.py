@@ -19,6 +19,7 @@ from experts.channel.connection import (
 from experts.channel.counters import ChannelCounters
 from experts.channel.dial import tune
 from experts.channel.endpoint import parse_endpoint
+from experts.channel.establish import establish
 from experts.channel.frame import (
     DEFAULT_LIMITS,
     Frame,
@@ -29,6 +30,8 @@ from experts.channel.frame import (
 )
 from experts.channel.handshake import Terms, serve_handshake
 from experts.channel.listener import SocketFile, open_listener, peer_name
+from experts.channel.memory import ChannelMemory
+from experts.channel.offer import check_available, usable_memory
 from experts.channel.stream import StreamConnection
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Server:
         on_open: Callback | None = None,
         on_close: Callback | None = None,
         counters: ChannelCounters | None = None,
+        memory: ChannelMemory | None = None,
     ) -> None:
         if not secret:
             raise ValueError("a channel needs a secret")
@@ -69,6 +73,7 @@ class Server:
         self._endpoint = parse_endpoint(endpoint)
         self._handler = handler
         self._secret = secret
+        self._memory = memory or ChannelMemory()
         self._name = name
         self._on_open = on_open
         self._on_close = on_close
@@ -97,6 +102,7 @@ class Server:
         if self._endpoint.scheme == "inproc":
             inproc.register(self._endpoint.address, self)
             return
+        check_available(self._endpoint)
         self._listener, self._endpoint = open_listener(self._endpoint)
         self._file = SocketFile(self._endpoint)
         self._spawn("accept", self._accept_loop, self._listener)
@@ -189,7 +195,13 @@ class Server:
             self._newcomers.add(sock)
         try:
             tune(sock)
-            terms = serve_handshake(sock, self._secret, Terms(self.limits, self.granted_credits))
+            offered = usable_memory(self._endpoint, sock, self._memory)
+            mine = Terms(self.limits, self.granted_credits, offered)
+            theirs = serve_handshake(sock, self._secret, mine)
+            flow = ServerFlow(self.granted_credits)
+            return establish(
+                sock, peer, self._endpoint, flow, mine, theirs, self._memory, self.counters
+            )
         except ChannelRefused as error:
             logger.warning("%s refused: %s", peer, error)
             self.counters.auth_failure()
@@ -202,8 +214,6 @@ class Server:
             self._half_open.release()
             with self._lock:
                 self._newcomers.discard(sock)
-        flow = ServerFlow(self.granted_credits)
-        return StreamConnection(sock, peer, flow, self.limits, terms.limits, self.counters)
 
     # --- what both kinds of endpoint need (inproc.Host) ---
 

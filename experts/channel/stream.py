@@ -11,9 +11,8 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from experts.channel.codec import HEADER_BYTES, Header, decode, decode_header, encode
 from experts.channel.connection import (
@@ -25,6 +24,7 @@ from experts.channel.connection import (
 )
 from experts.channel.counters import ChannelCounters
 from experts.channel.frame import Frame, FrameError, FrameLimits
+from experts.channel.memory import Bytes, host_buffer
 
 # Plain integers: an `|` of the socket module's enum flags takes as long as a whole sendmsg.
 _SEND = int(socket.MSG_NOSIGNAL)
@@ -48,6 +48,7 @@ class StreamConnection:
         limits: FrameLimits,
         peer_limits: FrameLimits,
         counters: ChannelCounters,
+        allocate: Callable[[int], Bytes] = host_buffer,
     ) -> None:
         self.peer = peer
         self._sock = sock
@@ -55,6 +56,7 @@ class StreamConnection:
         self._limits = limits
         self._send_limits = limits.smaller(peer_limits)
         self._counters = counters
+        self._allocate = allocate
         self._closed = False
         self._close_lock = threading.Lock()
         self._send_lock = threading.RLock()
@@ -75,6 +77,10 @@ class StreamConnection:
     @property
     def credits(self) -> int:
         return self._flow.left
+
+    @property
+    def accepts_device(self) -> bool:
+        return False
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -138,7 +144,7 @@ class StreamConnection:
             header = decode_header(self._header_bytes, self._limits)
             self._flow.on_header(header.frame.kind)
             self._header, self._got = header, 0
-            self._payload = np.empty(header.payload_len, np.uint8)
+            self._payload = self._allocate(header.payload_len)
         self._fill(self._payload, deadline_s)
         header, payload = self._header, self._payload
         self._header, self._payload, self._got = None, None, 0

@@ -41,6 +41,8 @@ class Stage:
             "inproc": f"inproc:{name}",
             "unix": f"unix:{self._folder}/{name}",
             "tcp": "tcp:127.0.0.1:0",
+            "shm": f"shm:{self._folder}/{name}",
+            "nixl": "nixl:127.0.0.1:0",
         }[self.scheme]
 
     def serve(

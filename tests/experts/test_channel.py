@@ -33,7 +33,7 @@ from tests.experts.frames import (
 from tests.experts.stage import BRIEF_S, WAIT_S, Desk, Stage, echo
 
 
-@pytest.fixture(params=["inproc", "unix", "tcp"])
+@pytest.fixture(params=["inproc", "unix", "tcp", "shm", "nixl"])
 def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     made = Stage(request.param, tmp_path)
     yield made

@@ -28,8 +28,9 @@ from tests.experts.frames import SECRET, control
 WAIT_S = 20.0
 BRIEF_S = 0.05
 HELLO_BYTES = 40  # magic 4, version 1, padding 3, challenge 32
-REPLY_BYTES = HELLO_BYTES + 24 + 32  # terms: five limits and the credits; proof
-TERMS = Terms(FrameLimits(1, 2, 3, 4, 5), credits=7)
+REPLY_BYTES = HELLO_BYTES + 28 + 32  # terms: five limits, credits, memory; proof
+TERMS = Terms(FrameLimits(1, 2, 3, 4, 5), credits=7, memory=2)
+CLIENT_TERMS = Terms(DEFAULT_LIMITS, credits=0, memory=1)
 Sockets = tuple[socket.socket, socket.socket]
 
 
@@ -65,7 +66,7 @@ def serve(sock: socket.socket, secret: bytes = SECRET, timeout_s: float = WAIT_S
 
 
 def join(sock: socket.socket, secret: bytes = SECRET, timeout_s: float = WAIT_S) -> Side:
-    return Side(join_handshake, sock, secret, DEFAULT_LIMITS, timeout_s)
+    return Side(join_handshake, sock, secret, CLIENT_TERMS, timeout_s)
 
 
 def receive_exactly(sock: socket.socket, num_bytes: int) -> bytes:
@@ -78,7 +79,7 @@ def receive_exactly(sock: socket.socket, num_bytes: int) -> bytes:
 def test_each_side_learns_the_others_terms(ends: Sockets) -> None:
     server, client = serve(ends[0]), join(ends[1])
     assert client.outcome() == TERMS
-    assert server.outcome() == Terms(DEFAULT_LIMITS, credits=0)
+    assert server.outcome() == CLIENT_TERMS
     assert ends[0].gettimeout() is None and ends[1].gettimeout() is None
 
 

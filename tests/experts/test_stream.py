@@ -35,7 +35,7 @@ from tests.experts.frames import (
 from tests.experts.stage import BRIEF_S, WAIT_S, Desk, Stage
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["unix", "tcp", "shm", "nixl"])
 def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     made = Stage(request.param, tmp_path)
     yield made

@@ -1,0 +1,122 @@
+"""GPU memory that two processes of one host share by CUDA IPC. Has not run yet: no GPU here.
+
+The receiver allocates its ring with the driver (cuMemAlloc: an allocation of its own, which no
+caching allocator cuts or moves) and sends the 64 bytes of cuIpcGetMemHandle; the sender opens them.
+Copies go on the stream that is current where `put` is called, after the work that makes the rows,
+and an event behind them is awaited before anybody is told. The driver refuses to open a handle in
+the process that made it (endpoints: same process, no ring). Two processes may use one GPU.
+
+CUDA driver API: cuMemAlloc, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuDevicePrimaryCtxRetain.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experts.channel.connection import ChannelError
+from experts.channel.frame import ROW_DTYPES
+from experts.channel.memory import BlockOutlet, Mark
+
+HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+_Handle = ctypes.c_char * HANDLE_BYTES
+
+
+class _HandleByValue(ctypes.Structure):
+    _fields_ = [("reserved", _Handle)]
+
+
+@contextmanager
+def _driver(device: torch.device) -> Iterator[Any]:
+    """The driver with this device's primary context, torch's own, current in this thread."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    context, before = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(driver.cuInit(0))
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index))
+    try:
+        _check(driver.cuCtxPushCurrent_v2(context))
+        try:
+            yield driver
+        finally:
+            driver.cuCtxPopCurrent_v2(ctypes.byref(before))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device.index)
+
+
+def _check(result: int) -> None:
+    if result:
+        raise ChannelError(f"CUDA driver: error {result}")
+
+
+class DeviceBlock:
+    """Memory of a GPU: made here, or opened from a peer's handle."""
+
+    is_device = True
+
+    def __init__(self, device: torch.device, num_bytes: int, handle: bytes | None = None) -> None:
+        self.num_bytes = num_bytes
+        self._device = device
+        self._release = "cuMemFree_v2" if handle is None else "cuIpcCloseMemHandle"
+        address = ctypes.c_uint64()
+        with _driver(device) as driver:
+            if handle is None:
+                size = ctypes.c_size_t(num_bytes)
+                _check(driver.cuMemAlloc_v2(ctypes.byref(address), size))
+            else:
+                opened = _HandleByValue.from_buffer_copy(handle)
+                open_handle = driver.cuIpcOpenMemHandle_v2
+                _check(open_handle(ctypes.byref(address), opened, _LAZY_PEER_ACCESS))
+        self.address = address.value
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            with _driver(self._device) as driver:
+                getattr(driver, self._release)(ctypes.c_uint64(self.address))
+
+    def handle(self) -> bytes:
+        """What another process opens this memory with."""
+        handle = _HandleByValue()
+        with _driver(self._device) as driver:
+            address = ctypes.c_uint64(self.address)
+            _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), address))
+        return bytes(handle)
+
+    def view(self, offset: int, num_rows: int, width: int, dtype: int, owner: Any) -> Tensor:
+        """See Block.view."""
+        row_dtype = ROW_DTYPES[dtype - 1]
+        owner.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": (num_rows * width * row_dtype.itemsize,),
+            "typestr": "|u1",
+            "data": (self.address + offset, False),
+        }
+        rows = torch.as_tensor(owner, device=self._device)
+        return rows.view(row_dtype).view(num_rows, width)
+
+    def put(self, offset: int, rows: Tensor) -> None:
+        """See Block.put."""
+        rows = rows.detach().contiguous()
+        stream = torch.cuda.current_stream(rows.device)
+        place, source = ctypes.c_uint64(self.address + offset), ctypes.c_uint64(rows.data_ptr())
+        size, on = ctypes.c_size_t(rows.nbytes), ctypes.c_void_p(stream.cuda_stream)
+        with _driver(rows.device) as driver:
+            _check(driver.cuMemcpyDtoDAsync_v2(place, source, size, on))
+        stream.record_event().synchronize()
+
+    def mark(self) -> Mark | None:
+        """See Block.mark. The stream that is current where the last tensor went."""
+        event: Mark = torch.cuda.current_stream(self._device).record_event()
+        return event
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def open_peer(handle: bytes, num_bytes: int, device: torch.device) -> BlockOutlet:
+    """The peer's memory, as `device` reaches it. Rows of any size stay on the device."""
+    return BlockOutlet(DeviceBlock(device, num_bytes, handle), min_bytes=0)

@@ -1,0 +1,137 @@
+"""Memory in which rows land: what every kind of it promises, and that of the host.
+
+A landing (landing.py) is made of one Block. The sender reaches it through an Outlet, one for each
+direction of a connection: the same pages mapped (shared_memory.py), the same memory of a GPU opened
+(cuda_memory.py) or remote writes (nixl_memory.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from experts.channel.codec import host_memory
+from experts.channel.connection import ChannelClosed
+from experts.channel.frame import ROW_DTYPES
+
+Bytes = npt.NDArray[np.uint8]
+MIB = 2**20
+
+
+def host_buffer(num_bytes: int) -> Bytes:
+    return np.empty(num_bytes, np.uint8)
+
+
+@dataclass(frozen=True)
+class ChannelMemory:
+    """Where the frames of one side's connections arrive."""
+
+    landing_bytes: int = 64 * MIB
+    """Of each connection's ring (shm, cuda, nixl); larger rows travel in the frame. Host memory is
+    touched only as it is used, memory of a GPU is allocated at once. 0: no rings."""
+    device: torch.device | None = None
+    """cuda: where the ring lies, None: the current device. nixl: None is host memory."""
+    allocate: Callable[[int], Bytes] = host_buffer
+    """A buffer of so many bytes for what arrives over the socket; pinned ones, where the rows are
+    copied to a GPU, make that copy asynchronous. Called by the thread that receives."""
+
+
+class Mark(Protocol):
+    """A moment in the work of a device."""
+
+    def query(self) -> bool:
+        """Whether all work before it has been done."""
+
+
+class Block(Protocol):
+    """Memory of this process. Lives as long as it is referred to."""
+
+    num_bytes: int
+    address: int
+    is_device: bool
+
+    def view(self, offset: int, num_rows: int, width: int, dtype: int, owner: Any) -> Tensor:
+        """Rows of this memory, [num_rows, width] of the wire's dtype code; they keep `owner`, which
+        gets an array interface, alive."""
+
+    def put(self, offset: int, rows: Tensor) -> None:
+        """Copy rows there. When it returns another process may be told."""
+
+    def mark(self) -> Mark | None:
+        """Now, for work that may still read this memory; None when such work cannot be."""
+
+
+class Outlet(Protocol):
+    """A way to the peer's ring."""
+
+    num_bytes: int
+    accepts_device: bool
+    min_bytes: int  # fewer are faster in the frame; 0 where device rows are to stay on the device
+
+    def put(self, offset: int, rows: Tensor, deadline_s: float | None) -> None:
+        """Write rows into the ring; when it returns the peer may be told.
+
+        Raises FrameError (rows that cannot be sent, nothing was written), ChannelTimeout or
+        ChannelClosed (what was written is not known).
+        """
+
+    def close(self) -> None:
+        """Let go of the peer's memory and wake who waits in `put`. May be called twice."""
+
+
+_TYPES = (None, "<f4", "<i2", "|u1")  # numpy knows neither bfloat16 nor float8; by dtype code
+
+
+class HostBlock:
+    """Memory of the host behind any writable buffer, which it keeps alive."""
+
+    is_device = False
+
+    def __init__(self, buffer: Any) -> None:
+        self.bytes: Bytes = np.frombuffer(buffer, np.uint8)
+        self.num_bytes = self.bytes.size
+        self.address = self.bytes.ctypes.data
+
+    def view(self, offset: int, num_rows: int, width: int, dtype: int, owner: Any) -> Tensor:
+        """See Block.view."""
+        owner.__array_interface__ = {
+            "version": 3,
+            "shape": (num_rows, width),
+            "typestr": _TYPES[dtype],
+            "data": (self.address + offset, False),
+        }
+        rows = torch.from_numpy(np.asarray(owner))
+        return rows if dtype == 1 else rows.view(ROW_DTYPES[dtype - 1])
+
+    def put(self, offset: int, rows: Tensor) -> None:
+        """See Block.put."""
+        source = host_memory(rows)
+        np.copyto(np.ndarray(source.shape, source.dtype, self.bytes, offset), source)
+
+    def mark(self) -> Mark | None:
+        return None
+
+
+class BlockOutlet:
+    """The way into a block that this process has mapped or opened."""
+
+    def __init__(self, block: Block, min_bytes: int) -> None:
+        self.num_bytes = block.num_bytes
+        self.accepts_device = block.is_device
+        self.min_bytes = min_bytes
+        self._block: Block | None = block
+
+    def put(self, offset: int, rows: Tensor, deadline_s: float | None) -> None:
+        """See Outlet.put. `deadline_s` is not looked at: copies do not wait for anybody."""
+        block = self._block
+        if block is None:
+            raise ChannelClosed("closed while sending")
+        block.put(offset, rows)
+
+    def close(self) -> None:
+        """See Outlet.close. A copy that is under way keeps the block until it is done."""
+        self._block = None
