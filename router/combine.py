@@ -6,7 +6,7 @@ Deterministic: a worker sends one weighted row a pair; they are added by expert 
 has the same bits under every placement.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -32,15 +32,16 @@ def sum_by_worker(
 
 
 def sum_by_expert(
-    shape: tuple[int, int], top_k: int, answers: Iterable[tuple[Tensor, Tensor]]
+    shape: tuple[int, int], top_k: int, answers: Sequence[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """answers in any order: (pair_index [N] int64 = row * k + rank by expert id, rows [N, d]).
 
-    Returns [T, d] float32 of `shape`: ((pair 0 + pair 1) + pair 2) + ... for every row. The answers
-    must cover all T * k pairs.
+    Returns [T, d] float32 of `shape`: ((pair 0 + pair 1) + pair 2) + ... for every row; a pair that
+    no answer names is zero.
     """
     num_tokens, width = shape
-    by_pair = torch.empty(num_tokens * top_k, width, dtype=torch.float32)
+    complete = sum(len(index) for index, _ in answers) == num_tokens * top_k
+    by_pair = (torch.empty if complete else torch.zeros)(num_tokens * top_k, width)
     for pair_index, rows in answers:
         by_pair.index_copy_(0, pair_index, rows.float())
     by_rank = by_pair.view(num_tokens, top_k, width)
@@ -50,20 +51,17 @@ def sum_by_expert(
     return total
 
 
-def renormalise(total: Tensor, weights: Float32s, dropped: Int64s) -> Int64s:
-    """Make up for pairs that nobody answered, in place: each row that lacks some is scaled by (sum
-    of its k weights) / (sum of those answered), and is zero where none was.
+def renormalise(num_rows: int, weights: Float32s, dropped: Int64s) -> tuple[Int64s, Float32s]:
+    """Make up for pairs that nobody answered: each row that lacks some is to be scaled by (sum of
+    its k weights) / (sum of those answered), and is zero where none was.
 
-    total [T, d] float32: the sum of the answered pairs; weights [T * k]; dropped: places in them.
-    Returns the rows concerned, ascending. The sum is linear in the weights, so scaling it is the
-    same as scaling them.
+    weights [T * k]; dropped: places in them. Returns the rows concerned, ascending, and by what to
+    multiply their sums of the answered pairs: these are linear in the weights, so scaling them is
+    the same as scaling the weights.
     """
-    by_row = weights.reshape(total.shape[0], -1)
+    by_row = weights.reshape(num_rows, -1)
     answered = by_row.copy()
     answered.reshape(-1)[dropped] = 0.0
     rows = np.unique(dropped // by_row.shape[1])
     whole, left = by_row[rows].sum(1), answered[rows].sum(1)
-    scale = np.divide(whole, left, out=np.zeros_like(left), where=left > 0)
-    index = torch.from_numpy(rows)
-    total[index] *= torch.from_numpy(scale).unsqueeze(1)
-    return rows
+    return rows, np.divide(whole, left, out=np.zeros_like(left), where=left > 0)

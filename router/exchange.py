@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from experts.hop import Fault, Hop
-from router.combine import renormalise, sum_by_expert, sum_by_worker
+from router.combine import renormalise
+from router.compute import RouterCompute
 from router.dispatch import Int64s, Pairs
 from router.errors import ExpertsFailed, ExpertsUnavailable
 from router.table import RoutingTable
@@ -81,26 +82,19 @@ class Exchange:
         self.dropped = np.concatenate([self.dropped, self.todo])
         self.todo = NO_PAIRS
 
-    def combine(self, top_k: int, deterministic: bool) -> Tensor:
-        """All answers as [T, d] float32; sets `renormalised`."""
-        total = self._sum(top_k, deterministic)
-        if self.dropped.size:
-            self.renormalised = renormalise(total, self.pairs.weights, self.dropped)
-        return total
-
-    def _sum(self, top_k: int, deterministic: bool) -> Tensor:
-        num_rows, width = self.x.shape
+    def combine(self, compute: RouterCompute, deterministic: bool) -> Tensor:
+        """All answers as [T, d] float32, where x lies; sets `renormalised`."""
         if deterministic:
-            by_pair = [(torch.from_numpy(a.pair_index), a.rows) for a in self.answers]
-            if self.dropped.size:
-                nothing = torch.zeros(self.dropped.size, width)
-                by_pair.append((torch.from_numpy(self.dropped), nothing))
-            return sum_by_expert((num_rows, width), top_k, by_pair)
-        by_row = [
-            (torch.from_numpy(a.row_index) if a.row_index.size < num_rows else None, a.rows)
-            for a in sorted(self.answers, key=_ORDER)
-        ]
-        return sum_by_worker((num_rows, width), by_row)
+            by_pair = [(a.pair_index, a.rows) for a in self.answers]
+            total = compute.sum_by_expert(self.x, by_pair)
+        else:
+            by_row = [(a.row_index, a.rows) for a in sorted(self.answers, key=_ORDER)]
+            total = compute.sum_by_worker(self.x, by_row)
+        if self.dropped.size:
+            rows, scales = renormalise(self.x.shape[0], self.pairs.weights, self.dropped)
+            compute.scale_rows(total, rows, scales)
+            self.renormalised = rows
+        return total
 
     def unavailable(self, now_s: float, worker_id: str = "") -> ExpertsUnavailable:
         """The error at the deadline; worker_id is one that does not answer."""
@@ -126,6 +120,7 @@ class Pending:
     """A micro-batch between begin and finish: one exchange, more if it has too many rows."""
 
     shape: tuple[int, int]
+    device: torch.device
     exchanges: list[Exchange]
 
     @property

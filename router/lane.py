@@ -7,7 +7,6 @@ Resending is safe, an expert has no state.
 """
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ from experts.channel.frame import (
 from experts.client import ExpertClient
 from experts.hop import Fault, Hop
 from experts.snapshots import SnapshotBoard
+from router.compute import RouterCompute
 from router.config import RouterConfig
 from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
 from router.exchange import Exchange, ExchangeCounters, OpenHop, Pending
-from router.gate import GateSpec, GateWeights, choose
 from router.outage import Outage
 from router.table import RoutingTable
 
@@ -36,8 +35,7 @@ class Lane:
 
     def __init__(
         self,
-        gates: Mapping[int, GateWeights],
-        spec: GateSpec,
+        compute: RouterCompute,
         client: ExpertClient,
         board: SnapshotBoard,
         config: RouterConfig,
@@ -47,34 +45,33 @@ class Lane:
         """`outage` is shared by the lanes of a router."""
         self.counters = ExchangeCounters()
         self.client = client
-        self._gates = gates
-        self._spec = spec
+        self._compute = compute
         self._board = board
         self._config = config
         self._outage = outage or Outage()
         self._health = client.health
         self._now = client.health.clock
-        self._table = RoutingTable(-1, board.current[1], spec.num_experts)
-        self._width = next(iter(gates.values())).weight.shape[1]
+        self._table = RoutingTable(-1, board.current[1], compute.spec.num_experts)
         self._max_rows = min(config.max_batch_rows, self._rows_per_frame(limits))
-        self._flat_rows = np.repeat(np.arange(self._max_rows), spec.top_k)
+        self._flat_rows = np.repeat(np.arange(self._max_rows), compute.spec.top_k)
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
-        """Gate x [T, d] float32 and send it to the experts; x must not change until `finish`.
+        """Gate x [T, d] float32 or bfloat16 and send it to the experts in that dtype; x must not
+        change until `finish`. It may lie on the device that the router computes on.
 
         deadline_s: seconds from now, if that is less than the configured ones. Raises ValueError
         for a layer without experts or another width, NonFiniteInput.
         """
-        gate = self._gates.get(layer)
-        if gate is None or x.ndim != 2 or x.shape[1] != self._width:
+        compute = self._compute
+        if layer not in compute.layers or x.ndim != 2 or x.shape[1] != compute.width:
             raise ValueError(
-                f"layer {layer}, x {tuple(x.shape)}: expected a MoE layer and [T, {self._width}]"
+                f"layer {layer}, x {tuple(x.shape)}: expected a MoE layer and [T, {compute.width}]"
             )
         begun_s = self._now()
         limit_s = self._config.deadline_s
         until_s = begun_s + (limit_s if deadline_s is None else min(limit_s, deadline_s))
-        routed = [(chunk, *choose(chunk, gate, self._spec)) for chunk in self._chunks(x)]
-        pending = Pending((x.shape[0], x.shape[1]), [])
+        routed = [(chunk, *compute.choose(layer, chunk)) for chunk in self._chunks(x)]
+        pending = Pending((x.shape[0], x.shape[1]), x.device, [])
         for chunk, ids, weights in routed:
             pairs = Pairs(self._flat_rows[: ids.size], ids.reshape(-1), weights.reshape(-1))
             exchange = Exchange(layer, chunk, pairs, begun_s, until_s)
@@ -86,7 +83,7 @@ class Lane:
         return pending
 
     def finish(self, pending: Pending) -> Tensor:
-        """The weighted sum of the experts, [T, d] float32, in row order.
+        """The weighted sum of the experts, [T, d] float32, in row order, where x lies.
 
         Raises ExpertsUnavailable at the deadline, ExpertsFailed when every holder failed.
         """
@@ -97,7 +94,7 @@ class Lane:
             raise
         if len(sums) == 1:
             return sums[0]
-        return torch.cat(sums) if sums else torch.zeros(pending.shape)
+        return torch.cat(sums) if sums else torch.zeros(pending.shape, device=pending.device)
 
     def cancel(self, pending: Pending) -> None:
         """Give up what is still open; late answers are dropped."""
@@ -110,9 +107,9 @@ class Lane:
 
     def _rows_per_frame(self, limits: FrameLimits) -> int:
         """Rows of which neither the batch nor its answer can exceed the limits of a frame."""
-        top_k = self._spec.top_k
+        top_k = self._compute.spec.top_k
         answer_rows = top_k if self._config.deterministic else 1
-        bytes_per_row = 12 * top_k + 4 * self._width * answer_rows
+        bytes_per_row = 12 * top_k + 4 * self._compute.width * answer_rows
         by_limit = (
             limits.max_payload_bytes // bytes_per_row,
             limits.max_rows // answer_rows,
@@ -143,7 +140,7 @@ class Lane:
     def _newest_table(self, exchange: Exchange) -> RoutingTable:
         if self._table.generation != self._board.generation:
             generation, snapshot = self._board.current
-            self._table = RoutingTable(generation, snapshot, self._spec.num_experts)
+            self._table = RoutingTable(generation, snapshot, self._compute.spec.num_experts)
             self._health.keep_only(self._table.worker_ids)
             self._end_outage()
         if exchange.generation != self._table.generation:
@@ -154,21 +151,20 @@ class Lane:
     def _post(self, exchange: Exchange, plan: Plan, origin: Int64s | None) -> None:
         """Send the shares of a plan over the pairs at `origin` (None: over all of them)."""
         todo = [plan.unplaced if origin is None else origin[plan.unplaced]]
-        for share in plan.shares:
+        picked = self._compute.pick(exchange.x, [share.row_index for share in plan.shares])
+        for share, rows in zip(plan.shares, picked, strict=True):
             index = share.pair_index if origin is None else origin[share.pair_index]
             worker_id = self._table.worker_ids[share.worker]
             if not self._health.quarantine.admits(worker_id, exchange.planned_s):
                 todo.append(index)  # out meanwhile, or another lane probes it
                 continue
-            hop = self._hop(exchange, share)
+            hop = self._hop(exchange, share, rows)
             self.client.post(hop)
             self.counters.visits += hop.num_rows
             exchange.open.append(OpenHop(hop, share.row_index, index))
         exchange.todo = todo[0] if len(todo) == 1 else np.sort(np.concatenate(todo))
 
-    def _hop(self, exchange: Exchange, share: Share) -> Hop:
-        x, index = exchange.x, share.row_index
-        rows = x if index.shape[0] == x.shape[0] else x.index_select(0, torch.from_numpy(index))
+    def _hop(self, exchange: Exchange, share: Share, rows: Tensor) -> Hop:
         frame = Frame(
             Kind.EXPERT_BATCH,
             attempt=exchange.attempt,
@@ -195,7 +191,7 @@ class Lane:
         if not exchange.dropped.size and self._outage.lasts:
             self._newest_table(exchange)
             self._end_outage()
-        total = exchange.combine(self._spec.top_k, self._config.deterministic)
+        total = exchange.combine(self._compute, self._config.deterministic)
         self.counters.renormalised_tokens += exchange.renormalised.size
         return total
 

@@ -8,7 +8,7 @@ batch that waits for a lost expert holds up one lane only.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
@@ -27,17 +27,16 @@ from experts.channel.frame import (
 )
 from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
+from experts.device import ComputeDevice, host_device
 from experts.health import HopTimer, Quarantine, WorkerHealth
 from experts.snapshots import SnapshotBoard
 from router.batcher import Batcher, MicroBatch
-from router.compiled import compile_kernels
+from router.compute import RouterCompute, open_compute
 from router.config import RouterConfig
 from router.errors import ExpertsUnavailable, RouterError
 from router.exchange import ExchangeCounters, Pending
-from router.gate import GateSpec, GateWeights
 from router.lane import Lane
 from router.outage import Outage
-from router.weights import load_gates
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +50,7 @@ class RouterWorker:
 
     def __init__(
         self,
-        gates: Mapping[int, GateWeights],
-        spec: GateSpec,
+        compute: RouterCompute,
         board: SnapshotBoard,
         client_factory: Callable[[], ExpertClient],
         config: RouterConfig | None = None,
@@ -61,15 +59,13 @@ class RouterWorker:
     ) -> None:
         self.config = config or RouterConfig()
         self.channel_counters = ChannelCounters()
-        self._gates = gates
-        self._width = next(iter(gates.values())).weight.shape[1]
+        self._compute = compute
         self._limits = limits
         self._name = name
-        self._spec = spec
         self._board = board
         self._client_factory = client_factory
         self._outage = Outage()
-        compile_kernels()  # the first token would wait some seconds for them
+        compute.warm_up()  # the first token would wait some seconds for them
         self._own_lane = self._new_lane()
         self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
         self._lanes: list[Lane] = []
@@ -86,8 +82,12 @@ class RouterWorker:
         config: RouterConfig | None = None,
         limits: FrameLimits = DEFAULT_LIMITS,
         name: str = "router",
+        device: ComputeDevice | None = None,
     ) -> Self:
-        """The router of a checkpoint: reads its gates. Raises CheckpointError."""
+        """The router of a checkpoint: reads its gates. Raises CheckpointError.
+
+        device: where to compute, None = the CPU kernels.
+        """
         settings = config or RouterConfig()
         health = WorkerHealth(
             Quarantine(settings.quarantine_base_s, settings.quarantine_max_s),
@@ -98,24 +98,27 @@ class RouterWorker:
         new_client = partial(
             ExpertClient, board, secret, health, limits, settings.connect_timeout_s
         )
-        spec = GateSpec.of(checkpoint.config)
-        return cls(load_gates(checkpoint), spec, board, new_client, settings, limits, name)
+        compute = open_compute(checkpoint, device or host_device())
+        return cls(compute, board, new_client, settings, limits, name)
 
     def _new_lane(self) -> Lane:
         client = self._client_factory()
-        return Lane(
-            self._gates, self._spec, client, self._board, self.config, self._limits, self._outage
-        )
+        return Lane(self._compute, client, self._board, self.config, self._limits, self._outage)
 
     # --- in the same process ---
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Pending:
-        """Send x [T, d] float32 to the experts of a layer. See Lane.begin."""
+        """Send x [T, d] to the experts of a layer. See Lane.begin."""
         return self._own_lane.begin(layer, x, deadline_s)
 
     def finish(self, pending: Pending) -> Tensor:
-        """The routed experts' output, [T, d] float32. Raises RouterError."""
+        """The routed experts' output, [T, d] float32, where x lies. Raises RouterError."""
         return self._own_lane.finish(pending)
+
+    @property
+    def accepts_device(self) -> bool:
+        """See MoeClient."""
+        return self._compute.accepts_device
 
     @property
     def num_renormalised(self) -> int:
@@ -180,7 +183,7 @@ class RouterWorker:
         """Queue a ROUTE_BATCH; a lane answers it. Returns only refusals."""
         if frame.kind != Kind.ROUTE_BATCH or frame.rows is None:
             return reply_to(frame, status=Status.FAILED, text=f"not a batch: {frame.kind.name}")
-        if frame.layer not in self._gates or frame.rows.shape[1] != self._width:
+        if frame.layer not in self._compute.layers or frame.rows.shape[1] != self._compute.width:
             text = f"layer {frame.layer}, width {frame.rows.shape[1]}: not of this model"
             return reply_to(frame, status=Status.FAILED, text=text)
         if self._draining:
@@ -198,12 +201,21 @@ class RouterWorker:
         lane.client.close()
 
     def _serve(self, lane: Lane, items: Sequence[MicroBatch]) -> None:
-        """Compute micro-batches of one layer together and answer each."""
+        """Compute micro-batches of one layer together and answer each in its dtype.
+
+        Those of another dtype, or on another device, go by themselves: a row's answer must not
+        depend on what it was merged with.
+        """
+        others = [item for item in items if _kind(item) != _kind(items[0])]
+        if others:
+            self._serve(lane, [item for item in items if _kind(item) == _kind(items[0])])
+            self._serve(lane, others)
+            return
         begun_s = time.monotonic()
         left_s = [self._left_s(item, begun_s) for item in items]
         try:
             x = torch.cat([item.rows for item in items]) if len(items) > 1 else items[0].rows
-            pending = lane.begin(items[0].layer, x.float(), min(left_s))
+            pending = lane.begin(items[0].layer, _sendable(x), min(left_s))
             y = lane.finish(pending)
         except Exception as error:
             if len(items) > 1:  # one of them may be at fault: each by itself
@@ -234,6 +246,15 @@ class RouterWorker:
             item.connection.send(reply, ANSWER_TIMEOUT_S)
         except ChannelError as error:  # the sender is gone: it asks another router
             logger.debug("%s: answer not sent: %s", self._name, error)
+
+
+def _kind(item: MicroBatch) -> tuple[torch.dtype, torch.device]:
+    return item.rows.dtype, item.rows.device
+
+
+def _sendable(x: Tensor) -> Tensor:
+    """As it is; fp8 as bfloat16, which has all its values, for answers need more bits than that."""
+    return x.bfloat16() if x.dtype is torch.float8_e4m3fn else x
 
 
 def _refusal(item: MicroBatch, error: Exception) -> Frame:

@@ -76,11 +76,11 @@ def test_a_token_that_keeps_no_expert_gets_zeros(new_pool: NewPool, checkpoint: 
 
 
 def test_two_rows_by_hand() -> None:
-    total = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
+    """Row 0 keeps 0.5 of 0.75, row 1 has all, row 2 nothing."""
     weights = np.array([0.5, 0.25, 0.25, 0.5, 0.5, 0.5], np.float32)
-    rows = renormalise(total, weights, np.array([4, 1, 5]))
+    rows, scales = renormalise(3, weights, np.array([4, 1, 5]))
     assert rows.tolist() == [0, 2]
-    assert total.tolist() == [[1.5, 3.0], [3.0, 4.0], [0.0, 0.0]]
+    assert scales.tolist() == [1.5, 0.0]
 
 
 def test_nothing_is_given_up_before_its_time(new_pool: NewPool, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,140 @@
+"""A router's gate, packing and sums on a device; only ids, weights and picked rows come down.
+
+Rows that lie on the device (an attention worker in the same process, a channel between devices) are
+picked there for all workers in one pass, so that the bus carries what is sent and the host copies
+nothing; the answers go up as they are and are summed there. Of rows that lie on the host only the
+gate's copy goes up: they are sent from where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.checkpoint import Checkpoint
+from experts.device import ComputeDevice
+from experts.staging import Staging
+from router.compiled import compile_kernels
+from router.compute import Answer, HostRows
+from router.dispatch import Float32s, Int32s, Int64s
+from router.errors import NonFiniteInput
+from router.gate import DeviceGate, GateSpec
+from router.kernels.gpu.ops import router_ops
+from router.weights import load_device_gates
+
+WARM_UP_ROWS = (1, 64, 512)
+"""Batches for each of which the kernels may be compiled with other block sizes."""
+
+
+class DeviceCompute(HostRows):
+    """See router.compute.RouterCompute."""
+
+    accepts_device = True
+
+    def __init__(
+        self, gates: Mapping[int, DeviceGate], spec: GateSpec, device: ComputeDevice
+    ) -> None:
+        super().__init__(spec, next(iter(gates.values())).weight.shape[1])
+        self._gates = gates
+        self._device = device
+        self._ops = router_ops("triton" if device.kernels == "triton" else "torch")
+        self._staging = Staging(device)
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, device: ComputeDevice) -> Self:
+        """Copies the gates to the device. Raises CheckpointError."""
+        gates = load_device_gates(checkpoint, device)
+        return cls(gates, GateSpec.of(checkpoint.config), device)
+
+    @property
+    def layers(self) -> Collection[int]:
+        return self._gates.keys()
+
+    def choose(self, layer: int, x: Tensor) -> tuple[Int64s, Float32s]:
+        gate = self._gates[layer]
+        (rows,) = self._staging.to_device(x)
+        logits = self._ops.gate_logits(rows, gate.weight)
+        chosen = self._ops.select_experts(logits, gate.bias, self.spec)
+        copies = [self._staging.to_host(tensor) for tensor in chosen]
+        ids, weights, bad_row = (copy.wait().numpy() for copy in copies)
+        if bad_row[0] < x.shape[0]:
+            raise NonFiniteInput(int(bad_row[0]))
+        return ids.astype(np.int64), weights
+
+    def pick(self, x: Tensor, indices: Sequence[Int64s]) -> Iterable[Tensor]:
+        if not self._is_here(x):
+            return super().pick(x, indices)
+        index = np.concatenate(indices).astype(np.int32)
+        (on_device,) = self._staging.to_device(torch.from_numpy(index))
+        picked = self._staging.to_host(self._ops.pack_rows(x, on_device)).wait()
+        ends = np.cumsum([i.shape[0] for i in indices]).tolist()
+        return [picked[end - i.shape[0] : end] for i, end in zip(indices, ends, strict=True)]
+
+    def sum_by_worker(self, x: Tensor, answers: Sequence[Answer]) -> Tensor:
+        if not self._is_here(x):
+            return super().sum_by_worker(x, answers)
+        return self._combine(x, answers, places_by_row(x.shape[0], self.spec.top_k, answers))
+
+    def sum_by_expert(self, x: Tensor, answers: Sequence[Answer]) -> Tensor:
+        if not self._is_here(x):
+            return super().sum_by_expert(x, answers)
+        return self._combine(x, answers, places_by_pair(x.shape[0], self.spec.top_k, answers))
+
+    def scale_rows(self, total: Tensor, rows: Int64s, scales: Float32s) -> None:
+        if not self._is_here(total):
+            return super().scale_rows(total, rows, scales)
+        index, factors = self._staging.to_device(torch.from_numpy(rows), torch.from_numpy(scales))
+        total[index] *= factors.unsqueeze(1)
+        return None
+
+    def warm_up(self) -> None:
+        compile_kernels()
+        if not self._device.is_cuda:
+            return
+        layer = next(iter(self._gates))
+        for num_rows in WARM_UP_ROWS:
+            x = torch.zeros(
+                num_rows, self.width, dtype=self._device.dtype, device=self._device.device
+            )
+            self.choose(layer, x)
+            rows = np.arange(num_rows)
+            self.sum_by_worker(x, [(rows, picked) for picked in self.pick(x, [rows])])
+
+    def _is_here(self, x: Tensor) -> bool:
+        return x.device == self._device.device
+
+    def _combine(self, x: Tensor, answers: Sequence[Answer], places: Int32s) -> Tensor:
+        """places [T, k]: which rows of the answers, one below the other, make up each sum."""
+        if not answers:
+            return torch.zeros(x.shape, device=x.device)
+        index, *rows = self._staging.to_device(
+            torch.from_numpy(places), *(rows for _, rows in answers)
+        )
+        return self._ops.combine_rows(rows[0] if len(rows) == 1 else torch.cat(rows), index)
+
+
+def places_by_row(num_rows: int, top_k: int, answers: Sequence[Answer]) -> Int32s:
+    """[T, k]: where the rows for row t lie among all answers' rows, in the order of the answers;
+    -1 fills up."""
+    places = np.full((num_rows, top_k), -1, np.int32)
+    num_found = np.zeros(num_rows, np.int32)
+    start = 0
+    for index, rows in answers:
+        places[index, num_found[index]] = np.arange(start, start + rows.shape[0])
+        num_found[index] += 1
+        start += rows.shape[0]
+    return places
+
+
+def places_by_pair(num_rows: int, top_k: int, answers: Sequence[Answer]) -> Int32s:
+    """[T, k]: where the row for each pair lies among all answers' rows; -1: nobody answered it."""
+    places = np.full(num_rows * top_k, -1, np.int32)
+    start = 0
+    for index, rows in answers:
+        places[index] = np.arange(start, start + rows.shape[0])
+        start += rows.shape[0]
+    return places.reshape(num_rows, top_k)
