@@ -7,7 +7,7 @@ dense rate of its type: the longer of the two binds. A share is that time over t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gpu_check.rows import COPY, Benchmark, Ceiling
@@ -29,12 +29,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`value` is that of the worst benchmark of the goal, None if none was measured."""
+    """Of one benchmark that speaks to the goal; value None: it was not measured."""
 
     goal: Goal
-    value: float | None
     where: str
-    """The worst benchmark's shape."""
+    value: float | None
+    most_possible: float | None
+    """The value at the ceiling that binds: a goal beyond it cannot be met."""
 
     @property
     def text(self) -> str:
@@ -87,28 +88,30 @@ def value_of(benchmark: Benchmark, measure: Measure, ceilings: Ceilings) -> floa
     return done / seconds / ceilings[name] if name in ceilings else None
 
 
-def most_possible(benchmark: Benchmark, measure: Measure, ceilings: Ceilings) -> float | None:
-    """What that value would be at the ceiling that binds: a goal above it cannot be met."""
+def best_value(benchmark: Benchmark, measure: Measure, ceilings: Ceilings) -> float | None:
+    """What that value would be at the ceiling that binds."""
     bound = binding(benchmark, ceilings)
-    if bound is None or measure == "seconds":
-        return bound and bound[1]
-    name = {"bound": bound[0], "copy": COPY, "rate": benchmark.rate}[measure]
-    done = benchmark.num_bytes if name == COPY else benchmark.flops
-    return done / bound[1] / ceilings[name]
+    return bound and value_of(replace(benchmark, seconds=bound[1]), measure, ceilings)
 
 
 def verdicts(benchmarks: Sequence[Benchmark], ceilings: Ceilings) -> list[Verdict]:
-    """One for each goal."""
-    return [_verdict(key, goal, benchmarks, ceilings) for key, goal in GOALS.items()]
-
-
-def _verdict(key: str, goal: Goal, benchmarks: Sequence[Benchmark], ceilings: Ceilings) -> Verdict:
-    found = [
-        (value, one.shape)
-        for one in benchmarks
-        if one.goal == key and (value := value_of(one, goal.measure, ceilings)) is not None
+    """One for each benchmark that speaks to a goal; one for a goal that none speaks to."""
+    return [
+        verdict
+        for key, goal in GOALS.items()
+        for verdict in _verdicts(goal, [one for one in benchmarks if one.goal == key], ceilings)
     ]
+
+
+def _verdicts(goal: Goal, found: Sequence[Benchmark], ceilings: Ceilings) -> list[Verdict]:
     if not found:
-        return Verdict(goal, None, "")
-    worst = max(found) if goal.measure == "seconds" else min(found)
-    return Verdict(goal, *worst)
+        return [Verdict(goal, "", None, None)]
+    return [
+        Verdict(
+            goal,
+            one.shape,
+            value_of(one, goal.measure, ceilings),
+            best_value(one, goal.measure, ceilings),
+        )
+        for one in found
+    ]

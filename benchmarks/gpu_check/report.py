@@ -7,11 +7,8 @@ from collections.abc import Iterable, Sequence
 from gpu_check.goals import (
     Ceilings,
     Measure,
-    Verdict,
     binding,
     ceilings_of,
-    most_possible,
-    value_of,
     verdicts,
 )
 from gpu_check.rows import Benchmark, Ceiling, Check, Note, Results, rows_of
@@ -28,7 +25,7 @@ def markdown(results: Results) -> str:
     parts = [
         _head(results),
         _problems(results),
-        _table("Goals", ("goal", "wanted", "found", "at most", "verdict", "worst at"),
+        _table("Goals", ("goal", "at", "wanted", "found", "possible", ""),
                _goals(benchmarks, ceilings)),
         _table("Ceilings", ("ceiling", "measured", "how"), map(_ceiling, rows)),
         _table("Times", ("work", "shape", "type", "time", "GB/s", "TFLOP/s", "binds", "share",
@@ -100,11 +97,11 @@ def _goals(benchmarks: Sequence[Benchmark], ceilings: Ceilings) -> Iterable[Sequ
         sign = "<=" if goal.measure == "seconds" else ">="
         yield (
             goal.text,
+            verdict.where or "-",
             f"{sign} {_amount(goal.limit, goal.measure)}{_WHAT[goal.measure]}",
             _amount(verdict.value, goal.measure),
-            _possible(verdict, benchmarks, ceilings),
+            _amount(verdict.most_possible, goal.measure),
             verdict.text,
-            verdict.where or "-",
         )
 
 
@@ -114,15 +111,6 @@ _WHAT: dict[Measure, str] = {
     "rate": " of the dense rate",
     "seconds": "",
 }
-
-
-def _possible(verdict: Verdict, benchmarks: Sequence[Benchmark], ceilings: Ceilings) -> str:
-    """What the ceilings allow where the goal was worst."""
-    measure = verdict.goal.measure
-    for one in benchmarks:
-        if one.shape == verdict.where and value_of(one, measure, ceilings) == verdict.value:
-            return _amount(most_possible(one, measure, ceilings), measure)
-    return "-"
 
 
 def _amount(value: float | None, measure: Measure) -> str:
