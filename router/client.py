@@ -39,19 +39,25 @@ GRACE_S = 2.0
 
 
 class MoeClient(Protocol):
-    """What the layer loop needs of the routed experts; RouterWorker and RouterClient are such."""
+    """What the layer loop needs of the routed experts; RouterWorker, RouterClient and LocalMoe are
+    such.
+
+    x is [T, d] float32 or bfloat16 on the host. A client with `accepts_device` takes it on the
+    device as well; one with `capturable` waits neither for the host nor for the device, so that its
+    calls may be part of a captured graph.
+    """
 
     @property
     def num_renormalised(self) -> int:
         """Grows with every result that lacks experts."""
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
-        """Send x [T, d] float32 on its way; x must not change until `finish`. deadline_s: seconds
-        from now that it may take, if that is less than the configured ones."""
+        """Send x on its way; it must not change until `finish`. deadline_s: seconds from now that
+        it may take, if that is less than the configured ones."""
 
     def finish(self, ticket: Any) -> Tensor:
-        """The routed experts' output [T, d] float32. Raises RouterError, of which Unavailable at
-        the deadline."""
+        """The routed experts' output [T, d], summed in float32, where x lies: float32, or the dtype
+        of x if another process summed. Raises RouterError, of which Unavailable at the deadline."""
 
 
 @dataclass(slots=True, eq=False)
@@ -141,11 +147,12 @@ class RouterClient:
         self._last_error = "no router in the snapshot"
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Ticket:
-        """Send x [T, d] float32; deadline_s: see MoeClient. Never waits for a router: what cannot
-        be sent now is sent in `finish`."""
+        """Send x [T, d]; deadline_s: see MoeClient. Never waits for a router: what cannot be sent
+        now is sent in `finish`."""
         now_s, limit_s = self._clock(), self._deadline_s
         until_s = now_s + (limit_s if deadline_s is None else min(limit_s, deadline_s))
-        per_frame = min(self._limits.max_rows, self._limits.max_payload_bytes // (4 * x.shape[1]))
+        row_bytes = x.itemsize * x.shape[1]
+        per_frame = min(self._limits.max_rows, self._limits.max_payload_bytes // row_bytes)
         starts = range(0, x.shape[0], max(1, per_frame))
         parts = [_Part(layer, x[start : start + per_frame].contiguous()) for start in starts]
         ticket = Ticket(layer, (x.shape[0], x.shape[1]), now_s, until_s, parts)
@@ -242,7 +249,7 @@ class RouterClient:
         elif frame.rows is None or frame.rows.shape != part.x.shape:
             self._fail(line, "it answered rows of another shape")
         else:
-            part.rows = frame.rows.float()
+            part.rows = frame.rows.to(part.x.dtype)
             self.num_renormalised += bool(frame.flags & RENORMALISED)
             self._quarantine.absolve(line.worker_id)
 
