@@ -16,12 +16,14 @@ class AttentionConfig(BaseModel):
     """Requests that run at the same time; more wait."""
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=65536)] = 512
     """Token budget of a step: decodes first, the rest for prompt chunks."""
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Tokens of a cache block: the unit of allocation and of prefix sharing."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Tokens of a cache block: the unit of allocation and of prefix sharing. None: 16 on the CPU,
+    64 on a GPU."""
     num_kv_blocks: Annotated[int, Field(ge=1)] | None = None
     """Blocks of the cache; None: as many as kv_cache_bytes holds."""
-    kv_cache_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
-    """Memory of the cache, all layers together; used when num_kv_blocks is None."""
+    kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Memory of the cache, all layers together; used when num_kv_blocks is None. None: 512 MiB on
+    the CPU, on a GPU what gpu_memory_utilization leaves beside the weights."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     """auto: float32 on the CPU, bfloat16 on a GPU. fp8, on a GPU only: values of 8 bits with a
     scale for each 128 of them, the rotated key in bfloat16."""

@@ -45,6 +45,8 @@ from cluster.members import (
 from experts.kernels.runtime import configure_threads
 
 ENDPOINT_TIMEOUT_S = 5.0
+ONE_HOST = ("unix", "shm", "cuda")
+"""Channels whose endpoints are sockets in a folder."""
 PACKAGES = ("experts", "router", "attention", "cluster")
 
 
@@ -52,8 +54,10 @@ def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
     """The application of a configuration. Raises ConfigError."""
     config = args if isinstance(args, ShoalConfig) else parse_config(args)
     config = divide_gpus(config, None).config
-    if config.channel == "unix" and config.runtime_dir is None:
-        raise ConfigError("runtime_dir = None: channel unix needs a folder for its sockets")
+    if config.channel in ONE_HOST and config.runtime_dir is None:
+        raise ConfigError(
+            f"runtime_dir = None: channel {config.channel} needs a folder for its sockets"
+        )
     secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32))
     directory = _deploy("Placement", PlacementReplica, config.placement)
     placement = directory.bind(config, secret)
@@ -112,21 +116,26 @@ def _worker_id(role: str) -> str:
     return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
 
 
-def _endpoint_for(config: ShoalConfig) -> Callable[[str], str]:
-    """Where a worker of this node listens."""
-    if config.channel == "tcp":
-        address = ray.util.get_node_ip_address()
-        return lambda worker_id: f"tcp:{address}:0"
-    folder = Path(config.runtime_dir or "")
-    return lambda worker_id: f"unix:{folder / worker_id}.sock"
+def _endpoint_for(config: ShoalConfig, takes_rows: bool) -> Callable[[str], str]:
+    """Where a worker of this node listens. takes_rows: whether hidden states come in, the only
+    thing that other memory than the socket's is worth while for."""
+    if config.channel in ONE_HOST:
+        folder = Path(config.runtime_dir or "")
+        scheme = config.channel if takes_rows else "unix"
+        return lambda worker_id: f"{scheme}:{folder / worker_id}.sock"
+    address = ray.util.get_node_ip_address()
+    scheme = config.channel if takes_rows else "tcp"
+    return lambda worker_id: f"{scheme}:{address}:0"
 
 
-def _site(config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> Site:
+def _site(
+    config: ShoalConfig, secret: bytes, placement: DeploymentHandle, takes_rows: bool = False
+) -> Site:
     def directory() -> str:
         return str(placement.endpoint.remote().result(timeout_s=ENDPOINT_TIMEOUT_S))
 
     node = ray.get_runtime_context().get_node_id()
-    return Site(config, secret, directory, _endpoint_for(config), node)
+    return Site(config, secret, directory, _endpoint_for(config, takes_rows), node)
 
 
 def _log_with_serve() -> None:
@@ -158,7 +167,7 @@ class PlacementReplica(Replica):
 
     def __init__(self, config: ShoalConfig, secret: bytes) -> None:
         super().__init__()
-        endpoint = _endpoint_for(config)(_worker_id("placement"))
+        endpoint = _endpoint_for(config, takes_rows=False)(_worker_id("placement"))
         self._member = PlacementMember(config, secret, endpoint)
 
     def endpoint(self) -> str:
@@ -174,7 +183,8 @@ class ExpertReplica(Replica):
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
         super().__init__()
         configure_threads(config.threads("experts"))
-        self._member = ExpertMember(_site(config, secret, placement), _worker_id("experts"))
+        site = _site(config, secret, placement, takes_rows=True)
+        self._member = ExpertMember(site, _worker_id("experts"))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What ExpertLoadPolicy decides by; Serve asks about once a second."""
@@ -187,7 +197,8 @@ class RouterReplica(Replica):
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
         super().__init__()
         configure_threads(1)
-        self._member = RouterMember(_site(config, secret, placement), _worker_id("router"))
+        site = _site(config, secret, placement, takes_rows=True)
+        self._member = RouterMember(site, _worker_id("router"))
 
 
 class AttentionReplica(Replica):

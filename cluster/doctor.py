@@ -32,7 +32,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, cheap ones first."""
-    return [_python(), *_versions(), _memory(), _shm(), *_ports(), _kernels(), _gpus(), _token()]
+    return [_python(), *_versions(), _memory(), _shm(), *_ports(), _kernels(), _device(), _token()]
 
 
 def _python() -> Finding:
@@ -89,13 +89,17 @@ def _kernels() -> Finding:
     return Finding("CPU kernels", "ok" if found.compiled else "warning", found.reason)
 
 
-def _gpus() -> Finding:
+def _device() -> Finding:
+    """What `device: auto` is on this machine, and why."""
     import torch
 
-    if not torch.cuda.is_available():
-        return Finding("GPU", "ok", "none: everything runs on the CPU")
-    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return Finding("GPU", "ok", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
+    from experts.device import open_device
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = open_device("auto")
+    more = f", {count} of them" if count > 1 else ""
+    slow = chosen.is_cuda and chosen.kernels != "triton"
+    return Finding("device", "warning" if slow else "ok", f"{chosen.reason}{more}")
 
 
 def _token() -> Finding:

@@ -248,7 +248,12 @@ class RouterMember:
     def __init__(self, site: Site, worker_id: str) -> None:
         board = SnapshotBoard()
         self.worker = RouterWorker.open(
-            site.open_checkpoint(), board, site.secret, site.config.router_worker, name=worker_id
+            site.open_checkpoint(),
+            board,
+            site.secret,
+            site.config.router_worker,
+            name=worker_id,
+            device=site.open_device("router"),
         )
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         register = site.register("router", worker_id, endpoint)
@@ -268,9 +273,9 @@ class AttentionMember:
 
     def __init__(self, site: Site, worker_id: str) -> None:
         board = SnapshotBoard()
-        checkpoint = site.open_checkpoint()
-        self._moe = _way_to_the_experts(site, worker_id, checkpoint, board)
-        self.worker = AttentionWorker(checkpoint, self._moe, site.config.engine)
+        checkpoint, device = site.open_checkpoint(), site.open_device("attention")
+        self._moe = _way_to_the_experts(site, worker_id, checkpoint, board, device)
+        self.worker = AttentionWorker(checkpoint, self._moe, site.config.engine, device=device)
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         register = site.register("attention", worker_id, endpoint)
         self._line = DirectoryClient(
@@ -302,11 +307,20 @@ def _commanded(line: DirectoryClient, role: Role) -> float:
 
 
 def _way_to_the_experts(
-    site: Site, worker_id: str, checkpoint: Checkpoint, board: SnapshotBoard
+    site: Site,
+    worker_id: str,
+    checkpoint: Checkpoint,
+    board: SnapshotBoard,
+    device: ComputeDevice,
 ) -> RouterClient | RouterWorker:
+    """device: of the attention worker, whose router computes there too unless told not to."""
     settings = site.config.router_worker
     if site.config.router.mode == "inline":
-        return RouterWorker.open(checkpoint, board, site.secret, settings, name=worker_id)
+        if site.config.router.device == "cpu":
+            device = host_device()
+        return RouterWorker.open(
+            checkpoint, board, site.secret, settings, name=worker_id, device=device
+        )
     return RouterClient(
         board,
         site.secret,

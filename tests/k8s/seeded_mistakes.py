@@ -496,9 +496,16 @@ PLACEMENT = (
     ),
     Mistake(
         "GPUs for nobody",
-        _args("experts", num_gpus=0),
+        _args("experts", device="auto", num_gpus=0),
         "args.experts.num_gpus",
         "num_gpus 0",
+        "num_gpus: 1",
+    ),
+    Mistake(
+        "a GPU to compute on and none reserved",
+        _args("experts", num_gpus=None),
+        "args.experts",
+        "experts shall compute on a GPU and reserves none",
         "num_gpus: 1",
     ),
     Mistake(

@@ -101,18 +101,6 @@ def test_secrets_made_elsewhere_are_notes_only() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("preset", "tiers"), [("cpu-dev", []), ("gpu-small", ["Attention", "Experts"])]
-)
-def test_a_note_says_which_tiers_do_not_compute_on_their_gpus_yet(
-    preset: str, tiers: list[str]
-) -> None:
-    objects = [Located(FILE, each) for each in render(deploy_config(preset))]
-    told = [note for note in list_notes(objects) if "GPU back ends" in note.message]
-    assert [note.message.split()[0] for note in told] == tiers
-    assert all("OOMKilled" in note.fix for note in told)
-
-
 def test_memory_is_looked_at_only_where_the_model_is_known() -> None:
     objects = Objects(list(good()))
     objects.pod()["nodeSelector"]["nvidia.com/gpu.product"] = "NVIDIA-L40S"

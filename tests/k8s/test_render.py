@@ -87,6 +87,7 @@ class TestApplication:
         config = deployment("gpu-large")  # 4 to 6 pods of 8 GPUs
         attention = application_args(config)["attention"]
         assert (attention["num_workers"], attention["num_gpus"]) == (32, 1)
+        assert attention["device"] == "cuda"
         assert attention["scaling"] == {"min_workers": 32, "max_workers": 48, "follows_load": True}
         attention_group = group(config, "attention")
         assert [attention_group[f"{bound}Replicas"] for bound in ("min", "max")] == [4, 6]

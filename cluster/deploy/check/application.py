@@ -17,8 +17,9 @@ from cluster.deploy.check.schemas import shown
 from cluster.deploy.check.serve_model import ServeConfig
 from cluster.deploy.check.typed import typed_findings
 from cluster.deploy.check.yaml_nodes import explain, parse_yaml
-from cluster.deploy.manifests.serve_config import IMPORT_PATH
+from cluster.deploy.manifests.serve_config import BETWEEN_PODS, IMPORT_PATH
 from cluster.field_names import suggest
+from cluster.gpus import WORKER_TIERS
 
 OUR_SERVICER = GRPC_SERVICERS[0]
 DEFAULT_PORTS = {"serve": 8000, "serve-grpc": 9000}
@@ -104,10 +105,11 @@ def _deployments(app: Node, config: ShoalConfig) -> tuple[Deployment, ...]:
     attention, experts, router = config.attention, config.experts, config.router
     found = [deployment("Ingress", *[config.ingress.num_workers] * 2), deployment("Placement")]
     if router.mode == "deployment":
-        found.append(deployment("Router", router.num_workers, router.num_workers))
+        size = (router.num_workers, router.num_workers, router.num_gpus or 0)
+        found.append(deployment("Router", *size))
     for name, tier in (("Attention", attention), ("Experts", experts)):
         most = tier.scaling.max_workers if tier.scaling else tier.num_workers
-        found.append(deployment(name, tier.num_workers, most, tier.num_gpus))
+        found.append(deployment(name, tier.num_workers, most, tier.num_gpus or 0))
     return tuple(found)
 
 
@@ -151,8 +153,12 @@ def _override_findings(app: Node, deployments: tuple[Deployment, ...]) -> Iterat
 
 
 def _settings_findings(args: Node, config: ShoalConfig) -> Iterator[Finding]:
-    if config.channel != "tcp":
+    if config.channel not in BETWEEN_PODS:
         message = f"channel {config.channel} joins processes of one machine only"
-        yield args["channel"].finding(message, "write channel: tcp")
+        yield args["channel"].finding(message, "write channel: tcp, or nixl")
+    for tier in WORKER_TIERS:
+        if config.device_of(tier) == "cuda" and getattr(config, tier).num_gpus is None:
+            message = f"{tier} shall compute on a GPU and reserves none"
+            yield args[tier].finding(message, "write num_gpus: 1, or a part of one")
     if config.runtime_dir is not None:
         yield args["runtime_dir"].finding("only channel unix has such a folder", "remove it")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from cluster.deploy.check.application import read_application
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.operator_rules import operator_findings
-from cluster.deploy.check.placement import gpu_notes, placement_findings
+from cluster.deploy.check.placement import placement_findings
 from cluster.deploy.check.pod_rules import metadata_findings, pod_findings
 from cluster.deploy.check.ray_cluster import groups
 from cluster.deploy.check.ray_pods import (
@@ -51,14 +51,8 @@ def check_manifests(
 
 
 def list_notes(located: Iterable[Located]) -> list[Finding]:
-    """No mistakes: what the objects name and somebody else has to make, such as Secrets, and what
-    Shoal cannot do yet."""
-    sound = [each for each in located if not each.faults and not shape_faults(each)]
-    found = notes(sound)
-    for each in sound:
-        app = read_application(each.root)[0] if each.kind == "RayService" else None
-        found += gpu_notes(app) if app else []
-    return found
+    """No mistakes: what the objects name and somebody else has to make, such as Secrets."""
+    return notes([each for each in located if not each.faults and not shape_faults(each)])
 
 
 def _service_findings(located: Located, sizes: ModelSizes | None) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attention.memory import block_size, cache_bytes_per_token, cache_dtype
 from cluster.deploy.check.application import Application, Deployment
 from cluster.deploy.check.finding import Finding
 from cluster.deploy.check.ray_cluster import Group
@@ -28,17 +29,6 @@ def placement_findings(
         yield from _coverage(app, sizes)
         for group in workers:
             yield from _memory(app, group, sizes)
-
-
-def gpu_notes(app: Application) -> Iterator[Finding]:
-    """What GPUs are asked for and not yet computed on."""
-    for deployment in (each for each in app.deployments if each.num_gpus):
-        message = (
-            f"{deployment.name} still computes on the CPU, GPU back ends are not there yet: its "
-            "weights and cache go into the pod's memory, which is sized for its processes only"
-        )
-        fix = "expect OOMKilled; preset cpu-dev is what works today"
-        yield deployment.settings["num_gpus"].finding(message, fix)
 
 
 def _somewhere_to_run(
@@ -171,5 +161,6 @@ def _slots(app: Application, sizes: ModelSizes) -> int:
 def _cache_bytes(app: Application, sizes: ModelSizes) -> int:
     engine = app.config.attention.engine
     if engine.num_kv_blocks is None:
-        return engine.kv_cache_bytes
-    return engine.num_kv_blocks * engine.block_size * sizes.cache_bytes_per_token()
+        return engine.kv_cache_bytes or 0  # what the weights leave
+    per_token = cache_bytes_per_token(sizes.config, cache_dtype(engine, on_gpu=True))
+    return engine.num_kv_blocks * block_size(engine, on_gpu=True) * per_token

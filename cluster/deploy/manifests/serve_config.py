@@ -19,6 +19,8 @@ from cluster.deploy.sections import WorkerGroup
 from cluster.deploy.sizing import Sizing
 
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - of a pod, whose network decides who reaches it
+BETWEEN_PODS = ("tcp", "nixl")
+"""Channels that cross machines."""
 IMPORT_PATH = "cluster.app:build_app"
 
 
@@ -65,8 +67,11 @@ def _check(args: dict[str, Any]) -> None:
         checked = parse_config(args)
     except ConfigError as error:
         raise ConfigError(f"settings: {error}") from None
-    if checked.channel != "tcp":
-        raise ConfigError(f"settings.channel = {checked.channel!r}: pods need tcp, remove it")
+    if checked.channel not in BETWEEN_PODS:
+        raise ConfigError(
+            f"settings.channel = {checked.channel!r}: joins processes of one machine, pods need "
+            f"{' or '.join(BETWEEN_PODS)}"
+        )
 
 
 def _model(config: DeployConfig) -> dict[str, Any]:
@@ -93,11 +98,10 @@ def _shares(tier: Tier, pods: int, per_pod: int) -> dict[str, Any]:
 
 def _tier(group: WorkerGroup) -> dict[str, Any]:
     """Sizes of a tier; its bounds are the worker group's, so that no replica waits for ever."""
-    place = {} if group.gpu else {"max_per_node": group.workers_of_a_pod}
+    cpus_only = {"max_per_node": group.workers_of_a_pod, "num_gpus": 0}
     return {
         "num_workers": group.num_workers,
-        **place,
-        "num_gpus": 1 if group.gpu else 0,
+        **({"device": "cuda", "num_gpus": 1} if group.gpu else cpus_only),
         # In a pod the number of cores is the node's: threads would be many times too many.
         "num_threads": max(1, math.floor(group.cpus / group.workers_of_a_pod)),
         "scaling": {

@@ -1,0 +1,106 @@
+"""Where a process computes: every way to the CPU has a reason, `cuda` never falls back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experts.device import (
+    ComputeDevice,
+    CudaProbe,
+    DeviceError,
+    choose_device,
+    open_device,
+    probe_cuda,
+)
+
+H200 = CudaProbe(name="NVIDIA H200", capability=(9, 0), num_sms=132, total_bytes=141_000_000_000)
+A100 = CudaProbe(name="NVIDIA A100", capability=(8, 0), num_sms=108, total_bytes=80_000_000_000)
+T4 = CudaProbe(name="Tesla T4", capability=(7, 5), num_sms=40, total_bytes=16_000_000_000)
+NO_CUDA = CudaProbe("this torch was built without CUDA")
+
+
+def test_auto_takes_a_gpu_that_can_be_used() -> None:
+    chosen = choose_device("auto", H200)
+    assert chosen == ComputeDevice(
+        torch.device("cuda", 0),
+        torch.bfloat16,
+        "triton",
+        "NVIDIA H200, Triton kernels",
+        fp8_matmul=True,
+        num_sms=132,
+        total_bytes=141_000_000_000,
+    )
+    assert chosen.is_cuda and not chosen.is_host
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (NO_CUDA, "CPU: this torch was built without CUDA"),
+        (T4, "CPU: Tesla T4 has compute capability 7.5, the kernels need 8.0"),
+    ],
+)
+def test_auto_falls_back_and_says_why(probe: CudaProbe, reason: str) -> None:
+    chosen = choose_device("auto", probe)
+    assert chosen.is_host and not chosen.is_cuda
+    assert (chosen.reason, chosen.dtype, chosen.total_bytes) == (reason, torch.float32, 0)
+
+
+@pytest.mark.parametrize(
+    ("probe", "why"),
+    [
+        (NO_CUDA, "this torch was built without CUDA"),
+        (T4, "Tesla T4 has compute capability 7.5, the kernels need 8.0"),
+    ],
+)
+def test_cuda_never_falls_back(probe: CudaProbe, why: str) -> None:
+    with pytest.raises(DeviceError) as raised:
+        choose_device("cuda", probe)
+    assert str(raised.value) == f"device cuda: {why}; use --device cpu, or auto"
+
+
+def test_cpu_is_taken_although_there_is_a_gpu() -> None:
+    assert choose_device("cpu", H200).reason == "CPU: asked for"
+
+
+@pytest.mark.parametrize(
+    ("triton_missing", "kernels", "reason"),
+    [
+        ("no module named triton", "", "NVIDIA H200, plain torch (no module named triton)"),
+        ("", "torch", "NVIDIA H200, plain torch (SHOAL_KERNELS=torch)"),
+    ],
+)
+def test_twins_run_where_triton_cannot_or_shall_not(
+    triton_missing: str, kernels: str, reason: str
+) -> None:
+    chosen = choose_device("auto", replace(H200, triton_missing=triton_missing), kernels)
+    assert (chosen.kernels, chosen.reason, chosen.is_cuda) == ("torch", reason, True)
+
+
+def test_fp8_is_multiplied_as_it_is_only_where_there_are_instructions_for_it() -> None:
+    assert not choose_device("auto", A100).fp8_matmul
+    assert choose_device("auto", H200).fp8_matmul
+
+
+@pytest.mark.parametrize(("share", "num_bytes"), [(0.25, 20e9), (1, 80e9), (2, 80e9)])
+def test_a_share_of_a_gpu_is_a_share_of_its_memory(share: float, num_bytes: float) -> None:
+    assert choose_device("cuda", A100, share=share).total_bytes == num_bytes
+
+
+def test_the_choice_of_this_process_is_logged_with_what_it_may_see(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with caplog.at_level(logging.INFO, "experts.device"):
+        chosen = open_device("cpu")
+    assert chosen.is_host
+    assert caplog.messages == ["device: CPU: asked for (CUDA_VISIBLE_DEVICES=3)"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_is_named() -> None:
+    assert probe_cuda().missing == "this torch was built without CUDA"
