@@ -120,3 +120,12 @@ def experts_touched(shape: ModelShape, tokens: int) -> float:
     """Expected experts of a layer that evenly routed tokens need."""
     experts, chosen = shape.n_routed_experts, shape.num_experts_per_tok
     return float(experts * (1 - (1 - chosen / experts) ** tokens))
+
+
+def prefill(shape: ModelShape, batch: int, length: int) -> Work:
+    """Whole prompts in bfloat16, logits of the last token of each: every weight is read once."""
+    step = decode_step(shape, 1, 0, shape.n_routed_experts)
+    head = shape.vocab_size * shape.hidden_size * 2
+    core = mla_prefill(shape, length, length)
+    products = batch * (length * (step.flops - head) + head)
+    return Work(step.num_bytes, products + batch * shape.num_hidden_layers * core.flops)

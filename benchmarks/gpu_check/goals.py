@@ -62,8 +62,11 @@ def ceilings_of(rows: Sequence[Ceiling]) -> dict[str, float]:
 
 
 def binding(benchmark: Benchmark, ceilings: Ceilings) -> tuple[str, float] | None:
-    """(the ceiling that binds, the seconds it allows); None if one of the two is not known."""
-    if COPY not in ceilings or (benchmark.flops and benchmark.rate not in ceilings):
+    """(the ceiling that binds, the seconds it allows); None if a ceiling is not known, and for
+    what is not bound by one."""
+    if not benchmark.num_bytes or COPY not in ceilings:
+        return None
+    if benchmark.flops and benchmark.rate not in ceilings:
         return None
     moving = (COPY, benchmark.num_bytes / ceilings[COPY])
     if not benchmark.flops:

@@ -126,7 +126,7 @@ def _ceiling(row: Ceiling) -> Sequence[str]:
 
 
 def _benchmark(one: Benchmark, ceilings: Ceilings) -> Sequence[str]:
-    bound, seconds = binding(one, ceilings), one.seconds
+    seconds = one.seconds
     others = ", ".join(f"{name} {_peer(time, seconds)}" for name, time in one.peers.items())
     return (
         one.kernel,
@@ -135,12 +135,21 @@ def _benchmark(one: Benchmark, ceilings: Ceilings) -> Sequence[str]:
         _time(seconds),
         _rate(one.num_bytes, 1e9, seconds),
         _rate(one.flops, 1e12, seconds),
-        bound[0] if bound else NOT_MEASURED,
-        f"{bound[1] / seconds:.0%}" if bound and seconds else NOT_MEASURED,
+        *_share(one, ceilings),
         _rate(one.tokens, 1.0, seconds),
         others or "-",
         one.note,
     )
+
+
+def _share(one: Benchmark, ceilings: Ceilings) -> tuple[str, str]:
+    """Which ceiling binds, and how much of it was reached."""
+    if not one.num_bytes:
+        return "-", "-"
+    bound = binding(one, ceilings)
+    if bound is None or one.seconds is None:
+        return NOT_MEASURED, NOT_MEASURED
+    return bound[0], f"{bound[1] / one.seconds:.0%}"
 
 
 def _rate(amount: int, unit: float, seconds: float | None) -> str:
