@@ -108,6 +108,13 @@ def scale_view(kv_cache: Tensor, layout: CacheLayout) -> Tensor:
     return kv_cache.view(torch.float32) if layout.is_fp8 else kv_cache
 
 
+def row_strides(layout: CacheLayout) -> tuple[int, int, int]:
+    """Elements from row to row in the cache, its `scale_view` and its `key_view`."""
+    if not layout.is_fp8:
+        return layout.width, layout.width, layout.width
+    return layout.width, layout.width // 4, layout.width // 2
+
+
 def read_rows(rows: Tensor, layout: CacheLayout) -> Tensor:
     """Rows of the cache [S, width], dequantised: [S, c + r] float32."""
     if not layout.is_fp8:

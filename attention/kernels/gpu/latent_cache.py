@@ -25,6 +25,7 @@ from attention.kernels.gpu.cache_layout import (
     encode_rows,
     key_view,
     read_rows,
+    row_strides,
     scale_view,
 )
 from attention.layers import LATENT_NORM_EPS, rms_norm_torch
@@ -141,7 +142,7 @@ def rotate_query_and_cache_latent(
     block_c = triton.next_power_of_2(c)
     _rotate_and_store_kernel[(num_tokens, triton.cdiv(num_heads, _BLOCK_H))](
         q, kv_a, kv_a_norm, rope, positions, slots, *_views(kv_cache, layout), LATENT_NORM_EPS,
-        num_heads, q.stride(0), q.stride(1), head - r, kv_a.stride(0), *_row_strides(layout),
+        num_heads, q.stride(0), q.stride(1), head - r, kv_a.stride(0), *row_strides(layout),
         LATENT=c, ROPE=r, SCALES_AT=layout.scales_at, KEY_AT=layout.key_at,
         FP8=layout.is_fp8, GROUP=min(GROUP, block_c), BLOCK_H=_BLOCK_H, BLOCK_C=block_c,
         BLOCK_PAIRS=triton.next_power_of_2(r // 2), num_warps=4,
@@ -184,7 +185,7 @@ def gather_latents(
     if not slots.shape[0]:
         return out
     _gather_kernel[(slots.shape[0],)](
-        *_views(kv_cache, layout), slots, out, *_row_strides(layout),
+        *_views(kv_cache, layout), slots, out, *row_strides(layout),
         LATENT=layout.latent, ROPE=layout.rope, SCALES_AT=layout.scales_at, KEY_AT=layout.key_at,
         FP8=layout.is_fp8, GROUP=GROUP, BLOCK_C=triton.next_power_of_2(layout.latent),
         BLOCK_R=triton.next_power_of_2(layout.rope), num_warps=2,
@@ -203,13 +204,6 @@ def gather_latents_torch(
 def _views(kv_cache: Tensor, layout: CacheLayout) -> tuple[Tensor, Tensor, Tensor]:
     """The cache as the kernels take it: for latents, scales and keys."""
     return kv_cache, scale_view(kv_cache, layout), key_view(kv_cache, layout)
-
-
-def _row_strides(layout: CacheLayout) -> tuple[int, int, int]:
-    """Elements from row to row in each of `_views`."""
-    if not layout.is_fp8:
-        return layout.width, layout.width, layout.width
-    return layout.width, layout.width // 4, layout.width // 2
 
 
 def _check(

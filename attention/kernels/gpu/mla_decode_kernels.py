@@ -1,0 +1,129 @@
+"""The two kernels of mla_decode.py: attention over a part of a context, and the merge of the parts.
+
+A program takes a tile of heads of one token through its part of the context, tile by tile of cached
+tokens, with a running maximum and sum (flash attention). A tile of latents [tokens, c] is loaded
+once: it is the keys of all heads of the program and, multiplied by the weights, their values.
+Statistics are base 2: p = 2^(score * log2(e) - maximum).
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attention.kernels.gpu.products import multiply_add
+from experts.kernels.gpu.fp8 import decode_e4m3
+
+
+@triton.jit
+def _slots(table, positions, stop, BLOCK_SIZE: tl.constexpr):
+    """Rows of the cache of a context's positions; of positions from `stop` on, row 0's block."""
+    block = tl.load(table + positions // BLOCK_SIZE, mask=positions < stop, other=0)
+    return block.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+@triton.jit
+def _dequantised(codes, scales, dtype: tl.constexpr, GROUP: tl.constexpr, NATIVE: tl.constexpr):
+    """codes [tokens, c] times scales [tokens, groups] of GROUP columns each -> dtype."""
+    values = codes.to(tl.float32) if NATIVE else decode_e4m3(codes, tl.float32)
+    groups = tl.reshape(values, (codes.shape[0], codes.shape[1] // GROUP, GROUP))
+    return tl.reshape((groups * scales[:, :, None]).to(dtype), codes.shape)
+
+
+@triton.jit
+def attend_part(
+    q_latent, q_pe, cache, scales, keys, block_tables, seq_ids, context_lens, out, lse, scale,
+    ql_token, ql_head, qp_token, qp_head, cache_row, scales_row, keys_row, max_blocks, num_heads,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, SCALES_AT: tl.constexpr, KEY_AT: tl.constexpr,
+    FP8: tl.constexpr, NATIVE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, SHARE_SCORES: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(num_heads, BLOCK_H)
+    token, part = (tl.program_id(0) // num_tiles).to(tl.int64), tl.program_id(1)
+    heads = tl.program_id(0) % num_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    columns, dims = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    q_mask = (heads[:, None] < num_heads) & (columns[None, :] < LATENT)
+    q_at = token * ql_token + heads[:, None] * ql_head + columns[None, :]
+    q = tl.load(q_latent + q_at, mask=q_mask, other=0.0)
+    pe_mask = (heads[:, None] < num_heads) & (dims[None, :] < ROPE)
+    pe_at = token * qp_token + heads[:, None] * qp_head + dims[None, :]
+    pe = tl.load(q_pe + pe_at, mask=pe_mask, other=0.0)
+
+    context = tl.load(context_lens + token)
+    table = block_tables + tl.load(seq_ids + token).to(tl.int64) * max_blocks
+    per_part = tl.cdiv(tl.cdiv(context, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    start = part * per_part
+    stop = tl.minimum(start + per_part, context)
+
+    maximum = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    mixed = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+    # The rows of a tile are looked up a tile ahead: the load of a tile needs not wait for them.
+    rows = _slots(table, start + tl.arange(0, BLOCK_N), stop, BLOCK_SIZE)
+    for first in tl.range(start, stop, BLOCK_N):
+        positions = first + tl.arange(0, BLOCK_N)
+        seen = positions < stop
+        mask = seen[:, None] & (columns[None, :] < LATENT)
+        latent_at = cache + rows[:, None] * cache_row + columns[None, :]
+        latents = tl.load(latent_at, mask=mask, other=0.0)
+        key_at = keys + rows[:, None] * keys_row + KEY_AT + dims[None, :]
+        key = tl.load(key_at, mask=seen[:, None] & (dims[None, :] < ROPE), other=0.0).to(pe.dtype)
+        if FP8:
+            groups = tl.arange(0, BLOCK_C // GROUP)
+            scale_at = scales + rows[:, None] * scales_row + SCALES_AT + groups[None, :]
+            scale_mask = seen[:, None] & (groups[None, :] * GROUP < LATENT)
+            scale_of = tl.load(scale_at, mask=scale_mask, other=0.0)
+            latents = _dequantised(latents, scale_of, q.dtype, GROUP, NATIVE)
+        rows = _slots(table, positions + BLOCK_N, stop, BLOCK_SIZE)
+
+        factor = maximum
+        weights = tl.broadcast_to(maximum[:, None], (BLOCK_H, BLOCK_N)).to(q.dtype)
+        if (not SHARE_SCORES) or first < stop:
+            scores = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+            scores = multiply_add(pe, tl.trans(key), scores)
+            scores = multiply_add(q, tl.trans(latents), scores)
+            scores = tl.where(seen[None, :], scores * scale, -float("inf"))
+            highest = tl.maximum(maximum, tl.max(scores, axis=1))
+            factor = tl.exp2(maximum - highest)
+            exponentials = tl.exp2(scores - highest[:, None])
+            total = total * factor + tl.sum(exponentials, axis=1)
+            maximum = highest
+            weights = exponentials.to(q.dtype)
+        mixed = multiply_add(weights, latents, mixed * factor[:, None])
+
+    at = (token * NUM_SPLITS + part) * num_heads + heads
+    total = tl.where(total == 0.0, 1.0, total)  # of a part without tokens
+    result = mixed / total[:, None]
+    out_at = out + at[:, None] * LATENT + columns[None, :]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=q_mask)
+    if NUM_SPLITS > 1:
+        tl.store(lse + at, maximum + tl.log2(total), mask=heads < num_heads)
+
+
+@triton.jit
+def merge_parts(
+    parts, lse, out, num_heads, LATENT: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = sum of parts * 2^lse / sum of 2^lse: parts [T, S, H, c], lse [T, S, H] base 2, -inf
+    for a part without tokens, which is not read; zeros if all are."""
+    token, head = tl.program_id(0).to(tl.int64) // num_heads, tl.program_id(0) % num_heads
+    columns = tl.arange(0, BLOCK_C)
+    first = token * NUM_SPLITS * num_heads + head
+    highest = -1e38  # finite: all parts may be empty
+    for part in tl.static_range(NUM_SPLITS):
+        highest = tl.maximum(highest, tl.load(lse + first + part * num_heads))
+    total, mixed = 0.0, tl.zeros((BLOCK_C,), tl.float32)
+    for part in tl.static_range(NUM_SPLITS):
+        at = first + part * num_heads
+        here = tl.load(lse + at)
+        width = tl.where(here > -float("inf"), LATENT, 0)
+        weight = tl.exp2(here - highest)
+        mixed += weight * tl.load(parts + at * LATENT + columns, mask=columns < width, other=0.0)
+        total += weight
+    result = mixed / tl.where(total == 0.0, 1.0, total)
+    target = out + (token * num_heads + head) * LATENT + columns
+    tl.store(target, result.to(out.dtype.element_ty), mask=columns < LATENT)
