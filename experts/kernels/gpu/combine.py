@@ -20,14 +20,20 @@ _BLOCK_COLUMNS: Final = 1024  # 8 float32 a thread of 4 warps: two 16-byte loads
 
 
 @triton.jit
-def _sum_kernel(pair_rows, row_starts, out, d, BLOCK: tl.constexpr):
+def _sum_kernel(pair_rows, row_starts, out, d, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """PER_ROW: pairs of every row; 0: row_starts says."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
-    start, stop = tl.load(row_starts + row), tl.load(row_starts + row + 1)
+    start, stop = row * PER_ROW, row * PER_ROW + PER_ROW
+    if PER_ROW == 0:
+        start, stop = (
+            tl.load(row_starts + row).to(tl.int64),
+            tl.load(row_starts + row + 1).to(tl.int64),
+        )
     total = tl.zeros((BLOCK,), tl.float32)
     for pair in range(start, stop):
-        total += tl.load(pair_rows + pair.to(tl.int64) * d + columns, inside, other=0.0)
+        total += tl.load(pair_rows + pair * d + columns, inside, other=0.0)
     tl.store(out + row * d + columns, total.to(out.dtype.element_ty), inside)
 
 
@@ -41,7 +47,17 @@ def sum_pairs(
     out = torch.empty(num_rows, d, dtype=out_dtype, device=pair_rows.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(d, _BLOCK_COLUMNS))
-        _sum_kernel[grid](pair_rows, row_starts, out, d, _BLOCK_COLUMNS, num_warps=4)
+        _sum_kernel[grid](pair_rows, row_starts, out, d, 0, _BLOCK_COLUMNS, num_warps=4)
+    return out
+
+
+def sum_parts(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """parts [T, S, d] float32 -> [T, d]: for a product whose inner dimension was split in S."""
+    num_rows, num_parts, d = parts.shape
+    out = torch.empty(num_rows, d, dtype=out_dtype, device=parts.device)
+    if num_rows:
+        grid = (num_rows, triton.cdiv(d, _BLOCK_COLUMNS))
+        _sum_kernel[grid](parts, None, out, d, num_parts, _BLOCK_COLUMNS, num_warps=4)
     return out
 
 

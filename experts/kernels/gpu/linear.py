@@ -6,21 +6,163 @@
 
 Plain weights go to torch's own product (cuBLAS), which picks its order of summation by the shape;
 with `deterministic`, and for fp8, the kernel here takes blocks that do not depend on the number of
-rows.
+rows. A few rows against a narrow weight would leave most of the GPU idle: the inner dimension is
+then split into parts, fixed by the weight's shape, whose sums are added in order.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import silu
+from typing import Final
 
-from experts.kernels.gpu.grouped_gemm import multiply_torch
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from experts.kernels.gpu.combine import sum_parts
+from experts.kernels.gpu.grouped_gemm import BLOCKS_SHARING_A_TILE, down_tile, multiply_torch
 from experts.kernels.gpu.quantise import (
     dequantise_blocks,
     dequantise_rows,
+    quantise_rows,
     quantise_rows_torch,
 )
+from experts.kernels.gpu.tile import (
+    PLAIN,
+    SCALED,
+    mode_of,
+    multiply_add,
+    operand,
+    tile_of_program,
+    zero_tile,
+)
+
+_FEW_ROWS: Final = 64
+_WANTED_PROGRAMS: Final = 256
+"""With few rows: about two for each multiprocessor of the large GPUs (108 to 148 of them)."""
+_MIN_PART: Final = 512  # channels; a shorter part is mostly filling and draining of its stages
+_SILU_COLUMNS: Final = 1024
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _linear_kernel(
+    x, x_scales, w, w_scales, out, num_rows, num_blocks, N, K, x_stride, part,
+    MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out [num_rows, parts, N]: sums over `part` channels each."""
+    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(N, COLUMNS), GROUP)
+    first, num_parts = tl.program_id(1) * part, tl.num_programs(1)
+    rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    is_row = rows < num_rows
+    x_at = x + rows[:, None] * x_stride + depth[None, :]
+    w_at = w + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth[None, :]
+    num_groups = tl.cdiv(K, 128)
+    total = zero_tile(ROWS, COLUMNS, SWAP)
+    for k in range(first, tl.minimum(first + part, K), DEPTH):
+        inside = depth[None, :] < K - k
+        x_tile = tl.load(x_at + k, inside & is_row[:, None], other=0.0)
+        w_tile = tl.load(w_at + k, inside, other=0.0)
+        x_scale, w_scale = 0.0, 0.0
+        if MODE == SCALED:
+            x_scale = tl.load(x_scales + rows * num_groups + k // 128, is_row, other=0.0)
+        if MODE != PLAIN:
+            w_scale = tl.load(w_scales + tile * COLUMNS // 128 * num_groups + k // 128)
+        total = multiply_add(total, x_tile, w_tile, x_scale, w_scale, MODE, SWAP)
+    if SWAP:
+        total = tl.trans(total)
+    out_at = out + (rows * num_parts + tl.program_id(1))[:, None] * N + columns[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), is_row[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up, out, f, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < f
+    gate = tl.load(gate_up + row * stride + columns, inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + f + columns, inside, other=0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * f + columns, result.to(out.dtype.element_ty), inside)
+
+
+def rows_of_block(num_rows: int, dtype: torch.dtype, *, deterministic: bool) -> int:
+    """As block_rows_for of the grouped product: 16 as long as reading the weight is all."""
+    if dtype == torch.float32:
+        return 32
+    if deterministic:
+        return 64
+    return 16 if num_rows <= 16 else 64 if num_rows <= 512 else 128
+
+
+def part_of(num_rows: int, num_tiles: int, length: int, *, deterministic: bool) -> int:
+    """Channels of a part: all of them unless few rows meet a narrow weight."""
+    if deterministic or num_rows > _FEW_ROWS:
+        return length
+    parts = min(triton.cdiv(_WANTED_PROGRAMS, num_tiles), max(1, length // _MIN_PART))
+    return int(triton.cdiv(triton.cdiv(length, parts), 128) * 128)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+    fp8_matmul: bool = False,
+) -> Tensor:
+    """x [T, K] bfloat16 or float32, rows contiguous; weight [N, K] in the dtype of x, or
+    float8_e4m3fn with scales [ceil(N/128), ceil(K/128)] float32. Returns [T, N] in out_dtype (that
+    of x if not given). fp8_matmul: fp8 weights meet quantised rows. deterministic: a row's bits do
+    not depend on the others."""
+    _check(x, weight, scales)
+    out_dtype = out_dtype or x.dtype
+    if scales is None and not deterministic:
+        return _multiply(x, weight, out_dtype)
+    x_scales = None
+    if scales is not None and fp8_matmul:
+        x, x_scales = quantise_rows(x)
+    (num_rows, length), width = x.shape, weight.shape[0]
+    block_rows = rows_of_block(num_rows, weight.dtype, deterministic=deterministic)
+    tile, mode = down_tile(block_rows, weight.dtype), mode_of(x, weight)
+    num_blocks, num_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(width, tile.columns)
+    part = part_of(num_rows, num_tiles, length, deterministic=deterministic)
+    parts = triton.cdiv(length, part)
+    kind = out_dtype if parts == 1 else torch.float32
+    out = torch.empty(num_rows, parts, width, dtype=kind, device=x.device)
+    if num_rows:
+        _linear_kernel[(num_blocks * num_tiles, parts)](
+            x, x_scales, operand(weight, mode), scales, out,
+            num_rows, num_blocks, width, length, x.stride(0), part,
+            mode, tile.swap, tile.rows, tile.columns, tile.depth, BLOCKS_SHARING_A_TILE,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out.squeeze(1) if parts == 1 else sum_parts(out, out_dtype)
+
+
+def _multiply(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """torch's product; bfloat16 operands with a float32 result are not rounded in between."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and out_dtype == torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=out_dtype)
+    return functional.linear(x, weight).to(out_dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2f] -> [T, f] in the same dtype; computed in float32."""
+    num_rows, f = gate_up.shape[0], gate_up.shape[1] // 2
+    if gate_up.ndim != 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
+        raise ValueError(f"gate_up must be rows [T, 2f], got {tuple(gate_up.shape)}")
+    out = torch.empty(num_rows, f, dtype=gate_up.dtype, device=gate_up.device)
+    if num_rows:
+        grid = (num_rows, triton.cdiv(f, _SILU_COLUMNS))
+        _silu_mul_kernel[grid](gate_up, out, f, gate_up.stride(0), _SILU_COLUMNS, num_warps=4)
+    return out
 
 
 def linear_torch(
@@ -44,7 +186,7 @@ def linear_torch(
 def silu_mul_torch(gate_up: Tensor) -> Tensor:
     """Plain-torch twin of the kernel: oracle and fall-back. Same argument as `silu_mul`."""
     gate, up = gate_up.float().chunk(2, dim=1)
-    return (silu(gate) * up).to(gate_up.dtype)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor | None) -> None:

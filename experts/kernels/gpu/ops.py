@@ -34,7 +34,15 @@ TWINS = ExpertOps(
     linear.linear_torch,
     linear.silu_mul_torch,
 )
-KERNELS = TWINS
+KERNELS = ExpertOps(
+    quantise.quantise_rows,
+    permute.sort_pairs,
+    grouped_gemm.gate_up_silu,
+    grouped_gemm.down,
+    combine.sum_pairs,
+    linear.linear,
+    linear.silu_mul,
+)
 
 
 def expert_ops(kernels: KernelKind) -> ExpertOps:

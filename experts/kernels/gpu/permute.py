@@ -7,7 +7,7 @@ from counts on the device and sizes from shapes only: the blocks that are not ne
     order          0 3 5 . | 1 . . . | 2 4 . . | . . . .    '.' = P: no pair; block_rows 4
     block_experts  0         2         7         -1         -1: unused
 
-Two kernels: every program counts the experts of its 512 pairs; then every program adds up all the
+Two kernels: every program counts the experts of its 256 pairs; then every program adds up all the
 counts (from the L2 cache) and writes its pairs, and its share of the padding. The sort is stable:
 the order of an expert's pairs is that of the batch.
 """
@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK: Final = 512
-"""Pairs of a program: 64 programs for 32k pairs, each reads 64 x 512 counts."""
-_STEP: Final = 64  # pairs, blocks or rows of counts looked at together: 32k numbers, 128 a thread
+_CHUNK: Final = 256
+"""Pairs of a program: 128 programs for 32k pairs, each reads 128 x 512 counts."""
+_STEP: Final = 16  # blocks or rows of counts looked at together: 8k numbers, 32 a thread
+_PAIR_STEP: Final = 32  # pairs compared with a chunk's together: 8k too
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,14 @@ def _count_kernel(
     tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), histogram)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_chunks", "num_blocks"])
 def _place_kernel(
-    expert_ids, counts, order, block_experts, num_pairs, limit, num_experts, num_blocks,
+    expert_ids, counts, order, block_experts, num_pairs, limit, num_experts, num_chunks, num_blocks,
     CHUNK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr,
+    PAIR_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Positions of a chunk's pairs, and this program's share of the blocks with their padding."""
-    chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
+    """Positions of a chunk's pairs; then a step of blocks with their padding."""
+    chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     steps = tl.arange(0, STEP)
     totals, before = tl.zeros((EXPERTS,), tl.int32), tl.zeros((EXPERTS,), tl.int32)
@@ -102,24 +104,22 @@ def _place_kernel(
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = _expert_of(expert_ids, pairs, num_pairs, limit, num_experts)
     position = tl.gather(starts + before, expert, axis=0)
-    for first in range(0, CHUNK, STEP):  # pairs of the same expert before each in its chunk
-        others = chunk * CHUNK + first + steps
+    for first in range(0, CHUNK, PAIR_STEP):  # pairs of the same expert before each in its chunk
+        others = chunk * CHUNK + first + tl.arange(0, PAIR_STEP)
         other = _expert_of(expert_ids, others, num_pairs, limit, num_experts)
         same = (other[None, :] == expert[:, None]) & (others[None, :] < pairs[:, None])
         position += tl.sum(same.to(tl.int32), axis=1)
     tl.store(order + position, pairs, pairs < num_pairs)
 
-    within = tl.arange(0, BLOCK_ROWS)
-    for first in range(chunk * STEP, num_blocks, num_chunks * STEP):
-        block = first + steps
-        owner = tl.sum((ends[None, :] <= block[:, None]).to(tl.int32), axis=1)
-        used = owner <= num_experts
-        tl.store(block_experts + block, tl.where(used, owner, -1), block < num_blocks)
-        mine = experts[None, :] == owner[:, None]
-        stop = tl.sum(tl.where(mine, (starts + totals)[None, :], 0), axis=1)
-        at = block[:, None] * BLOCK_ROWS + within[None, :]
-        padding = (at >= stop[:, None]) & (block < num_blocks)[:, None]
-        tl.store(order + at, tl.broadcast_to(num_pairs, at.shape), padding)
+    block = chunk * STEP + steps
+    owner = tl.sum((ends[None, :] <= block[:, None]).to(tl.int32), axis=1)
+    is_block = block < num_blocks
+    tl.store(block_experts + block, tl.where(owner <= num_experts, owner, -1), is_block)
+    mine = experts[None, :] == owner[:, None]
+    stop = tl.sum(tl.where(mine, (starts + totals)[None, :], 0), axis=1)
+    at = block[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
+    padding = (at >= stop[:, None]) & is_block[:, None]
+    tl.store(order + at, tl.broadcast_to(num_pairs, at.shape), padding)
 
 
 def sort_pairs(
@@ -139,9 +139,10 @@ def sort_pairs(
         _count_kernel[(num_chunks,)](
             expert_ids, counts, size, num_pairs, num_experts, _CHUNK, bins, num_warps=4
         )
-        _place_kernel[(num_chunks,)](
-            expert_ids, counts, order, block_experts, size, num_pairs, num_experts, num_blocks,
-            _CHUNK, bins, block_rows, _STEP, num_warps=8,
+        _place_kernel[(max(num_chunks, triton.cdiv(num_blocks, _STEP)),)](
+            expert_ids, counts, order, block_experts,
+            size, num_pairs, num_experts, num_chunks, num_blocks,
+            _CHUNK, bins, block_rows, _STEP, _PAIR_STEP, num_warps=8,
         )  # fmt: skip
     return SortedPairs(order, block_experts)
 

@@ -45,9 +45,7 @@ class Tile(NamedTuple):
 @triton.jit
 def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
     """A tile of zeros, float32."""
-    if SWAP:
-        return tl.zeros((COLUMNS, ROWS), tl.float32)
-    return tl.zeros((ROWS, COLUMNS), tl.float32)
+    return tl.zeros((COLUMNS if SWAP else ROWS, ROWS if SWAP else COLUMNS), tl.float32)
 
 
 @triton.jit
@@ -62,13 +60,16 @@ def multiply_add(total, x, w, x_scale, w_scale, MODE: tl.constexpr, SWAP: tl.con
     if SWAP:
         x, w = w, x
     if MODE == PLAIN:
-        return tl.dot(x, tl.trans(w), total, input_precision="ieee")
-    product = tl.dot(x, tl.trans(w), input_precision="ieee")
-    if MODE == DECODED:
-        return total + product * w_scale
-    if SWAP:
-        return total + product * (x_scale * w_scale)[None, :]
-    return total + product * (x_scale * w_scale)[:, None]
+        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+    else:
+        product = tl.dot(x, tl.trans(w), input_precision="ieee")
+        if MODE == DECODED:
+            total += product * w_scale
+        elif SWAP:
+            total += product * (x_scale * w_scale)[None, :]
+        else:
+            total += product * (x_scale * w_scale)[:, None]
+    return total
 
 
 @triton.jit
