@@ -66,7 +66,7 @@ class DeviceCompute(HostRows):
         return ids.astype(np.int64), weights
 
     def pick(self, x: Tensor, indices: Sequence[Int64s]) -> Iterable[Tensor]:
-        if not self._is_here(x):
+        if not indices or not self._is_here(x):
             return super().pick(x, indices)
         index = np.concatenate(indices).astype(np.int32)
         (on_device,) = self._staging.to_device(torch.from_numpy(index))

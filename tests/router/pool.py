@@ -14,6 +14,7 @@ from torch import Tensor
 from experts.channel.channel import Connection, Server
 from experts.channel.frame import Frame
 from experts.checkpoint import Checkpoint
+from experts.device import ComputeDevice
 from experts.messages import Snapshot, WorkerInfo
 from experts.placement.space import ExpertKey
 from experts.snapshots import SnapshotBoard
@@ -78,12 +79,15 @@ class Pool:
         checkpoint: Checkpoint,
         held: Mapping[str, set[ExpertKey]],
         folder: Path | None = None,
+        devices: Mapping[str, ComputeDevice] | None = None,
     ) -> None:
+        """devices: of the workers that do not compute on the host."""
         self.checkpoint = checkpoint
         self.board = SnapshotBoard()
         self.workers: dict[str, StoppableWorker] = {}
         self.claims: dict[str, set[ExpertKey]] = {}
         self._folder = folder
+        self._devices = devices or {}
         self._endpoints: dict[str, str] = {}
         self._servers: list[Server] = []
         self._routers: list[RouterWorker] = []
@@ -93,7 +97,12 @@ class Pool:
 
     def add(self, worker_id: str, experts: set[ExpertKey]) -> StoppableWorker:
         """Start a worker; `publish` makes it known."""
-        worker = StoppableWorker(self.checkpoint, worker_id, num_slots=len(experts) + 8)
+        worker = StoppableWorker(
+            self.checkpoint,
+            worker_id,
+            num_slots=len(experts) + 8,
+            device=self._devices.get(worker_id),
+        )
         worker.load(experts)
         self._endpoints[worker_id] = worker.start(self._new_endpoint(worker_id), SECRET)
         self.workers[worker_id] = worker
@@ -139,10 +148,10 @@ class Pool:
             )
         )  # fmt: skip
 
-    def router(self, **settings: object) -> RouterWorker:
+    def router(self, device: ComputeDevice | None = None, **settings: object) -> RouterWorker:
         """A router over this pool. Its waits are short enough for tests that expect failure."""
         config = RouterConfig(**{"deadline_s": 20.0} | settings)
-        router = RouterWorker.open(self.checkpoint, self.board, SECRET, config)
+        router = RouterWorker.open(self.checkpoint, self.board, SECRET, config, device=device)
         self._routers.append(router)
         return router
 
