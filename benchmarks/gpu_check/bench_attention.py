@@ -66,7 +66,7 @@ def decode(
     found = paged(context, shape, [length] * batch, cache_dtype)
     q_latent, q_pe = queries(context, shape, batch, BF16)
     seq_ids, scale = found.seq_ids, score_scale(shape)
-    splits = pick_num_splits(batch, heads, context.compute.num_sms, length, False)
+    splits = pick_num_splits(batch, heads, context.compute.num_sms, length)
 
     def run() -> Tensor:
         return ops.mla_decode(

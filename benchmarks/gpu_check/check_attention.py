@@ -140,7 +140,7 @@ def _decode_cases(
     name, num_tokens = _name(cache_dtype), len(lengths)
     place = f"{shape.name}, contexts {' '.join(map(str, lengths))}"
     picked = pick_num_splits(
-        num_tokens, shape.num_attention_heads, context.compute.num_sms, max(lengths), False
+        num_tokens, shape.num_attention_heads, context.compute.num_sms, max(lengths)
     )
 
     def decode(ops: AttentionOps, count: int = num_tokens, splits: int = picked) -> Tensor:
