@@ -98,7 +98,11 @@ class DeviceMla:
             batch.context_lens,
             self._scale,
             num_splits=pick_num_splits(
-                q.shape[0], q.shape[1], self._device.num_sms, max_context, self._deterministic
+                q.shape[0],
+                q.shape[1],
+                self._device.num_sms,
+                max_context,
+                deterministic=self._deterministic,
             ),
             native_fp8=self._device.fp8_matmul,
         )

@@ -13,13 +13,15 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.engine import Engine
 from attention.messages import SamplingParams, Submit, TokenOutput
-from attention.model import DecoderModel
+from attention.model import Decoder, DecoderModel
 from attention.request import Request
 from attention.runner import build_batch
 from attention.scheduler import ScheduledRequest
 from attention.weights import load_weights
 from attention.worker import build_engine
 from experts.checkpoint import Checkpoint
+from experts.device import ComputeDevice
+from router.client import MoeClient
 from tests.router.pool import Pool, spread
 
 BLOCK_SIZE = 4
@@ -52,18 +54,20 @@ class Rig:
             deterministic=deterministic,
         )
 
-    def engine(self, **settings: Any) -> Engine:
+    def engine(
+        self, device: ComputeDevice | None = None, moe: MoeClient | None = None, **settings: Any
+    ) -> Engine:
+        """moe: the router of this pool if not given."""
         defaults = {"num_kv_blocks": 64, "block_size": BLOCK_SIZE, "max_num_seqs": 8}
         config = AttentionConfig(**(defaults | settings))
-        return build_engine(
-            self.checkpoint, self.pool.router(deterministic=config.deterministic), config
-        )
+        moe = moe or self.pool.router(deterministic=config.deterministic)
+        return build_engine(self.checkpoint, moe, config, device)
 
 
 class Sequences:
     """Sequences of one model's cache that are fed chunk by chunk; no engine, no sampling."""
 
-    def __init__(self, model: DecoderModel, prompts: Sequence[Sequence[int]]):
+    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]]):
         self.model = model
         self.requests, next_block = [], 0
         for index, ids in enumerate(prompts):
