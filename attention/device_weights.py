@@ -95,8 +95,12 @@ def load_device_weights(checkpoint: Checkpoint, device: ComputeDevice) -> Device
     for index in range(config.num_hidden_layers):
         host = load_layer(checkpoint, index)
         layers.append(to_device_layer(host, MlaSizes.of(config), device))
-        if (index + 1) % LOG_EVERY == 0:
-            logger.info("weights: %d of %d layers", index + 1, config.num_hidden_layers)
+        done = index + 1
+        if done % LOG_EVERY == 0 or done == config.num_hidden_layers:
+            num_bytes = sum(layer.num_bytes for layer in layers)
+            logger.info(
+                "weights: %d of %d layers, %.2f GB", done, config.num_hidden_layers, num_bytes / 1e9
+            )
     return DeviceModelWeights(
         embedding=checkpoint.tensor("model.embed_tokens.weight").to(device.device, device.dtype),
         layers=tuple(layers),
