@@ -24,8 +24,8 @@ lint: $(STAMP)  ## Style, types and import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## Everything CI runs: lint and all tests
-	$(BIN)/pytest $(ARGS)
+test: lint  ## Everything CI runs: lint and all tests (ARGS: those of one pytest run)
+	$(BIN)/python tools/run_tests.py $(ARGS)
 
 protos: $(STAMP)  ## Regenerate cluster/protos from the .proto files
 	$(BIN)/python tools/generate_protos.py

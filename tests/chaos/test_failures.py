@@ -19,7 +19,7 @@ from tests.chaos.conftest import NEW_TOKENS, SETTINGS
 from tests.chaos.deployment import Worker, send
 from tests.chaos.trial import Chaos, Trial
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.alone]
 
 KILL_PERIOD_S = 3.0
 SHARED_MACHINE_S = 5.0

@@ -16,7 +16,7 @@ from tests.chaos.deployment import Deployment, deployed, until
 from tests.chaos.records import Expected
 from tests.chaos.trial import Chaos, Trial
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.alone]
 
 FEWEST, MOST = 2, 4
 QUICK = {"upscale_delay_s": 1.0, "downscale_delay_s": 5.0, "settle_s": 2.0, "window_s": 3.0}

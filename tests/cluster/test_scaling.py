@@ -104,6 +104,7 @@ def ask(server: Server) -> list[int]:
 
 
 @pytest.mark.ray
+@pytest.mark.alone
 def test_the_pool_follows_the_load_up_and_down(from_yaml: Server) -> None:
     assert num_experts(from_yaml) == 2
     expected = ask(from_yaml)
