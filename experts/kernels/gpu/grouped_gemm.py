@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from experts.kernels.gpu.permute import SortedPairs, max_blocks
-from experts.kernels.gpu.quantise import dequantise_blocks, dequantise_rows
+from experts.kernels.gpu.quantise import GROUP, dequantise_blocks, dequantise_rows
 from experts.kernels.gpu.tile import (
     PLAIN,
     SCALED,
@@ -43,12 +43,29 @@ least when both are alike."""
 class DeviceWeights:
     """gate_up [S, 2, f, d] and down [S, d, f] in bfloat16, float32 or float8_e4m3fn; with fp8 also
     gate_up_scales [S, 2, ceil(f/128), ceil(d/128)], down_scales [S, ceil(d/128), ceil(f/128)]
-    float32. All contiguous. S slots, f: width of an expert, d: width of a row."""
+    float32. All contiguous. S slots, f: width of an expert, d: width of a row. Raises ValueError
+    when they do not fit each other."""
 
     gate_up: Tensor
     down: Tensor
     gate_up_scales: Tensor | None = None
     down_scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        num_slots, _, f, d = self.gate_up.shape
+        rows, columns = triton.cdiv(f, GROUP), triton.cdiv(d, GROUP)
+        expected: list[tuple[Tensor | None, tuple[int, ...]]] = [
+            (self.gate_up, (num_slots, 2, f, d)),
+            (self.down, (num_slots, d, f)),
+        ]
+        if self.gate_up.dtype == torch.float8_e4m3fn:
+            expected += [
+                (self.gate_up_scales, (num_slots, 2, rows, columns)),
+                (self.down_scales, (num_slots, columns, rows)),
+            ]
+        for tensor, shape in expected:
+            if tensor is None or tensor.shape != shape or not tensor.is_contiguous():
+                raise ValueError(f"weights or scales are not {shape}, row-major")
 
     @property
     def is_fp8(self) -> bool:
@@ -274,7 +291,8 @@ def _check(
         raise ValueError(f"scales belong to float8_e4m3fn rows, got {x.dtype}")
     if slot_of.dtype != torch.int32 or per_pair.ndim != 1:
         raise ValueError(f"slot_of must be int32, got {slot_of.dtype}")
-    if pairs.num_blocks < max_blocks(per_pair.shape[0], slot_of.shape[0], pairs.block_rows):
+    num_pairs, num_experts = per_pair.shape[0], slot_of.shape[0]
+    if num_pairs and pairs.num_blocks < max_blocks(num_pairs, num_experts, pairs.block_rows):
         raise ValueError(f"{pairs.num_blocks} blocks are of other pairs or experts")
     return mode
 
@@ -296,8 +314,8 @@ def gate_up_silu_torch(
     for slot, of_slot in _pairs_by_slot(pairs, slot_of, num_pairs):
         rows = _rows(x, x_scales, row_ids[of_slot].long())
         gate, up = (_matrix(weights.gate_up, weights.gate_up_scales, slot, i) for i in (0, 1))
-        gated = silu(multiply_torch(rows, gate, deterministic))
-        out[of_slot] = (gated * multiply_torch(rows, up, deterministic)).to(out_dtype)
+        gate, up = (multiply_torch(rows, matrix, deterministic) for matrix in (gate, up))
+        out[of_slot] = gated_torch(gate, up).to(out_dtype)
     return out
 
 
@@ -318,6 +336,17 @@ def down_torch(
         matrix = _matrix(weights.down, weights.down_scales, slot)
         rows = multiply_torch(_rows(h, h_scales, of_slot), matrix, deterministic)
         out[of_slot] = rows * pair_weights[of_slot, None]
+    return out
+
+
+def gated_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. On a CPU row by row: torch's exponentials of whole vectors and of what is
+    left over differ in the last bit, and which one a number meets depends on its place."""
+    if gate.is_cuda:
+        return silu(gate) * up
+    out = torch.empty_like(gate)
+    for row in range(gate.shape[0]):
+        out[row] = silu(gate[row]) * up[row]
     return out
 
 

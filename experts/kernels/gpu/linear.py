@@ -23,7 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.kernels.gpu.combine import sum_parts
-from experts.kernels.gpu.grouped_gemm import BLOCKS_SHARING_A_TILE, down_tile, multiply_torch
+from experts.kernels.gpu.grouped_gemm import (
+    BLOCKS_SHARING_A_TILE,
+    down_tile,
+    gated_torch,
+    multiply_torch,
+)
 from experts.kernels.gpu.quantise import (
     dequantise_blocks,
     dequantise_rows,
@@ -186,7 +191,7 @@ def linear_torch(
 def silu_mul_torch(gate_up: Tensor) -> Tensor:
     """Plain-torch twin of the kernel: oracle and fall-back. Same argument as `silu_mul`."""
     gate, up = gate_up.float().chunk(2, dim=1)
-    return (functional.silu(gate) * up).to(gate_up.dtype)
+    return gated_torch(gate, up).to(gate_up.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor | None) -> None:
