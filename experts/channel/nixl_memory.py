@@ -1,16 +1,17 @@
 """Remote writes between hosts by NIXL: RDMA where there is hardware for it, else what UCX finds.
 
 Each connection has an agent of its own at each end, so that a peer can write into the ring of its
-connection and nothing else, and a peer that dies takes no other one's agent along. (20 ms, 15
-descriptors and one thread a connection, with nixl 1.5.1 on one host.) Agents exchange their
+connection and nothing else, and a peer that dies takes no other one's agent along. That costs about
+20 ms, 15 descriptors and a thread a connection. The thread sleeps until UCX has events for it; with
+the delay of 0 that NIXL's own Python class sets, it keeps a core busy. Agents exchange their
 metadata after the handshake; NIXL parses it, from peers that know the secret only. What UCX itself
 listens on knows no secret: as with any RDMA fabric, its network must be a private one.
 
-A write goes from an outbox, registered once, and is complete at the peer when its state is DONE:
+A write goes from an outbox, registered once, and is complete at the peer when its state is SUCCESS:
 the UCX back end flushes the endpoint behind the data. Host memory ("DRAM") has run between
 processes of one host; memory of a GPU ("VRAM") has not run.
 
-https://github.com/ai-dynamo/nixl, src/api/python/_api.py; src/plugins/ucx
+https://github.com/ai-dynamo/nixl, src/bindings/python/nixl_bindings.cpp; src/plugins/ucx
 """
 
 import logging
@@ -20,7 +21,7 @@ import secrets
 import struct
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,74 +32,100 @@ from experts.channel.cuda_memory import DeviceBlock
 from experts.channel.endpoint import Memory
 from experts.channel.memory import Block, ChannelMemory, HostBlock, Outlet
 
+logger = logging.getLogger(__name__)
+
 MIN_BYTES = 32_768
 """Of rows on the host: fewer bytes are faster in the frame (benchmarks/bench_hop.py)."""
-_ADDRESS = struct.Struct("<QI")  # of the ring, and its device's number; NIXL's metadata follows
+PROGRESS_DELAY_US = 10_000  # at most so long between two looks of UCX's thread without an event
+FIRST_WRITE_TIMEOUT_S = 5.0
+_HANDLE = struct.Struct("<QI")  # the ring's address, its segment; NIXL's metadata follows
 _SPINS = 200  # looks at a write before the thread begins to sleep between them
 _PAUSE_S = 50e-6
 
 
 def load_nixl() -> Any:
-    """NIXL's module. Raises ChannelError that says how to get it. Its log goes where ours goes."""
+    """NIXL's bindings. Raises ChannelError that says how to get them. It logs where we log."""
     try:
-        from nixl import _api
+        from nixl import _bindings
     except ImportError as error:
         raise ChannelError(
             f"nixl endpoints need NIXL: pip install 'shoal-serve[nixl]' ({error})"
         ) from error
-    logger = logging.getLogger("nixl")
-    if logger.handlers:  # its own, which print to stdout
-        logger.handlers.clear()
-        logger.propagate = True
+    nixl_logger = logging.getLogger("nixl")
+    if nixl_logger.handlers:  # its own, which print to stdout
+        nixl_logger.handlers.clear()
+        nixl_logger.propagate = True
         if "NIXL_LOG_LEVEL" not in os.environ:
-            logger.setLevel(logging.WARNING)
-    return _api
+            nixl_logger.setLevel(logging.WARNING)
+    return _bindings
+
+
+class Place(NamedTuple):
+    """Registered memory. segment 0: of the host; else 1 + the number of a GPU."""
+
+    address: int
+    segment: int
+
+    def described(self, nixl: Any, num_bytes: int, offset: int = 0) -> tuple[Any, Any]:
+        """NIXL's names for the kind of memory and for a part of it."""
+        kind = nixl.VRAM_SEG if self.segment else nixl.DRAM_SEG
+        return kind, (self.address + offset, num_bytes, max(0, self.segment - 1))
 
 
 class NixlEnd:
-    """See End (offer.py). `device` None: rows of the host."""
+    """See End (offer.py). Without `device` for rows of the host."""
 
     kind = Memory.NIXL
 
     def __init__(self, memory: ChannelMemory) -> None:
-        api = load_nixl()
-        device = memory.device
-        self._segment = "DRAM" if device is None else "VRAM"
-        self._device_id = 0 if device is None else device.index
-        self.block = _new_block(memory.landing_bytes, device)
-        self._outbox = _new_block(memory.landing_bytes, device)
-        config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
-        self._agent = api.nixl_agent(f"shoal-{secrets.token_hex(8)}", config)
-        blocks = [(b.address, b.num_bytes, self._device_id, "") for b in (self.block, self._outbox)]
-        self._registered = self._agent.register_memory(blocks, self._segment)
+        self._nixl = nixl = load_nixl()
+        self.block = _new_block(memory.landing_bytes, memory.device)
+        self._outbox = _new_block(memory.landing_bytes, memory.device)
+        self._segment = 0 if memory.device is None else 1 + memory.device.index
+        config = nixl.nixlAgentConfig()
+        config.useProgThread = True
+        config.useListenThread = False
+        config.pthrDelay = PROGRESS_DELAY_US
+        config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
+        self._agent = nixl.nixlAgent(f"shoal-{secrets.token_hex(8)}", config)
+        try:
+            self._backend = self._agent.createBackend("UCX", {})
+            self._registered = [self._register(block) for block in (self.block, self._outbox)]
+        except Exception as error:  # NIXL has its own family, right below Exception
+            raise ChannelError(f"NIXL cannot use this memory: {error}") from error
         self._outlet: NixlOutlet | None = None
+
+    def _register(self, block: Block) -> Any:
+        place = Place(block.address, self._segment)
+        kind, part = place.described(self._nixl, block.num_bytes)
+        registered = self._nixl.nixlRegDList(kind, [(*part, "")])
+        self._agent.registerMem(registered, [self._backend])
+        return registered
 
     def offer(self) -> tuple[bytes, list[int]]:
         """See End.offer. Only the ring's keys are told, not the outbox's."""
-        ring = [(self.block.address, self.block.num_bytes, self._device_id, "")]
-        described = self._agent.get_reg_descs(ring, self._segment)
-        metadata = self._agent.get_partial_agent_metadata(described, True, ["UCX"])
-        segment = 0 if self._segment == "DRAM" else 1 + self._device_id
-        return _ADDRESS.pack(self.block.address, segment) + metadata, []
+        metadata = self._agent.getLocalPartialMD(self._registered[0], True, [self._backend])
+        return _HANDLE.pack(self.block.address, self._segment) + metadata, []
 
     def open(self, num_bytes: int, handle: bytes, fds: list[int]) -> Outlet:
         """See End.open."""
-        address, segment = _ADDRESS.unpack_from(handle)
-        peer = self._agent.add_remote_agent(handle[_ADDRESS.size :])
-        place = (address, max(0, segment - 1), "VRAM" if segment else "DRAM")
-        source = (self._outbox.address, self._device_id, self._segment)
+        ring = Place(*_HANDLE.unpack_from(handle))
+        peer = self._agent.loadRemoteMD(handle[_HANDLE.size :])
+        writer = Writer(
+            self._nixl, self._agent, peer, Place(self._outbox.address, self._segment), ring
+        )
         num_bytes = min(num_bytes, self._outbox.num_bytes)
-        self._outlet = NixlOutlet(self._agent, self._outbox, source, peer, place, num_bytes)
+        self._outlet = NixlOutlet(writer, self._outbox, num_bytes)
         return self._outlet
 
     def close(self) -> None:
         """See End.close. Afterwards nobody can write into the ring."""
-        if self._agent is None:
-            return
         if self._outlet is not None:
             self._outlet.close()
-        self._agent.deregister_memory(self._registered)
-        self._agent = self._registered = None
+        for registered in self._registered:
+            self._agent.deregisterMem(registered, [self._backend])
+        self._registered = []
+        self._agent = None
 
 
 def _new_block(num_bytes: int, device: torch.device | None) -> Block:
@@ -107,88 +134,89 @@ def _new_block(num_bytes: int, device: torch.device | None) -> Block:
     return HostBlock(mmap.mmap(-1, num_bytes))
 
 
-class NixlOutlet:
-    """The way into the ring of one peer. One write at a time."""
+class Writer:
+    """Writes from the outbox into the ring of one peer."""
 
-    def __init__(
-        self,
-        agent: Any,
-        outbox: Block,
-        source: tuple[int, int, str],
-        peer: str,
-        place: tuple[int, int, str],
-        num_bytes: int,
-    ) -> None:
-        """source, place: address, device number and NIXL's name of the kind of memory."""
-        self.num_bytes = num_bytes
-        self.accepts_device = outbox.is_device
-        self.min_bytes = 0 if outbox.is_device else MIN_BYTES
+    def __init__(self, nixl: Any, agent: Any, peer: bytes, outbox: Place, ring: Place) -> None:
+        self.stopped = False
+        self._nixl = nixl
         self._agent = agent
-        self._outbox = outbox
-        self._source = source
         self._peer = peer
-        self._place = place
-        self._closed = False
-        self._lock = threading.Lock()
-        self._write(0, ALIGN, time.monotonic() + 5.0)  # makes the connection, 60-90 ms
+        self._outbox = outbox
+        self._ring = ring
 
-    def put(self, offset: int, rows: Tensor, deadline_s: float | None) -> None:
-        """See Outlet.put."""
-        with self._lock:
-            self._outbox.put(0, rows)
-            self._write(offset, rows.nbytes, deadline_s)
-
-    def _write(self, offset: int, num_bytes: int, deadline_s: float | None) -> None:
-        if self._closed:
-            raise ChannelClosed("closed while sending")
-        handle = None
+    def write(self, offset: int, num_bytes: int, deadline_s: float | None) -> None:
+        """The first bytes of the outbox. Raises ChannelClosed or ChannelTimeout."""
+        nixl = self._nixl
+        kind, part = self._outbox.described(nixl, num_bytes)
+        source = nixl.nixlXferDList(kind, [part])
+        kind, part = self._ring.described(nixl, num_bytes, offset)
+        place = nixl.nixlXferDList(kind, [part])
+        request = None
         try:
-            handle = self._start(offset, num_bytes)
-            state = self._agent.transfer(handle)
+            request = self._agent.createXferReq(nixl.NIXL_WRITE, source, place, self._peer)
+            state = self._agent.postXferReq(request, "")
             spins = 0
-            while state == "PROC":
-                self._pause(spins, deadline_s)
-                spins += 1
-                state = self._agent.check_xfer_state(handle)
+            while state == nixl.NIXL_IN_PROG:
+                spins = self._pause(spins, deadline_s)
+                state = self._agent.getXferStatus(request)
         except ChannelError:
             raise
-        except Exception as error:  # NIXL has its own family, below Exception
+        except Exception as error:
             raise ChannelClosed(f"remote write failed: {error}") from error
         finally:
-            if handle is not None:
-                self._forget(handle)
-        if state != "DONE":
+            if request is not None:
+                self._quietly(self._agent.releaseXferReq, request)  # NIXL aborts one under way
+        if state != nixl.NIXL_SUCCESS:
             raise ChannelClosed(f"remote write ended as {state}")
 
-    def _start(self, offset: int, num_bytes: int) -> Any:
-        agent = self._agent
-        (near, near_id, near_kind), (far, far_id, far_kind) = self._source, self._place
-        source = agent.get_xfer_descs([(near, num_bytes, near_id)], near_kind)
-        place = agent.get_xfer_descs([(far + offset, num_bytes, far_id)], far_kind)
-        return agent.initialize_xfer("WRITE", source, place, self._peer)
-
-    def _pause(self, spins: int, deadline_s: float | None) -> None:
-        if self._closed:
+    def _pause(self, spins: int, deadline_s: float | None) -> int:
+        if self.stopped:
             raise ChannelClosed("closed while sending")
         if deadline_s is not None and time.monotonic() > deadline_s:
             raise ChannelTimeout("remote write took too long; closed")
         if spins >= _SPINS:
             time.sleep(_PAUSE_S)
+        return spins + 1
 
-    def _forget(self, handle: Any) -> None:
+    def forget_peer(self) -> None:
+        """May be called twice."""
+        if self._agent is not None:
+            self._quietly(self._agent.invalidateRemoteMD, self._peer)
+            self._agent = None
+
+    @staticmethod
+    def _quietly(call: Any, argument: Any) -> None:
+        """Cleaning up after a peer that may have gone."""
         try:
-            self._agent.release_xfer_handle(handle)
-        except Exception as error:  # of a write that is still under way: NIXL aborts it
-            logging.getLogger(__name__).debug("releasing a remote write: %s", error)
+            call(argument)
+        except Exception as error:
+            logger.debug("NIXL: %s", error)
+
+
+class NixlOutlet:
+    """See Outlet. One write at a time."""
+
+    def __init__(self, writer: Writer, outbox: Block, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.accepts_device = outbox.is_device
+        self.min_bytes = 0 if outbox.is_device else MIN_BYTES
+        self._outbox = outbox
+        self._writer = writer
+        self._lock = threading.Lock()
+        # Makes UCX's connection: 50 ms that the first frame does not have to wait.
+        writer.write(0, ALIGN, time.monotonic() + FIRST_WRITE_TIMEOUT_S)
+
+    def put(self, offset: int, rows: Tensor, deadline_s: float | None) -> None:
+        """See Outlet.put."""
+        with self._lock:
+            if self._writer.stopped:
+                raise ChannelClosed("closed while sending")
+            self._outbox.put(0, rows)
+            self._writer.write(offset, rows.nbytes, deadline_s)
 
     def close(self) -> None:
         """See Outlet.close."""
-        self._closed = True
+        self._writer.stopped = True
         with self._lock:
-            if self._agent is None:
-                return
-            agent, self._agent = self._agent, None
-        try:
-            agent.remove_remote_agent(self._peer)
-        except Exception as error:  # it has gone before
-            logging.getLogger(__name__).debug("removing %s: %s", self._peer, error)
+            self._writer.forget_peer()

@@ -280,15 +280,17 @@ class RingConnection(StreamConnection):
         self._counters.frame_in(HEADER_BYTES + header.payload_len, placed_bytes)
         return frame
 
-    def close(self) -> None:
-        """See Connection.close. The ring goes with the last rows that are views of it."""
-        super().close()
+    def _release(self) -> None:
+        """The ring goes with the last rows that are views of it."""
+        self._region = None
+        self._landing = Landing(None)
         with self._room:
             self._room.notify_all()
         if self._outlet is not None:
             self._outlet.close()
         if self._end is not None:
             self._end.close()
+            self._end = None
 
 
 def _fits(outlet: Outlet, rows: Tensor) -> bool:

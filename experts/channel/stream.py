@@ -204,6 +204,10 @@ class StreamConnection:
         self._flow.close()
         with self._receive_lock, self._send_lock:
             self._sock.close()
+            self._release()
+
+    def _release(self) -> None:
+        """Called once, when no thread uses the socket any more."""
 
 
 def _after(views: list[memoryview], num_bytes: int) -> list[memoryview]:

@@ -22,6 +22,7 @@ from experts.channel.channel import (
     connect,
     wait_readable,
 )
+from experts.channel.envelope import What, pack
 from experts.channel.frame import Frame, Kind, Status
 from tests.experts.frames import (
     SECRET,
@@ -40,6 +41,11 @@ def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     made = Stage(request.param, tmp_path)
     yield made
     made.close()
+
+
+def message(stage: Stage, frame: Frame) -> bytes:
+    """The frame's bytes on such a connection."""
+    return wire(frame) if stage.scheme in ("unix", "tcp") else pack(What.INLINE) + wire(frame)
 
 
 def test_a_callback_that_fails_on_open_costs_that_connection_only(sockets: Stage) -> None:
@@ -63,9 +69,9 @@ def test_half_a_frame_waits_for_the_other_half(sockets: Stage) -> None:
     server = sockets.serve(desk)
     client = sockets.connect(server)
     client.send(control(), WAIT_S)
-    data = wire(Frame(Kind.EXPERT_RESULT, rows=rows()))
+    data = message(sockets, Frame(Kind.EXPERT_RESULT, rows=rows()))
     with raw_socket(desk.server_end()) as raw:
-        for cut in (10, 76, 80, 100):
+        for cut in (10, 76, 80, 140, 160):
             raw.sendall(data[:cut])
             assert wait_readable([client], WAIT_S) == [client]
             with pytest.raises(ChannelTimeout):
@@ -104,7 +110,7 @@ def test_a_client_that_ignores_its_credits_is_cut_off(sockets: Stage) -> None:
     server = sockets.serve(Desk(), credits=1)
     client = sockets.connect(server)
     with raw_socket(client) as raw:
-        raw.sendall(2 * wire(expert_batch()))
+        raw.sendall(2 * message(sockets, expert_batch()))
         with pytest.raises(ChannelClosed):
             client.receive(WAIT_S)
     assert server.counters.bad_frames == {"credits": 1}
@@ -174,6 +180,7 @@ def test_a_handler_may_close_its_server(sockets: Stage) -> None:
 CHILD = """
 import sys
 from experts.channel.channel import Server, connect
+from experts.channel.envelope import What, pack
 from experts.channel.frame import reply_to
 theirs, mine, secret = sys.argv[1], sys.argv[2], sys.argv[3].encode()
 server = Server(mine, lambda frame, _: reply_to(frame, frame.rows), secret)
