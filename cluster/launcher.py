@@ -16,6 +16,7 @@ from cluster import machine_code, ray_messages, serve_proxy
 from cluster.config import GRPC_SERVICERS, SECRET_VARIABLE, ConfigError, ShoalConfig
 from cluster.gpus import divide_gpus
 from cluster.model_store import check_engine
+from cluster.serve_start import run_application
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +112,9 @@ class LocalCluster:
     def deploy(self, config: ShoalConfig) -> None:
         """Put the application of `config` on the running Ray; its `listen` is not looked at.
 
-        Raises ConfigError for GPUs that Ray does not have.
+        Raises ConfigError for GPUs that Ray does not have, StartFailed when a worker cannot start.
         """
         import ray
-        from ray import serve
 
         from cluster.app import build_app
 
@@ -127,7 +127,7 @@ class LocalCluster:
         self.stage = "starting the workers"
         if config.runtime_dir is None:
             config = config.model_copy(update={"runtime_dir": self._sockets})
-        serve.run(build_app(config), name=APP_NAME, logging_config=_quiet())
+        run_application(build_app(config), APP_NAME, _quiet())
 
     def undeploy(self) -> None:
         """Take the application down, Ray stays: requests in flight may finish first."""

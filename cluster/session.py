@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,8 +157,7 @@ def _as_one_line(error: BaseException) -> BaseException:
     if isinstance(error, ConfigError | CheckpointError):
         return error
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    cause = re.sub(r"^([\w.]+\.)?(DeviceError|ConfigError): ", "", lines[-1])
-    return StartFailed(f"the cluster did not start: {cause}; see the logs in /tmp/ray")
+    return StartFailed(f"the cluster did not start: {lines[-1]}; see the logs in /tmp/ray")
 
 
 def _readiness(client: ApiClient) -> Stage | None:
