@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,9 +30,9 @@ from attention.device_hop import is_capturable, open_hop
 from attention.device_sampling import sample_on_device
 from attention.device_steps import Program, Step
 from attention.device_weights import DeviceLayer, DeviceModelWeights
-from attention.graphs import bucket_of, bucket_sizes, open_recorder
+from attention.graphs import EagerRecorder, bucket_of, bucket_sizes, open_recorder
 from attention.kernels.gpu.ops import attention_ops
-from attention.model import Batch
+from attention.model import Batch, Chunk
 from attention.sampler import Sampled, SampleRow
 from experts.config import ModelConfig
 from experts.device import ComputeDevice
@@ -41,6 +42,10 @@ from experts.staging import Staging
 from router.client import MoeClient
 
 logger = logging.getLogger(__name__)
+
+
+WARM_UP_TOKENS = (16, 17)
+"""Triton compiles anew where sizes are multiples of 16."""
 
 
 class DeviceDecoder:
@@ -124,13 +129,29 @@ class DeviceDecoder:
         return sample_on_device(self.logits(hidden), rows, self._staging)
 
     @torch.inference_mode()
-    def record_all(self) -> None:
-        """Record every bucket now, and not in the first step that needs it."""
+    def warm_up(self) -> None:
+        """Compile kernels and record every bucket now, and not in the first step that needs it."""
         start_s = time.monotonic()
+        for num_tokens in WARM_UP_TOKENS:
+            self._warm_up_prompt(num_tokens)
         for number, bucket in enumerate(reversed(self._buckets), 1):  # the pool is largest at once
             self._recorded_program(bucket)
             logger.info("graphs: %d of %d buckets, %d rows", number, len(self._buckets), bucket)
-        logger.info("graphs: recorded in %.1f s", time.monotonic() - start_s)
+        logger.info("ready for steps after %.1f s", time.monotonic() - start_s)
+
+    def _warm_up_prompt(self, num_tokens: int) -> None:
+        """Run the segments of a naive chunk that leaves nothing in the cache."""
+        nowhere = torch.full((num_tokens,), -1)
+        prompt = replace(
+            NO_TOKENS,
+            token_ids=torch.zeros(num_tokens, dtype=torch.int64),
+            positions=torch.zeros(num_tokens, dtype=torch.int32),
+            slots=nowhere,
+            chunks=(Chunk(0, num_tokens, nowhere),),
+        )
+        on_device = upload(prompt, self._mla.max_expanded, self._staging)
+        step = Step.new(on_device, self._config.hidden_size, self._device)
+        self._program(step).recorded(EagerRecorder())
 
     def _recorded_program(self, bucket: int) -> Program:
         """Recorded at first use, over padding only: what that computes harms nobody."""

@@ -102,7 +102,7 @@ def _on_device(
         max_num_seqs=config.max_num_seqs,
         deterministic=config.deterministic,
     )
-    decoder.record_all()
+    decoder.warm_up()
     return decoder, plan
 
 

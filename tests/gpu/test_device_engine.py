@@ -88,10 +88,12 @@ def test_deterministic_tokens_do_not_depend_on_the_company(rig: RigOf) -> None:
         )
 
 
+@pytest.mark.parametrize("local", [True, False], ids=["local", "hop"])
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_bfloat16_answers_with_all_experts_on_the_device(dtype: str, rig: RigOf) -> None:
-    """Finite, as long as asked, the same twice; what they are depends on rounding."""
-    moe = LocalMoe.open(rig("v3fp8").checkpoint, TWINS_BF16)
+def test_bfloat16_answers(dtype: str, local: bool, rig: RigOf) -> None:
+    """With all experts on the device and with those of the host, to which rows go as bfloat16.
+    Finite and as long as asked; which tokens depends on rounding."""
+    moe = LocalMoe.open(rig("v3fp8").checkpoint, TWINS_BF16) if local else None
     engine = rig("v3fp8").engine(TWINS_BF16, moe, kv_cache_dtype=dtype)
     first = Answers(engine, [submit("a", prompts()[2]), submit("b", prompts()[1], SEEDED)]).run()
     assert [len(tokens) for tokens in first.all_tokens().values()] == [12, 12]

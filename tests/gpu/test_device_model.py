@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from attention.device_weights import load_device_weights
 from attention.kernels.gpu.cache_layout import CacheLayout, encode_rows, read_rows
+from attention.weights import load_layer
+from experts.kernels.gpu.quantise import dequantise_blocks
 from router.local import LocalMoe
 from tests.attention.harness import Rig, Sequences
 from tests.gpu.device_rig import TWINS, TWINS_BF16, ForcedRoutes, device_model
 from tests.reference import Reference, prompts
 
 MAX_LOGIT_ERROR = 2e-4
+VIEWS = ("w_uk", "w_uv")  # of kv_b
 RigOf = Callable[[str], Rig]
 
 
@@ -159,3 +163,32 @@ def test_bfloat16_with_the_routes_of_float32(preset: str, naive: bool, rig: RigO
     model = device_model(rig(preset), TWINS_BF16, ForcedRoutes(rig(preset), routes))
     error = relative_error(Sequences(model, [ids]).run(1000, naive), exact)
     assert 1e-3 < error < 6e-2
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_pieces"), [("v2lite", 1), ("v3", 1), ("v3fp8", 1), ("v3fp8-ragged", 2)]
+)
+def test_down_projections_are_one_matrix_where_their_scales_allow(
+    preset: str, num_pieces: int, rig: RigOf
+) -> None:
+    """Of v3fp8-ragged the query's has 160 rows: its last block of scales is not whole."""
+    host = load_layer(rig(preset).checkpoint, 1).attention
+    layer = load_device_weights(rig(preset).checkpoint, TWINS).layers[1].attention
+    assert len(layer.down) == num_pieces
+    whole = torch.cat([dequantise_blocks(w.data, w.scales) for w in layer.down])
+    upper = host.query.up if host.query.down is None else host.query.down
+    assert torch.equal(whole, torch.cat([upper.dequantize(), host.kv_a.dequantize()]))
+
+
+def test_the_bytes_of_weights_are_those_of_their_tensors(rig: RigOf) -> None:
+    weights = load_device_weights(rig("v3fp8").checkpoint, TWINS_BF16)
+
+    def num_bytes(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.nbytes
+        if isinstance(value, tuple):
+            return sum(map(num_bytes, value))
+        names = [field.name for field in fields(value)] if is_dataclass(value) else []
+        return sum(num_bytes(getattr(value, name)) for name in names if name not in VIEWS)
+
+    assert weights.num_bytes == num_bytes(weights) > 1e6

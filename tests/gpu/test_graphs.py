@@ -110,7 +110,7 @@ def test_recording_harms_no_cache(rig: RigOf) -> None:
     """Lazily, in the midst of a sequence, or all at the start: only padding is computed."""
     lazy = Sequences(device_model(rig("v2lite"), deterministic=True), prompts()[1:2])
     ready = Sequences(device_model(rig("v2lite"), deterministic=True), prompts()[1:2])
-    ready.model.record_all()
+    ready.model.warm_up()
     assert sorted(ready.model._recorded) == [1, 2, 4, 8]
     for cache in ready.model._mla._caches:
         assert cache.isnan().all()
