@@ -4,11 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help serve test lint protos bench clean
+.PHONY: help serve test lint protos bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-9s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Shoal needs Python 3.11 or newer: install it or run make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -32,6 +32,9 @@ protos: $(STAMP)  ## Regenerate cluster/protos from the .proto files
 
 bench: $(STAMP)  ## Serving benchmark, both sizes, medians
 	$(BIN)/python benchmarks/bench_serving.py $(ARGS)
+
+gpu-check: $(STAMP)  ## Kernels and engine on this machine's GPU: checks and times
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

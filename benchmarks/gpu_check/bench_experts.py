@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from experts.kernels.gpu.grouped_gemm import DeviceWeights, block_rows_for
 from experts.kernels.gpu.ops import ExpertOps, expert_ops
-from gpu_check.accounting import BF16_BYTES, FLOAT32_BYTES, Work, down, gate_up
+from gpu_check.accounting import FLOAT32_BYTES, Work, down, gate_up
 from gpu_check.expert_data import Local, Routed, WeightKind, device_weights, random, route
 from gpu_check.kernel_times import Run, measure
 from gpu_check.plan import Context, Unit
@@ -56,7 +56,7 @@ SMOKE_LOADS = (Load(Local(TINY, 4, 2), 3, "bfloat16"), Load(Local(TINY, 4, 1), 3
 def units(context: Context) -> Iterator[Unit]:
     """One for each load."""
     for load in SMOKE_LOADS if context.smoke else LOADS:
-        if load.kind == "bfloat16" or context.compute.fp8_matmul or context.smoke:
+        if load.kind == "bfloat16" or context.has_fp8:
             name = f"times of experts, {load}, {load.kind}"
             yield Unit(name, lambda load=load: benchmarks(context, load))
 
@@ -92,8 +92,7 @@ class Layer:
         self.products_work = gate_up(shape, load.rows, pairs, active, self._fp8).plus(
             down(shape, pairs, active, self._fp8)
         )
-        summed = pairs * shape.hidden_size * FLOAT32_BYTES
-        summed += load.rows * shape.hidden_size * BF16_BYTES
+        summed = (pairs + load.rows) * shape.hidden_size * FLOAT32_BYTES
         self.whole_work = self.products_work.plus(Work(summed, 0))
 
     def products(self) -> None:
@@ -106,7 +105,7 @@ class Layer:
         self._pairs = self._sort()
         h = self._gate_up(self._operand(self.x))
         out = self._down(self._operand(h))
-        return self._ops.sum_pairs(out, self.routed.row_starts, torch.bfloat16)
+        return self._ops.sum_pairs(out, self.routed.row_starts)
 
     def peers(self) -> dict[str, Callable[[], Run]]:
         """The same two products by torch, over rows in the order of their experts."""

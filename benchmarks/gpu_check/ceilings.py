@@ -23,7 +23,8 @@ def units(context: Context) -> Iterator[Unit]:
     yield Unit("copy bandwidth", lambda: [copy_bandwidth(context)])
     for dtype in (torch.bfloat16, torch.float32):
         yield Unit(f"{dtype} products", lambda dtype=dtype: [product_rate(context, dtype)])
-    yield Unit("fp8 products", lambda: [fp8_rate(context)])
+    if context.has_fp8:
+        yield Unit("fp8 products", lambda: [fp8_rate(context)])
     yield Unit("launches", lambda: launches(context))
     yield Unit("host memory", lambda: host_bandwidth(context))
 

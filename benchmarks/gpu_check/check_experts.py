@@ -57,15 +57,10 @@ def _types(context: Context, local: Local) -> Iterator[tuple[WeightKind, bool]]:
     """(weights, whether the rows are fp8 too)"""
     yield "bfloat16", False
     yield "fp8", False
-    if _has_fp8(context):
+    if context.has_fp8:
         yield "fp8", True
-    if local.shape in (ODD, TINY):
+    if local.shape is ODD:
         yield "float32", False
-
-
-def _has_fp8(context: Context) -> bool:
-    """Whether fp8 is multiplied with fp8 here."""
-    return context.compute.fp8_matmul or context.smoke
 
 
 def _row_cases(context: Context, shape: ModelShape) -> Iterator[Case]:
@@ -97,7 +92,7 @@ def _linear_cases(context: Context, shape: ModelShape, count: int) -> Iterator[C
     local = Local(shape, 1, 1)
     hidden, out = shape.hidden_size, shape.latent_width
     ways = [("bfloat16", True, False), ("fp8", False, False), ("fp8", False, True)]
-    for kind, deterministic, fp8_matmul in ways[: 3 if _has_fp8(context) else 2]:
+    for kind, deterministic, fp8_matmul in ways[: 3 if context.has_fp8 else 2]:
 
         def call(
             ops: ExpertOps, kind: Any = kind, exact: bool = deterministic, fp8: bool = fp8_matmul
@@ -137,7 +132,7 @@ def _permute_cases(context: Context, local: Local, rows: Rows) -> Iterator[Case]
     def add(ops: ExpertOps) -> Tensor:
         routed = _routed(context, local, rows)
         pair_rows = random(context, 6, routed.num_pairs, local.shape.hidden_size)
-        return ops.sum_pairs(pair_rows, routed.row_starts, torch.bfloat16)
+        return ops.sum_pairs(pair_rows, routed.row_starts)
 
     yield case("sort_pairs", place, "int32", sort, EXACT)
     yield case("sum_pairs", place, "float32", add, EXACT)

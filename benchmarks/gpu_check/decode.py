@@ -26,11 +26,11 @@ from router.local import LocalMoe
 from router.weights import load_device_gates
 
 BATCHES, CONTEXT, NUM_STEPS = (1, 64), 1024, 32
-SMOKE_BATCHES, SMOKE_CONTEXT, SMOKE_STEPS = (2,), 3, 2
+SMOKE_BATCHES, SMOKE_CONTEXT, SMOKE_STEPS = (2,), 3, 1
 GOAL_BATCH = 64
 COMPARED = (8, 64, 16)
 """Sequences, prompt tokens, new tokens of the comparison with the twins."""
-SMOKE_COMPARED = (2, 3, 2)
+SMOKE_COMPARED = (2, 3, 1)
 MAX_MARGIN = 0.1
 """Where kernels and twins choose different tokens, the best two must be as close as this, in
 standard deviations of the logits: bfloat16 rounding turns only near ties."""
@@ -73,7 +73,7 @@ class Decoding:
         shape, place = shape_of(config), f"V2-Lite, batch {batch}, context {self._length}"
         decoder = self._decoder(graphs=True)
         tokens = self._sequences.prefill(decoder)
-        seconds = _wall_s(context, lambda: self._sequences.prefill(decoder))
+        seconds = self._wall_s(lambda: self._sequences.prefill(decoder))
         work = prefill(shape, batch, self._length)
         yield self._row("prefill, inline", place, work, seconds, batch * self._length)
         counting = Counting(self._model, load_device_gates(self._model.checkpoint, context.compute))
@@ -83,7 +83,7 @@ class Decoding:
         for graphs in (True, False):
             decoder = self._decoder(graphs=graphs)
             self._run(decoder, tokens, 1)  # records, or compiles
-            seconds = _wall_s(context, lambda d=decoder: self._run(d, tokens, self._steps))
+            seconds = self._wall_s(lambda d=decoder: self._run(d, tokens, self._steps))
             each = None if seconds is None else seconds / self._steps
             row = self._row("decode step, inline", place, work, each, batch)
             goal = "lite-decode" if graphs and batch == GOAL_BATCH else ""
@@ -98,6 +98,16 @@ class Decoding:
     def _run(self, decoder, tokens: Tensor, steps: int) -> None:  # type: ignore[no-untyped-def]
         for _ in self._sequences.decode(decoder, tokens, steps):
             pass
+
+    def _wall_s(self, work: Callable[[], object]) -> float | None:
+        """Of something that ran before."""
+        if self._context.smoke:
+            return None
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
 
     def _row(
         self, kernel: str, place: str, work: Work, seconds: float | None, tokens: int
@@ -189,14 +199,3 @@ def first_difference(ours: Tensor, twins: Tensor, margins: Tensor) -> tuple[floa
         f"{same} of {len(ours)} sequences are the same; sequence {worst} differs first at token "
         f"{places[worst]}, where the twins' best two logits are {margin:.3f} deviations apart"
     )
-
-
-def _wall_s(context: Context, work: Callable[[], object]) -> float | None:
-    if context.smoke:
-        work()
-        return None
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin

@@ -34,7 +34,7 @@ from gpu_check.model import SeededCheckpoint, lite_config
 from gpu_check.plan import Context, Unit
 from gpu_check.rows import Benchmark, Check, Row
 
-SCHEMES = ("unix", "shm", "cuda")
+SCHEMES, SMOKE_SCHEMES = ("unix", "shm", "cuda"), ("shm",)
 ROWS, SMOKE_ROWS = (1, 64, 1024), (3,)
 NUM_HOPS, SMOKE_HOPS = 100, 1
 NUM_LAYERS = 2  # a dense one and one with experts
@@ -44,7 +44,7 @@ SECRET = b"both processes are ours"
 
 def units(context: Context) -> Iterator[Unit]:
     """One for each kind of channel."""
-    for scheme in SCHEMES[: 2 if context.smoke else 3]:
+    for scheme in SMOKE_SCHEMES if context.smoke else SCHEMES:
         yield Unit(f"expert worker over {scheme}", lambda scheme=scheme: hops(context, scheme))
 
 

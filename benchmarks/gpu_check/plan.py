@@ -31,6 +31,11 @@ class Context:
     def device(self) -> torch.device:
         return self.compute.device
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether fp8 is multiplied with fp8 here."""
+        return self.compute.fp8_matmul or self.smoke
+
     def generator(self, seed: int) -> torch.Generator:
         """Of the device."""
         return torch.Generator(self.device).manual_seed(seed)
