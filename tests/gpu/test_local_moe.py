@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from tests.reference import Reference
 from tests.router.pool import expected, some_rows
 
 TWINS = ComputeDevice(torch.device("cpu"), torch.float32, "torch", "test")
+ROOT = Path(__file__).resolve().parents[2]
 Folder = Callable[[str], Path]
 
 
@@ -66,3 +70,45 @@ def test_more_rows_than_it_was_made_for_are_refused(checkpoint_dir: Folder) -> N
     assert moe.finish(moe.begin(layer, some_rows(4, checkpoint))).shape[0] == 4
     with pytest.raises(ValueError, match="5 rows, this client was made for 4"):
         moe.begin(layer, some_rows(5, checkpoint))
+
+
+ON_META = """
+import torch
+from triton.runtime.jit import JITFunction
+
+launched = []
+JITFunction.run = lambda self, *args, **kwargs: launched.append(self.__name__)
+
+from experts.device import ComputeDevice
+from experts.device_layer import DeviceSlots
+from router.gate import DeviceGate, GateSpec
+from router.local import LocalMoe
+
+meta = torch.device("meta")
+device = ComputeDevice(meta, torch.bfloat16, "triton", "test", fp8_matmul=True, num_sms=132)
+v3 = GateSpec(256, 8, "sigmoid", "top2_sum", 8, 4, True, 2.5)
+gate = torch.empty(256, 7168, dtype=torch.bfloat16, device=meta)
+gates = {3: DeviceGate(gate, torch.empty(256, device=meta))}
+slots = DeviceSlots(256, 2048, 7168, torch.float8_e4m3fn, device)
+slot_of = {3: torch.empty(256, dtype=torch.int32, device=meta)}
+for deterministic in (False, True):
+    moe = LocalMoe(gates, v3, slots, slot_of, deterministic=deterministic)
+    for num_rows in (1, 64, 4096):
+        x = torch.empty(num_rows, 7168, dtype=torch.bfloat16, device=meta)
+        y = moe.finish(moe.begin(3, x))
+        assert (y.shape, y.dtype) == (x.shape, torch.float32)
+print(len(launched), len(set(launched)))
+"""
+
+
+def test_a_layer_never_asks_the_device() -> None:
+    """On tensors without values, where any question is an error; launches are only counted. In a
+    process of its own: kernels imported here are the interpreter's."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", ON_META]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert not done.returncode, done.stderr
+    num_launches, num_kernels = map(int, done.stdout.split())
+    assert num_kernels >= 6 and num_launches >= 6 * num_kernels
