@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,15 +111,18 @@ def probe_cuda() -> CudaProbe:
         capability=(properties.major, properties.minor),
         num_sms=properties.multi_processor_count,
         total_bytes=properties.total_memory,
-        triton_missing=_triton_missing(),
+        triton_missing=triton_missing(),
     )
 
 
-def _triton_missing() -> str:
+def triton_missing() -> str:
+    """Why Triton cannot be used here, empty if it can."""
     try:
         import triton  # noqa: F401 - whether it can be imported
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
+        return "Triton finds no C compiler for its launcher: install gcc"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -71,9 +72,14 @@ def wait_ready(url: str, timeout_s: float = READY_TIMEOUT_S) -> None:
 
 
 class RayHarness:
-    """Deploys configurations; asking twice for the same one costs nothing."""
+    """Deploys configurations; asking twice for the same one costs nothing.
+
+    Its Ray believes in one GPU, whatever the machine has; workers compute on the CPU unless a test
+    says otherwise.
+    """
 
     def __init__(self, checkpoint_dir: Callable[[str], Path]) -> None:
+        os.environ["RAY_OVERRIDE_RESOURCES"] = '{"GPU": 1}'
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray 2.60 warns at import
             import cluster.app  # noqa: F401
@@ -90,7 +96,8 @@ class RayHarness:
 
     def _config(self, preset: str, settings: dict[str, Any]) -> Any:
         folder = str(self._checkpoint_dir(preset))
-        return self._parse({"model": folder, "listen": self._listen, **settings})
+        common = {"model": folder, "listen": self._listen, "device": "cpu"}
+        return self._parse({**common, **settings})
 
     def serve(self, preset: str = "v3", **settings: Any) -> Server:
         """The application of these settings, ready."""
@@ -121,6 +128,27 @@ class RayHarness:
         wait_ready(url)
         yield Server(url, f"127.0.0.1:{self._listen['grpc_port']}", model)
         self.local.undeploy()
+
+    def refusal(self, preset: str = "v3", **settings: Any) -> str:
+        """What a start with these settings, which cannot be, says."""
+        from cluster.config import StartFailed
+
+        if self._current is not None:
+            self.local.undeploy()
+        self._current = None
+        with pytest.raises(StartFailed) as raised:
+            self.local.deploy(self._config(preset, settings))
+        self.local.undeploy()
+        return str(raised.value)
+
+    def log_of(self, worker_id: str) -> str:
+        """The log file of a replica."""
+        import ray
+
+        tier, _, replica = worker_id.partition("-")
+        context = ray.get_runtime_context()
+        folder = Path(context.get_temp_dir(), context.get_session_name(), "logs", "serve")
+        return (folder / f"replica_shoal_{tier.capitalize()}_{replica}.log").read_text()
 
     def stop(self) -> None:
         self.local.drain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from experts.device import (
     choose_device,
     open_device,
     probe_cuda,
+    triton_missing,
 )
 
 H200 = CudaProbe(name="NVIDIA H200", capability=(9, 0), num_sms=132, total_bytes=141_000_000_000)
@@ -99,6 +101,16 @@ def test_the_choice_of_this_process_is_logged_with_what_it_may_see(
         chosen = open_device("cpu")
     assert chosen.is_host
     assert caplog.messages == ["device: CPU: asked for (CUDA_VISIBLE_DEVICES=3)"]
+
+
+def test_triton_needs_a_compiler_for_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert triton_missing() == "Triton finds no C compiler for its launcher: install gcc"
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert triton_missing() == ""
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -47,6 +47,11 @@ def test_a_target_runs_as_the_pods_user_and_has_wget(
     assert not any("nvidia-cuda" in line or "cuda-toolkit" in line for line in lines)
 
 
+def test_triton_finds_a_compiler_where_there_are_gpus(stages: dict[str, list[str]]) -> None:
+    assert any("gcc libc6-dev" in line for line in stages["cuda"])
+    assert not any("gcc" in line for line in stages["cpu"])
+
+
 def test_the_image_holds_every_package_and_nothing_else() -> None:
     lines = (ROOT / "k8s/Dockerfile.dockerignore").read_text().splitlines()
     kept = {line[1:] for line in lines if line.startswith("!")}
