@@ -26,17 +26,16 @@ from experts.kernels.gpu.quantise import GROUP, dequantise_blocks, dequantise_ro
 from experts.kernels.gpu.tile import (
     PLAIN,
     SCALED,
-    Tile,
     mode_of,
-    multiply_add,
-    operand,
+    tile_for,
     tile_of_program,
-    zero_tile,
+    two_products,
+    weight_operand,
 )
 
 BLOCKS_SHARING_A_TILE: Final = 8
-"""8 blocks of 128 rows against 16 tiles of 128 columns: what a wave of 132 programs reads is
-least when both are alike."""
+"""8 blocks of 128 rows against 16 tiles of 2 x 128: what a wave of 132 programs reads is small
+when both sides are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def _gate_up_kernel(
     x, x_scales, w, w_scales, slot_of, order, block_experts, row_ids, h,
     num_pairs, num_blocks, num_experts, f, d, x_stride,
     MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """h[pair] for the pairs of a block and COLUMNS columns; w [S, 2, f, d]."""
     block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(f, COLUMNS), GROUP)
@@ -87,32 +86,19 @@ def _gate_up_kernel(
     pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS))
     is_pair = pairs < num_pairs
     rows = tl.load(row_ids + pairs, is_pair, other=0).to(tl.int64)
+    gate_row, up_row = slot * 2 * f + tile * COLUMNS, slot * 2 * f + f + tile * COLUMNS
+    last, num_groups = slot * 2 * f + f - 1, tl.cdiv(d, 128)
+    scales = (slot * 2 * tl.cdiv(f, 128) + tile * COLUMNS // 128) * num_groups
+    gate, up = two_products(
+        x + rows * x_stride, x_scales + rows * num_groups if MODE == SCALED else x, is_pair,
+        w, w_scales, gate_row, up_row, last, last + f,
+        scales, scales + tl.cdiv(f, 128) * num_groups, d, 0, d,
+        MODE, SWAP, ROWS, COLUMNS, DEPTH, BY_DESCRIPTOR,
+    )  # fmt: skip
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    x_at = x + rows[:, None] * x_stride + depth[None, :]
-    # Columns past the end read the last one: no mask in the loop, and they are not stored.
-    w_at = w + slot * (2 * f * d) + tl.minimum(columns, f - 1)[:, None] * d + depth[None, :]
-    num_groups = tl.cdiv(d, 128)
-    x_scale_at = rows * num_groups
-    gate_scale_at = (slot * 2 * tl.cdiv(f, 128) + tile * COLUMNS // 128) * num_groups
-    up_scale_at = gate_scale_at + tl.cdiv(f, 128) * num_groups
-    gate = zero_tile(ROWS, COLUMNS, SWAP)
-    up = zero_tile(ROWS, COLUMNS, SWAP)
-    for k in range(0, d, DEPTH):
-        inside = depth[None, :] < d - k
-        x_tile = tl.load(x_at + k, inside & is_pair[:, None], other=0.0)
-        gate_tile = tl.load(w_at + k, inside, other=0.0)
-        up_tile = tl.load(w_at + f * d + k, inside, other=0.0)
-        x_scale = tl.load(x_scales + x_scale_at + k // 128) if MODE == SCALED else 0.0
-        gate_scale = tl.load(w_scales + gate_scale_at + k // 128) if MODE != PLAIN else 0.0
-        up_scale = tl.load(w_scales + up_scale_at + k // 128) if MODE != PLAIN else 0.0
-        gate = multiply_add(gate, x_tile, gate_tile, x_scale, gate_scale, MODE, SWAP)
-        up = multiply_add(up, x_tile, up_tile, x_scale, up_scale, MODE, SWAP)
-    gated = gate * tl.sigmoid(gate) * up
-    if SWAP:
-        gated = tl.trans(gated)
     h_at = h + pairs.to(tl.int64)[:, None] * f + columns[None, :]
-    tl.store(h_at, gated.to(h.dtype.element_ty), is_pair[:, None] & (columns < f)[None, :])
+    gated = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
+    tl.store(h_at, gated, is_pair[:, None] & (columns < f)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
@@ -120,38 +106,31 @@ def _down_kernel(
     h, h_scales, w, w_scales, slot_of, order, block_experts, pair_weights, out,
     num_pairs, num_blocks, num_experts, f, d,
     MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] for the pairs of a block and COLUMNS columns; w [S, d, f]."""
-    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(d, COLUMNS), GROUP)
+    """out[pair] for the pairs of a block and twice COLUMNS columns; w [S, d, f]."""
+    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(d, 2 * COLUMNS), GROUP)
     if tl.load(block_experts + block) < 0:
         return
     slot = _slot(block, block_experts, slot_of, num_experts)
     pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS))
     is_pair = pairs < num_pairs
     pairs = pairs.to(tl.int64)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    h_at = h + pairs[:, None] * f + depth[None, :]
-    w_at = w + slot * (d * f) + tl.minimum(columns, d - 1)[:, None] * f + depth[None, :]
-    num_groups = tl.cdiv(f, 128)
-    h_scale_at = pairs * num_groups
-    w_scale_at = (slot * tl.cdiv(d, 128) + tile * COLUMNS // 128) * num_groups
-    total = zero_tile(ROWS, COLUMNS, SWAP)
-    for k in range(0, tl.where(slot < 0, 0, f), DEPTH):
-        inside = depth[None, :] < f - k
-        h_tile = tl.load(h_at + k, inside & is_pair[:, None], other=0.0)
-        w_tile = tl.load(w_at + k, inside, other=0.0)
-        h_scale = 0.0
-        if MODE == SCALED:
-            h_scale = tl.load(h_scales + h_scale_at + k // 128, is_pair, other=0.0)
-        w_scale = tl.load(w_scales + w_scale_at + k // 128) if MODE != PLAIN else 0.0
-        total = multiply_add(total, h_tile, w_tile, h_scale, w_scale, MODE, SWAP)
-    if SWAP:
-        total = tl.trans(total)
-    total *= tl.load(pair_weights + pairs, is_pair, other=0.0)[:, None]
-    out_at = out + pairs[:, None] * d + columns[None, :]
-    tl.store(out_at, total, is_pair[:, None] & (columns < d)[None, :])
+    column, num_groups = tile * 2 * COLUMNS, tl.cdiv(f, 128)
+    scales = slot * tl.cdiv(d, 128) * num_groups
+    left, right = two_products(
+        h + pairs * f, h_scales + pairs * num_groups if MODE == SCALED else h, is_pair,
+        w, w_scales, slot * d + column, slot * d + column + COLUMNS, slot * d + d - 1,
+        slot * d + d - 1, scales + column // 128 * num_groups,
+        scales + tl.minimum(column + COLUMNS, d - 1) // 128 * num_groups,
+        f, 0, tl.where(slot < 0, 0, f),
+        MODE, SWAP, ROWS, COLUMNS, DEPTH, BY_DESCRIPTOR,
+    )  # fmt: skip
+    factor = tl.load(pair_weights + pairs, is_pair, other=0.0)[:, None]
+    columns = column + tl.arange(0, COLUMNS)[None, :]
+    out_at = out + pairs[:, None] * d + columns
+    tl.store(out_at, left * factor, is_pair[:, None] & (columns < d))
+    tl.store(out_at + COLUMNS, right * factor, is_pair[:, None] & (columns < d - COLUMNS))
 
 
 @triton.jit
@@ -178,41 +157,6 @@ def block_rows_for(
     return 16 if mean <= 16 else 64 if mean <= 64 else 128
 
 
-def gate_up_tile(block_rows: int, dtype: torch.dtype) -> Tile:
-    """Sizes for gate_up_silu: two accumulators. Shared memory: at most 144 KiB (sm_80 has 163);
-    a third of sm_90's 227 where a second block on the multiprocessor hides what one waits for."""
-    if dtype == torch.float32:
-        return Tile(block_rows, 32, 32, 2, 4)
-    if dtype == torch.float8_e4m3fn:
-        return {
-            16: Tile(16, 64, 128, 6, 4, swap=True),  # 108 KiB
-            64: Tile(64, 64, 128, 4, 4),  # 96 KiB
-            128: Tile(128, 64, 128, 3, 8),  # 96 KiB
-        }[block_rows]
-    return {
-        16: Tile(16, 64, 128, 3, 4, swap=True),  # 108 KiB
-        64: Tile(64, 64, 64, 4, 4),  # 96 KiB
-        128: Tile(128, 128, 64, 3, 8),  # 144 KiB
-    }[block_rows]
-
-
-def down_tile(block_rows: int, dtype: torch.dtype) -> Tile:
-    """Sizes for `down` and for dense products: one accumulator; two blocks a multiprocessor."""
-    if dtype == torch.float32:
-        return Tile(block_rows, 32, 32, 2, 4)
-    if dtype == torch.float8_e4m3fn:
-        return {
-            16: Tile(16, 128, 128, 6, 4, swap=True),  # 108 KiB
-            64: Tile(64, 128, 128, 4, 4),  # 96 KiB
-            128: Tile(128, 128, 128, 3, 8),  # 96 KiB
-        }[block_rows]
-    return {
-        16: Tile(16, 128, 128, 3, 4, swap=True),  # 108 KiB
-        64: Tile(64, 128, 64, 4, 4),  # 96 KiB
-        128: Tile(128, 128, 64, 3, 8),  # 96 KiB
-    }[block_rows]
-
-
 def gate_up_silu(
     x: Tensor,
     x_scales: Tensor | None,
@@ -234,13 +178,14 @@ def gate_up_silu(
     h = torch.empty(num_pairs, f, dtype=out_dtype, device=x.device)
     if not num_pairs:
         return h
-    tile = gate_up_tile(pairs.block_rows, weights.gate_up.dtype)
+    tile = tile_for(pairs.block_rows, mode, x.dtype)
+    w, by_descriptor = weight_operand(weights.gate_up, mode, tile)
     _gate_up_kernel[(pairs.num_blocks * triton.cdiv(f, tile.columns),)](
-        x, x_scales, operand(weights.gate_up, mode), weights.gate_up_scales,
+        x, x_scales, w, weights.gate_up_scales,
         slot_of, pairs.order, pairs.block_experts, row_ids, h,
         num_pairs, pairs.num_blocks, slot_of.shape[0], f, d, x.stride(0),
         mode, tile.swap, tile.rows, tile.columns, tile.depth, BLOCKS_SHARING_A_TILE,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        by_descriptor, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return h
 
@@ -262,13 +207,14 @@ def down(
     out = torch.empty(num_pairs, d, dtype=torch.float32, device=h.device)
     if not num_pairs:
         return out
-    tile = down_tile(pairs.block_rows, weights.down.dtype)
-    _down_kernel[(pairs.num_blocks * triton.cdiv(d, tile.columns),)](
-        h, h_scales, operand(weights.down, mode), weights.down_scales,
+    tile = tile_for(pairs.block_rows, mode, h.dtype)
+    w, by_descriptor = weight_operand(weights.down, mode, tile)
+    _down_kernel[(pairs.num_blocks * triton.cdiv(d, 2 * tile.columns),)](
+        h, h_scales, w, weights.down_scales,
         slot_of, pairs.order, pairs.block_experts, pair_weights, out,
         num_pairs, pairs.num_blocks, slot_of.shape[0], f, d,
         mode, tile.swap, tile.rows, tile.columns, tile.depth, BLOCKS_SHARING_A_TILE,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        by_descriptor, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 

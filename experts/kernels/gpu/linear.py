@@ -25,7 +25,6 @@ from torch.nn import functional
 from experts.kernels.gpu.combine import sum_parts
 from experts.kernels.gpu.grouped_gemm import (
     BLOCKS_SHARING_A_TILE,
-    down_tile,
     gated_torch,
     multiply_torch,
 )
@@ -36,13 +35,12 @@ from experts.kernels.gpu.quantise import (
     quantise_rows_torch,
 )
 from experts.kernels.gpu.tile import (
-    PLAIN,
     SCALED,
     mode_of,
-    multiply_add,
-    operand,
+    tile_for,
     tile_of_program,
-    zero_tile,
+    two_products,
+    weight_operand,
 )
 
 _FEW_ROWS: Final = 64
@@ -56,33 +54,26 @@ _SILU_COLUMNS: Final = 1024
 def _linear_kernel(
     x, x_scales, w, w_scales, out, num_rows, num_blocks, N, K, x_stride, part,
     MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """out [num_rows, parts, N]: sums over `part` channels each."""
-    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(N, COLUMNS), GROUP)
-    first, num_parts = tl.program_id(1) * part, tl.num_programs(1)
+    block, tile = tile_of_program(tl.program_id(0), num_blocks, tl.cdiv(N, 2 * COLUMNS), GROUP)
+    index, num_parts = tl.program_id(1), tl.num_programs(1)
     rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
     is_row = rows < num_rows
-    x_at = x + rows[:, None] * x_stride + depth[None, :]
-    w_at = w + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth[None, :]
-    num_groups = tl.cdiv(K, 128)
-    total = zero_tile(ROWS, COLUMNS, SWAP)
-    for k in range(first, tl.minimum(first + part, K), DEPTH):
-        inside = depth[None, :] < K - k
-        x_tile = tl.load(x_at + k, inside & is_row[:, None], other=0.0)
-        w_tile = tl.load(w_at + k, inside, other=0.0)
-        x_scale, w_scale = 0.0, 0.0
-        if MODE == SCALED:
-            x_scale = tl.load(x_scales + rows * num_groups + k // 128, is_row, other=0.0)
-        if MODE != PLAIN:
-            w_scale = tl.load(w_scales + tile * COLUMNS // 128 * num_groups + k // 128)
-        total = multiply_add(total, x_tile, w_tile, x_scale, w_scale, MODE, SWAP)
-    if SWAP:
-        total = tl.trans(total)
-    out_at = out + (rows * num_parts + tl.program_id(1))[:, None] * N + columns[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), is_row[:, None] & (columns < N)[None, :])
+    column, num_groups = tile * 2 * COLUMNS, tl.cdiv(K, 128)
+    left, right = two_products(
+        x + rows * x_stride, x_scales + rows * num_groups if MODE == SCALED else x, is_row,
+        w, w_scales, column, column + COLUMNS, N - 1, N - 1,
+        column // 128 * num_groups, tl.minimum(column + COLUMNS, N - 1) // 128 * num_groups,
+        K, index * part, tl.minimum(index * part + part, K),
+        MODE, SWAP, ROWS, COLUMNS, DEPTH, BY_DESCRIPTOR,
+    )  # fmt: skip
+    columns = column + tl.arange(0, COLUMNS)[None, :]
+    out_at = out + (rows * num_parts + index)[:, None] * N + columns
+    kind: tl.constexpr = out.dtype.element_ty
+    tl.store(out_at, left.to(kind), is_row[:, None] & (columns < N))
+    tl.store(out_at + COLUMNS, right.to(kind), is_row[:, None] & (columns < N - COLUMNS))
 
 
 @triton.jit
@@ -134,19 +125,21 @@ def linear(
     if scales is not None and fp8_matmul:
         x, x_scales = quantise_rows(x)
     (num_rows, length), width = x.shape, weight.shape[0]
-    block_rows = rows_of_block(num_rows, weight.dtype, deterministic=deterministic)
-    tile, mode = down_tile(block_rows, weight.dtype), mode_of(x, weight)
-    num_blocks, num_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(width, tile.columns)
+    block_rows = rows_of_block(num_rows, x.dtype, deterministic=deterministic)
+    mode = mode_of(x, weight)
+    tile = tile_for(block_rows, mode, x.dtype)
+    num_blocks, num_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(width, 2 * tile.columns)
     part = part_of(num_rows, num_tiles, length, deterministic=deterministic)
     parts = triton.cdiv(length, part)
     kind = out_dtype if parts == 1 else torch.float32
     out = torch.empty(num_rows, parts, width, dtype=kind, device=x.device)
     if num_rows:
+        w, by_descriptor = weight_operand(weight, mode, tile)
         _linear_kernel[(num_blocks * num_tiles, parts)](
-            x, x_scales, operand(weight, mode), scales, out,
+            x, x_scales, w, scales, out,
             num_rows, num_blocks, width, length, x.stride(0), part,
             mode, tile.swap, tile.rows, tile.columns, tile.depth, BLOCKS_SHARING_A_TILE,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            by_descriptor, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out.squeeze(1) if parts == 1 else sum_parts(out, out_dtype)
 

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from experts.kernels.gpu.fp8 import decode_e4m3
 
@@ -31,7 +32,7 @@ _INTERPRETED: Final = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Tile(NamedTuple):
-    """Sizes of one program's share: `rows` of x, `columns` (rows of w), `depth` a step."""
+    """Sizes of one program's share: `rows` of x, twice `columns` (rows of w), `depth` a step."""
 
     rows: int
     columns: int
@@ -40,6 +41,32 @@ class Tile(NamedTuple):
     num_warps: int
     swap: bool = False
     """Compute the transposed tile."""
+
+
+def tile_for(block_rows: int, mode: tl.constexpr, dtype: torch.dtype) -> Tile:
+    """dtype: of x. A step's bytes are those of `rows` of x and 2 x `columns` of the weight.
+
+    128 x 256 is what keeps the L2 cache's bandwidth from being the limit with many rows; smaller
+    tiles leave room for a second block on a multiprocessor, which computes while one waits."""
+    if dtype == torch.float32:
+        return Tile(block_rows, 32, 32, 2, 4)
+    if mode is SCALED:
+        return {
+            16: Tile(16, 64, 128, 6, 4, swap=True),  # 108 KiB
+            64: Tile(64, 64, 128, 4, 4),  # 96 KiB
+            128: Tile(128, 128, 128, 4, 8),  # 192 KiB: fp8 products begin with sm_89
+        }[block_rows]
+    if mode is DECODED:
+        return {
+            16: Tile(16, 64, 128, 4, 4),  # 80 KiB
+            64: Tile(64, 64, 64, 4, 4),  # 64 KiB
+            128: Tile(128, 64, 64, 3, 8),  # 72 KiB
+        }[block_rows]
+    return {
+        16: Tile(16, 64, 128, 3, 4, swap=True),  # 108 KiB
+        64: Tile(64, 64, 64, 4, 4),  # 96 KiB
+        128: Tile(128, 128, 64, 3, 8),  # 144 KiB
+    }[block_rows]
 
 
 @triton.jit
@@ -73,6 +100,56 @@ def multiply_add(total, x, w, x_scale, w_scale, MODE: tl.constexpr, SWAP: tl.con
 
 
 @triton.jit
+def weight_tile(
+    w, row, last, length, k,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """[COLUMNS, DEPTH] of a weight [.., length] from (row, k) on: zeros behind its length, anything
+    behind its last row, as those columns of the product are not stored."""
+    if BY_DESCRIPTOR:  # one thread asks the copy engine: no addresses in registers
+        tile = w.load([row.to(tl.int32), k])
+    else:
+        rows = tl.minimum(row + tl.arange(0, COLUMNS), last).to(tl.int64)
+        depth = tl.arange(0, DEPTH)
+        at = w + rows[:, None] * length + depth[None, :]
+        tile = tl.load(at + k, (depth < length - k)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def two_products(
+    x_at, x_scale_at, is_row, w, w_scales, row_a, row_b, last_a, last_b, scales_a, scales_b,
+    length, first, stop,
+    MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Rows of x times COLUMNS rows of w from row_a on, and from row_b on: [ROWS, COLUMNS] each.
+
+    Two sums, as the gate and up of an expert need, or two halves of a wider tile: with fp8 a step's
+    product waits in registers for its scales, and half of it is half the registers.
+    x_at, x_scale_at [ROWS]: where a row and its scales begin; scales_a, scales_b: offsets in
+    w_scales likewise; length: of a row; channels first..stop-1 are summed.
+    """
+    depth = tl.arange(0, DEPTH)
+    a = zero_tile(ROWS, COLUMNS, SWAP)
+    b = zero_tile(ROWS, COLUMNS, SWAP)
+    for k in range(first, stop, DEPTH):
+        inside = is_row[:, None] & (depth < length - k)[None, :]
+        x = tl.load(x_at[:, None] + (k + depth)[None, :], inside, other=0.0)
+        w_a = weight_tile(w, row_a, last_a, length, k, COLUMNS, DEPTH, BY_DESCRIPTOR)
+        w_b = weight_tile(w, row_b, last_b, length, k, COLUMNS, DEPTH, BY_DESCRIPTOR)
+        group = k // 128
+        x_scale = tl.load(x_scale_at + group, is_row, other=0.0) if MODE == SCALED else 0.0
+        scale_a = tl.load(w_scales + scales_a + group) if MODE != PLAIN else 0.0
+        scale_b = tl.load(w_scales + scales_b + group) if MODE != PLAIN else 0.0
+        a = multiply_add(a, x, w_a, x_scale, scale_a, MODE, SWAP)
+        b = multiply_add(b, x, w_b, x_scale, scale_b, MODE, SWAP)
+    if SWAP:
+        a, b = tl.trans(a), tl.trans(b)
+    return a, b
+
+
+@triton.jit
 def tile_of_program(program, num_blocks, num_tiles, GROUP: tl.constexpr):
     """(block of rows, tile of columns): GROUP blocks share a tile before the next tile's turn, so
     that weights and rows are found in the L2 cache."""
@@ -89,6 +166,12 @@ def mode_of(x: torch.Tensor, weight: torch.Tensor) -> tl.constexpr:
     return SCALED if x.dtype == torch.float8_e4m3fn else DECODED
 
 
-def operand(weight: torch.Tensor, mode: tl.constexpr) -> torch.Tensor:
-    """The weight as the kernel takes it: codes that are decoded are bytes."""
-    return weight.view(torch.uint8) if mode is DECODED else weight
+def weight_operand(
+    weight: torch.Tensor, mode: tl.constexpr, tile: Tile
+) -> tuple[torch.Tensor | TensorDescriptor, bool]:
+    """The weight [.., K] as rows of K for weight_tile, and whether by descriptor. Codes that are
+    decoded are bytes. The copy engine wants rows that begin at multiples of 16 bytes."""
+    rows = (weight.view(torch.uint8) if mode is DECODED else weight).view(-1, weight.shape[-1])
+    if rows.shape[1] * rows.itemsize % 16:
+        return rows, False
+    return TensorDescriptor.from_tensor(rows, [tile.columns, tile.depth]), True
