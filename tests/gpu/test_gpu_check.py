@@ -295,6 +295,54 @@ def test_a_missing_module_of_others_is_no_fault() -> None:
     assert lacking("u", ImportError("cannot import name")).failed
 
 
+FAKE_CHILD = """
+import argparse, json, os
+parser = argparse.ArgumentParser()
+parser.add_argument("--spec"), parser.add_argument("--report", type=int)
+options = parser.parse_args()
+first = json.load(open(options.spec))["first"]
+report = os.fdopen(options.report, "w", buffering=1)
+for message in ({"device": {"name": "fake"}}, {"num_units": 4}):
+    print(json.dumps(message), file=report)
+for number in range(first, 4):
+    print(json.dumps({"begin": number, "name": f"unit {number}"}), file=report)
+    if number in (1, 3):
+        print("illegal memory access", flush=True)
+        os._exit(3)
+    note = {"unit": f"unit {number}", "text": "ran", "failed": False}
+    print(json.dumps({"notes": note}), file=report)
+"""
+SUPERVISE = """
+import json, pathlib, sys, time
+from gpu_check import supervise
+from gpu_check.rows import new_results
+supervise.CHILD = pathlib.Path(sys.argv[1])
+results = new_results(False)
+supervise.Supervisor(results, [], time.monotonic() + 60).run()
+print(json.dumps(results))
+"""
+
+
+def test_a_kernel_that_takes_its_process_down_loses_its_unit_only(tmp_path: Path) -> None:
+    """In a process of its own: the supervisor ends every process below it."""
+    child = tmp_path / "child.py"
+    child.write_text(FAKE_CHILD)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}
+    command = [sys.executable, "-c", SUPERVISE, str(child)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    results = json.loads(found.stdout)
+    notes = rows_of(results, "notes")
+    assert [(note.unit, note.failed) for note in notes] == [
+        ("unit 0", False),
+        ("unit 1", True),
+        ("unit 2", False),
+        ("unit 3", True),
+    ]
+    assert "exit code 3" in notes[1].text
+    assert "illegal memory access" in notes[1].text
+    assert results["finished"]
+
+
 def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), *arguments]
