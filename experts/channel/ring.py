@@ -8,8 +8,9 @@
     frees the room                        <-  next envelope: regions nobody looks at any more
 
 Rows of few bytes, or of more than the ring holds, travel in the frame. A sender without room says
-WANT and waits, like one without credits; meanwhile it receives what comes, since the regions that
-it waits for are given back on the same socket, and keeps those frames for `receive`.
+WANT and waits, like one without credits. Meanwhile it receives what comes, since the regions that
+it waits for are given back on the same socket, and keeps those frames for `receive`: as copies, so
+that two full rings cannot wait for each other.
 """
 
 import contextlib
@@ -206,7 +207,7 @@ class RingConnection(StreamConnection):
             with contextlib.suppress(ChannelTimeout):
                 header = self._read_prefix(deadline_s)
                 if header is not None:
-                    self._kept.append(self._read_frame(header, deadline_s))
+                    self._kept.append(_out_of_the_ring(self._read_frame(header, deadline_s)))
         except FrameError as error:
             self._counters.bad_frame(error.field)
             self.close()
@@ -291,6 +292,12 @@ class RingConnection(StreamConnection):
         if self._end is not None:
             self._end.close()
             self._end = None
+
+
+def _out_of_the_ring(frame: Frame) -> Frame:
+    if frame.rows is not None:
+        frame.rows = frame.rows.clone()
+    return frame
 
 
 def _fits(outlet: Outlet, rows: Tensor) -> bool:
