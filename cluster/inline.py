@@ -36,7 +36,7 @@ class InlineCluster:
         Raises ConfigError and DeviceError for a device that cannot be had.
         """
         num_gpus = 1 if device is None and torch.cuda.is_available() else 0
-        config = divide_gpus(config, num_gpus).config
+        config, self.gpus = divide_gpus(config, num_gpus)
         secret = secrets.token_bytes(32)
         prefix = f"inproc:shoal-{next(_numbers)}"
         self.placement = PlacementMember(config, secret, f"{prefix}-placement")

@@ -38,6 +38,7 @@ class InlineServer:
             machine_code.compile_all()
         self.stage = "starting the workers"
         self._cluster = InlineCluster(self._config)
+        self.gpus = self._cluster.gpus
         listen = self._config.listen
         self._server = uvicorn.Server(
             uvicorn.Config(
