@@ -37,7 +37,7 @@ class DispatchPlan(NamedTuple):
     weights: Tensor  # [P] float32, 0 padding
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one compilation for every batch
 def _group_kernel(
     topk_ids, topk_weights, taken, counts, row_index, row_starts, answer_index,
     pair_starts, pair_index, row_ids, expert_ids, weights, num_rows, num_workers,

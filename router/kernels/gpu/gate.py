@@ -30,7 +30,7 @@ _INTERPRETED: Final = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter would multiply the bits of bfloat16 as integers."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one compilation for every batch
 def _logits_kernel(
     x, weight, out, num_rows, num_experts, width, num_splits, x_stride,
     SPLITS_EACH: tl.constexpr, SPLIT: tl.constexpr,
@@ -142,8 +142,9 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
         tile_rows, tile_experts, depth, num_warps=4, num_stages=4,
     )  # fmt: skip
     if is_parallel:
-        grid = (triton.cdiv(logits.numel(), 512),)
-        _sum_splits_kernel[grid](parts, logits, logits.numel(), num_splits, 512, num_warps=4)
+        _sum_splits_kernel[(triton.cdiv(logits.numel(), 512),)](
+            parts, logits, logits.numel(), num_splits, 512, num_warps=4
+        )
     return logits
 
 
@@ -205,6 +206,9 @@ def select_experts_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch twin of `select_experts`."""
     _check_logits(logits, bias, spec)
+    if not logits.shape[0]:
+        none = logits.new_empty(0, spec.top_k)
+        return none.int(), none, logits.new_zeros(1).int()
     finite = logits.isfinite().all(dim=1)  # [T]
     logits = logits.masked_fill(~finite.unsqueeze(1), 0.0)
     topk_ids, topk_weights = host_gate.select_experts_torch(logits, bias, spec)

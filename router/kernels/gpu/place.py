@@ -2,8 +2,9 @@
 
 The rule of router/kernels/place.py, for all rows at once: pairs with one holder decide where a row
 must go; a pair that a worker visited so far holds goes to the least loaded of those; the rest goes
-to the worker that holds most of it, again and again. If the first holders of all pairs are fewer
-workers, they are taken instead. Ties go to the lower load, then to the lower worker index.
+to the worker that holds most of it, again and again. Ties go to the lower load, then to the lower
+worker index. Greedy can miss the smallest cover: the same with ties to the higher load (the host
+does not try that) and the first holders of all pairs are taken instead where they visit fewer.
 
 On the host row after row adds to the load that the next one sees. Here no row can see the others,
 so each sees load + noise(row, worker), evenly spread over [0, T): rows that tie part over the
@@ -38,6 +39,41 @@ class Placement(NamedTuple):
 
 
 @triton.jit
+def _cover(chosen, left, worker, cost):
+    """chosen [PAIRS] with a worker for the pairs still at -1, left [PAIRS, WORKERS] their holders:
+    the worker that holds most of them, then the cheapest one, again and again."""
+    gain = tl.sum(left, axis=0)  # [WORKERS]
+    while tl.max(gain, axis=0) > 0:
+        widest = tl.argmin(tl.where(gain == tl.max(gain, axis=0), cost, _NEVER), axis=0)
+        takes = tl.sum(tl.where(worker[None, :] == widest, left, 0), axis=1) > 0
+        chosen = tl.where(takes, widest, chosen)
+        left = tl.where(takes[:, None], 0, left)
+        gain = tl.sum(left, axis=0)
+    return chosen
+
+
+@triton.jit
+def _bits(chosen, pair, worker):
+    """The pairs that each worker gets: [WORKERS], pair j as bit j."""
+    return tl.sum(tl.where(chosen[:, None] == worker[None, :], 1 << pair[:, None], 0), axis=0)
+
+
+@triton.jit
+def _num_used(bits):
+    return tl.sum((bits != 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def count_bits(x):
+    """How many of the lower 31 bits are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # one compilation for every batch
 def _place_kernel(
     topk_ids, holders, load, workers, taken, counts, num_rows, num_experts, num_workers,
     TOP_K: tl.constexpr, NUM_HOLDERS: tl.constexpr, PAIRS: tl.constexpr, WORKERS: tl.constexpr,
@@ -65,35 +101,21 @@ def _place_kernel(
     is_near = tl.max(near.to(tl.int32), axis=1) > 0
     chosen = tl.where((chosen < 0) & is_near, nearest, chosen)
     left = tl.where((chosen < 0)[:, None], holds, 0)
-    gain = tl.sum(left, axis=0)  # [WORKERS]
-    while tl.max(gain, axis=0) > 0:
-        widest = tl.argmin(tl.where(gain == tl.max(gain, axis=0), cost, _NEVER), axis=0)
-        takes = tl.sum(tl.where(worker[None, :] == widest, left, 0), axis=1) > 0
-        chosen = tl.where(takes, widest, chosen)
-        left = tl.where(takes[:, None], 0, left)
-        gain = tl.sum(left, axis=0)
+    other = _cover(chosen, left, worker, -cost)
+    chosen = _cover(chosen, left, worker, cost)
 
-    bits = tl.where(chosen[:, None] == worker[None, :], 1 << pair[:, None], 0)  # [PAIRS, WORKERS]
-    plain = tl.where(first[:, None] == worker[None, :], 1 << pair[:, None], 0)
-    bits, plain = tl.sum(bits, axis=0), tl.sum(plain, axis=0)
-    if tl.sum((plain > 0).to(tl.int32)) < tl.sum((bits > 0).to(tl.int32)):
-        chosen, bits = first, plain
+    bits = _bits(chosen, pair, worker)  # [WORKERS]
+    other_bits, first_bits = _bits(other, pair, worker), _bits(first, pair, worker)
+    if _num_used(other_bits) < _num_used(bits):
+        chosen, bits = other, other_bits
+    if _num_used(first_bits) < _num_used(bits):
+        chosen, bits = first, first_bits
     tl.store(workers + row * TOP_K + pair, chosen, is_pair)
     tl.store(taken + worker * num_rows + row, bits, is_worker)
     # Whole numbers: the sum is the same in every order.
     tl.atomic_add(counts + worker, 1, is_worker & (bits > 0), sem="relaxed")
     tl.atomic_add(counts + num_workers + worker, count_bits(bits), is_worker & (bits > 0),
                   sem="relaxed")  # fmt: skip
-
-
-@triton.jit
-def count_bits(x):
-    """How many of the lower 31 bits are set."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return (x + (x >> 16)) & 0x3F
 
 
 def place_rows(topk_ids: Tensor, holders: Tensor, load: Tensor) -> Placement:
@@ -144,20 +166,30 @@ def _choose_torch(table: Tensor, load: Tensor) -> Tensor:
     visited = (holds & single.unsqueeze(2)).any(1, keepdim=True)  # [T, 1, W]
     near = holds & visited
     workers = torch.where((workers < 0) & near.any(2), _cheapest_torch(near, costs), workers)
-    for _ in range(table.shape[1]):
+    covers = [_cover_torch(workers, holds, costs), _cover_torch(workers, holds, -costs), first]
+    workers = covers[0]
+    for cover in covers[1:]:
+        fewer = _num_visits_torch(cover, everyone) < _num_visits_torch(workers, everyone)
+        workers = torch.where(fewer.unsqueeze(1), cover, workers)
+    return workers
+
+
+def _cover_torch(workers: Tensor, holds: Tensor, costs: Tensor) -> Tensor:
+    """workers [T, k] with a holder for each pair at -1, where holds [T, k, W] has one."""
+    for _ in range(workers.shape[1]):
         left = holds & (workers < 0).unsqueeze(2)
         gain = left.sum(1, keepdim=True)  # [T, 1, W]
         widest = _cheapest_torch(gain == gain.amax(2, keepdim=True), costs)  # [T, 1]
         takes = left.gather(2, widest.expand_as(workers).unsqueeze(2)).squeeze(2)  # [T, k]
         workers = torch.where(takes, widest, workers)
-    fewer = _num_visits_torch(first, everyone) < _num_visits_torch(workers, everyone)
-    return torch.where(fewer.unsqueeze(1), first, workers)
+    return workers
 
 
 def _costs_torch(load: Tensor, num_rows: int) -> Tensor:
     """[T, W] int32: load [W] as each row sees it."""
     prime: int = _NOISE_PRIME.value
-    noise = torch.arange(num_rows * len(load), device=load.device).view(num_rows, -1) % prime
+    cells = torch.arange(num_rows * len(load), device=load.device)
+    noise = cells.view(num_rows, len(load)) % prime
     return load + (noise * noise % prime * num_rows // prime).int()
 
 
