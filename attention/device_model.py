@@ -30,7 +30,7 @@ from attention.device_hop import is_capturable, open_hop
 from attention.device_sampling import sample_on_device
 from attention.device_steps import Program, Step
 from attention.device_weights import DeviceLayer, DeviceModelWeights
-from attention.graphs import EagerRecorder, bucket_of, bucket_sizes, open_recorder
+from attention.graphs import bucket_of, bucket_sizes, open_recorder
 from attention.kernels.gpu.ops import attention_ops
 from attention.model import Batch, Chunk
 from attention.sampler import Sampled, SampleRow
@@ -150,8 +150,9 @@ class DeviceDecoder:
             chunks=(Chunk(0, num_tokens, nowhere),),
         )
         on_device = upload(prompt, self._mla.max_expanded, self._staging)
-        step = Step.new(on_device, self._config.hidden_size, self._device)
-        self._program(step).recorded(EagerRecorder())
+        program = self._program(Step.new(on_device, self._config.hidden_size, self._device))
+        for segment in (*program.between, *program.shared):
+            segment()
 
     def _recorded_program(self, bucket: int) -> Program:
         """Recorded at first use, over padding only: what that computes harms nobody."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from attention.graphs import (
     CudaRecorder,
@@ -104,6 +105,30 @@ def test_padding_never_leaks(pair: tuple[Sequences, Sequences]) -> None:
         now, then = (rows.flatten(0, 1).clone() for rows in (cache, old))
         now[batch.slots] = then[batch.slots] = 0.0
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
+
+
+def test_padding_is_what_kernels_skip(pair: tuple[Sequences, Sequences]) -> None:
+    recorded, _ = pair
+    recorded.model.forward(batch_of(recorded, {2: 1, 3: 2}))
+    batch = recorded.model._static.batch  # 8 rows, the largest bucket
+    assert batch.context_lens.tolist() == [17, 17, 18, 0, 0, 0, 0, 0]
+    assert batch.slots[3:].tolist() == [-1] * 5
+    assert batch.seq_ids.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_only_rows_that_exist_go_to_the_experts(pair: tuple[Sequences, Sequences]) -> None:
+    """3 tokens in a bucket of 4: padding would cost expert workers what it costs nobody here."""
+    recorded, _ = pair
+    rows = []
+    begin = recorded.model._moe.begin
+
+    def counted(layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
+        rows.append(x.shape[0])
+        return begin(layer, x, deadline_s)
+
+    recorded.model._moe.begin = counted
+    recorded.step({1: 1, 2: 1, 3: 1})
+    assert rows == [3] * 3
 
 
 def test_recording_harms_no_cache(rig: RigOf) -> None:
