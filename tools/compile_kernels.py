@@ -9,7 +9,8 @@ lists its cases: `cases(native_fp8)` in kernels/gpu/cases.py yields (name, call)
 
 Shared memory: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
 (163 KiB a block on 8.0, 227 KiB on 9.0 and 10.0); registers there too. Registers and stack are read
-from the machine code by cuobjdump, matrix instructions by nvdisasm, both part of Triton.
+from the machine code by Triton's cuobjdump, matrix instructions from the PTX: mma, Hopper's wgmma,
+Blackwell's tcgen05.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -48,8 +50,8 @@ MAX_STACK_BYTES = 64
 """A few spilled registers outside the inner loop; more shows in the inner loop's time."""
 MAX_GRID_YZ = 65535
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX = re.compile(r"\b(?:UTC[A-Z]*MMA|[HQI]G?MMA)\b")
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_MATRIX = re.compile(r"\b(wgmma|tcgen05|mma)\.(?:mma|sync)")
 _DOT_OPERAND = re.compile(r"tt\.dot .*: tensor<[0-9x]*x(\w+)>")
 
 
@@ -154,11 +156,7 @@ def compile_only(arch: int, case: str = "") -> Iterator[list[Launch]]:
     target = f"sm_{arch}"
 
     def record(source: Any, metadata: Any, grid: tuple[int, int, int], seconds: float) -> None:
-        files = get_cache_manager(metadata.hash)
-        cubin = files.get_file(f"{metadata.name}.cubin")
-        ttir = Path(files.get_file(f"{metadata.name}.ttir")).read_text()
         names = source.fn.arg_names
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin)
         launches.append(
             Launch(
                 case=case,
@@ -169,11 +167,8 @@ def compile_only(arch: int, case: str = "") -> Iterator[list[Launch]]:
                 num_warps=metadata.num_warps,
                 num_stages=metadata.num_stages,
                 shared_bytes=metadata.shared,
-                registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-                dots=sorted(set(_DOT_OPERAND.findall(ttir))),
-                matrix_instructions=sorted(set(_MATRIX.findall(_run("nvdisasm", "-c", cubin)))),
                 seconds=seconds,
+                **_inspect(metadata.hash, metadata.name),
             )
         )
 
@@ -185,9 +180,19 @@ def compile_only(arch: int, case: str = "") -> Iterator[list[Launch]]:
         drivers.set_active(None)  # the next use looks for a GPU again
 
 
-def _run(tool: str, *args: str) -> str:
-    command = [str(_TOOLS / tool), *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+@cache
+def _inspect(key: str, name: str) -> dict[str, Any]:
+    """What the compiler's files say of a kernel."""
+    files = get_cache_manager(key)
+    ttir, ptx = (Path(files.get_file(f"{name}.{kind}")).read_text() for kind in ("ttir", "ptx"))
+    command = [_CUOBJDUMP, "--dump-resource-usage", files.get_file(f"{name}.cubin")]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "dots": sorted(set(_DOT_OPERAND.findall(ttir))),
+        "matrix_instructions": sorted(set(_MATRIX.findall(ptx))),
+    }
 
 
 def list_cases(module: str, target: str) -> dict[str, Callable[[], object]]:
