@@ -25,7 +25,7 @@ from experts.kernels.gpu.linear import linear, linear_torch, part_of, silu_mul, 
 from experts.kernels.gpu.permute import SortedPairs, sort_pairs, sort_pairs_torch
 from experts.kernels.gpu.quantise import dequantise_blocks, dequantise_rows, quantise_rows_torch
 
-WIDTH, HIDDEN = 136, 200  # f and d: ragged against tiles, depths and blocks of scales
+WIDTH, HIDDEN = 144, 208  # f and d: ragged against tiles, depths and blocks of scales
 SLOT_OF = torch.tensor([4, 2, -1, 0, 1, 3], dtype=torch.int32)
 KINDS = ["f32", "bf16", "fp8", "fp8 decoded"]
 FP8 = torch.float8_e4m3fn
@@ -213,7 +213,7 @@ def test_no_pairs() -> None:
 def test_operands_that_do_not_fit_are_refused() -> None:
     batch = make_batch("bf16")
     rest = batch.weights, SLOT_OF, batch.pairs(16), batch.row_ids
-    with pytest.raises(ValueError, match=r"not \(5, 200, 136\), row-major"):
+    with pytest.raises(ValueError, match=r"not \(5, 208, 144\), row-major"):
         replace(batch.weights, down=batch.weights.down[:, :, :100])
     for x, scales, reason in (
         (batch.x[:, :100], None, "does not fit"),
@@ -242,7 +242,7 @@ def make_linear(width: int, length: int, num_rows: int) -> tuple[Tensor, Tensor,
 
 @pytest.mark.parametrize("fp8_matmul", [True, False])
 @pytest.mark.parametrize(
-    ("width", "length", "num_rows"), [(192, 136, 3), (70, 1100, 2), (130, 130, 20)]
+    ("width", "length", "num_rows"), [(192, 144, 3), (70, 1104, 2), (130, 130, 20)]
 )
 def test_linear_in_fp8(
     width: int, length: int, num_rows: int, fp8_matmul: bool, poisoned: None
@@ -264,14 +264,14 @@ def test_a_narrow_weight_is_split_by_its_shape_only() -> None:
     assert part_of(64, 5, 7168, deterministic=True) == 7168
     assert part_of(65, 5, 7168, deterministic=False) == 7168
     assert part_of(64, 300, 7168, deterministic=False) == 7168
-    assert part_of(1, 1, 1100, deterministic=False) == 640  # whole blocks of scales
+    assert part_of(1, 1, 1104, deterministic=False) == 640  # whole blocks of scales
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_of_plain_weights(dtype: torch.dtype, poisoned: None) -> None:
     generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(72, 200, generator=generator).to(dtype)
-    x = torch.randn(35, 400, generator=generator).to(dtype)[:, :200]  # rows that lie apart
+    weight = torch.randn(72, 208, generator=generator).to(dtype)
+    x = torch.randn(35, 416, generator=generator).to(dtype)[:, :208]  # rows that lie apart
     exact = x.double() @ weight.double().t()
     options = {"out_dtype": torch.float32, "deterministic": True}
     fixed = linear(x, weight, **options)
@@ -283,7 +283,7 @@ def test_linear_of_plain_weights(dtype: torch.dtype, poisoned: None) -> None:
 
 
 def test_linear_of_no_rows_and_of_what_does_not_fit() -> None:
-    x, weight, scales = make_linear(70, 1100, 2)
+    x, weight, scales = make_linear(70, 1104, 2)
     assert linear(x[:0], weight, scales).shape == (0, 70)
     with pytest.raises(ValueError, match="does not fit"):
         linear(x[:, :1000], weight, scales)

@@ -113,9 +113,8 @@ def _down_kernel(
     if tl.load(block_experts + block) < 0:
         return
     slot = _slot(block, block_experts, slot_of, num_experts)
-    pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS))
+    pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     is_pair = pairs < num_pairs
-    pairs = pairs.to(tl.int64)
     column, num_groups = tile * 2 * COLUMNS, tl.cdiv(f, 128)
     scales = slot * tl.cdiv(d, 128) * num_groups
     left, right = two_products(
@@ -178,7 +177,7 @@ def gate_up_silu(
     h = torch.empty(num_pairs, f, dtype=out_dtype, device=x.device)
     if not num_pairs:
         return h
-    tile = tile_for(pairs.block_rows, mode, x.dtype)
+    tile = tile_for(pairs.block_rows, mode, x)
     w, by_descriptor = weight_operand(weights.gate_up, mode, tile)
     _gate_up_kernel[(pairs.num_blocks * triton.cdiv(f, tile.columns),)](
         x, x_scales, w, weights.gate_up_scales,
@@ -207,7 +206,7 @@ def down(
     out = torch.empty(num_pairs, d, dtype=torch.float32, device=h.device)
     if not num_pairs:
         return out
-    tile = tile_for(pairs.block_rows, mode, h.dtype)
+    tile = tile_for(pairs.block_rows, mode, h)
     w, by_descriptor = weight_operand(weights.down, mode, tile)
     _down_kernel[(pairs.num_blocks * triton.cdiv(d, 2 * tile.columns),)](
         h, h_scales, w, weights.down_scales,

@@ -127,7 +127,7 @@ def linear(
     (num_rows, length), width = x.shape, weight.shape[0]
     block_rows = rows_of_block(num_rows, x.dtype, deterministic=deterministic)
     mode = mode_of(x, weight)
-    tile = tile_for(block_rows, mode, x.dtype)
+    tile = tile_for(block_rows, mode, x)
     num_blocks, num_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(width, 2 * tile.columns)
     part = part_of(num_rows, num_tiles, length, deterministic=deterministic)
     parts = triton.cdiv(length, part)

@@ -43,12 +43,12 @@ class Tile(NamedTuple):
     """Compute the transposed tile."""
 
 
-def tile_for(block_rows: int, mode: tl.constexpr, dtype: torch.dtype) -> Tile:
-    """dtype: of x. A step's bytes are those of `rows` of x and 2 x `columns` of the weight.
+def tile_for(block_rows: int, mode: tl.constexpr, x: torch.Tensor) -> Tile:
+    """A step's bytes are those of `rows` of x and 2 x `columns` of the weight.
 
     128 x 256 is what keeps the L2 cache's bandwidth from being the limit with many rows; smaller
     tiles leave room for a second block on a multiprocessor, which computes while one waits."""
-    if dtype == torch.float32:
+    if x.dtype == torch.float32 or x.shape[1] % 16:  # no matrix instructions, or single elements
         return Tile(block_rows, 32, 32, 2, 4)
     if mode is SCALED:
         return {
@@ -65,7 +65,9 @@ def tile_for(block_rows: int, mode: tl.constexpr, dtype: torch.dtype) -> Tile:
     return {
         16: Tile(16, 64, 128, 3, 4, swap=True),  # 108 KiB
         64: Tile(64, 64, 64, 4, 4),  # 96 KiB
-        128: Tile(128, 128, 64, 3, 8),  # 144 KiB
+        128: Tile(128, 128, 64, 4, 8)
+        if _has_copy_engine()
+        else Tile(128, 64, 64, 4, 8),  # 192, 128
     }[block_rows]
 
 
@@ -172,6 +174,12 @@ def weight_operand(
     """The weight [.., K] as rows of K for weight_tile, and whether by descriptor. Codes that are
     decoded are bytes. The copy engine wants rows that begin at multiples of 16 bytes."""
     rows = (weight.view(torch.uint8) if mode is DECODED else weight).view(-1, weight.shape[-1])
-    if rows.shape[1] * rows.itemsize % 16:
+    if rows.shape[1] * rows.itemsize % 16 or not _has_copy_engine():
         return rows, False
     return TensorDescriptor.from_tensor(rows, [tile.columns, tile.depth]), True
+
+
+def _has_copy_engine() -> bool:
+    """Whether the GPU that Triton compiles for has one (sm_90); the interpreter plays it."""
+    interpreted: bool = triton.knobs.runtime.interpret
+    return interpreted or triton.runtime.driver.active.get_current_target().arch >= 90
