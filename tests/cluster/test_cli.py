@@ -63,6 +63,7 @@ def test_a_prompt_may_be_longer_than_any_path(tmp_path: Path) -> None:
         (("serve", "/no/such/folder"), "/no/such/folder"),
         (("serve", "--http-port", "70000"), "http_port"),
         (("serve", "--router-mode", "sideways"), "router.mode"),
+        (("serve", "--device", "gpu"), "device = 'gpu'"),
         (("serve", "--experts", "2-"), "--experts 2-6"),
         (("serve", "--experts", "4-2"), "max_workers = 2 is less than min_workers = 4"),
         (("serve", "--inline", "--experts", "2-4"), "--inline"),
