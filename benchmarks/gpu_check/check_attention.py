@@ -19,9 +19,9 @@ from gpu_check.plan import Context, Unit
 from gpu_check.shapes import ODD, TINY, V2_LITE, V3, ModelShape
 
 EPS = 1e-6
-CONTEXTS = ([1], [0, 64, 65, 1, 700], [4096] * 4 + [37, 0, 2049, 8192])
+CONTEXTS = ([1], [700, 0, 64, 65, 1], [4096] * 4 + [37, 0, 2049, 8192])
 """V2 has V3's heads and latent: it needs no shapes of its own here."""
-SMOKE_CONTEXTS = ([0, 1, 65],)
+SMOKE_CONTEXTS = ([65, 0],)
 CHUNKS = ([(1, 1)], [(37, 37), (1, 130), (200, 457)], [(2048, 2048), (512, 4096)])
 """(new tokens, context)"""
 SMOKE_CHUNKS = ([(3, 3), (2, 9)],)

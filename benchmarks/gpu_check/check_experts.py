@@ -11,9 +11,10 @@ from torch import Tensor
 from experts.kernels.gpu.grouped_gemm import block_rows_for
 from experts.kernels.gpu.ops import ExpertOps, expert_ops
 from experts.kernels.gpu.permute import SortedPairs
+from gpu_check.accounting import blocks
 from gpu_check.compare import EXACT
-from gpu_check.expert_data import Local, Routed, WeightKind, device_weights, random, route
-from gpu_check.kernel_checks import Case, case, units_of
+from gpu_check.expert_data import CODE_STD, Local, Routed, WeightKind, device_weights, random, route
+from gpu_check.kernel_checks import Case, alone, case, units_of
 from gpu_check.plan import Context, Unit
 from gpu_check.shapes import ODD, TINY, V2, V2_LITE, V3, ModelShape
 
@@ -46,7 +47,7 @@ def units(context: Context, kernels: Any = None) -> Iterator[Unit]:
 def cases(context: Context, twins: ExpertOps) -> Iterator[Case]:
     """`twins` prepare what a kernel gets from the ones before it."""
     for local in SMOKE_LOCALS if context.smoke else LOCALS:
-        yield from _row_cases(context, local.shape)
+        yield from _row_cases(context, twins, local.shape)
         for rows in SMOKE_ROWS if context.smoke else ROWS:
             yield from _permute_cases(context, local, rows)
             for kind, fp8_rows in _types(context, local):
@@ -63,7 +64,7 @@ def _types(context: Context, local: Local) -> Iterator[tuple[WeightKind, bool]]:
         yield "float32", False
 
 
-def _row_cases(context: Context, shape: ModelShape) -> Iterator[Case]:
+def _row_cases(context: Context, twins: ExpertOps, shape: ModelShape) -> Iterator[Case]:
     """Kernels that know nothing of experts."""
     hidden, width = shape.hidden_size, shape.moe_intermediate_size
     for count in (1, 7) if context.smoke else (1, 300, 4096):
@@ -84,39 +85,41 @@ def _row_cases(context: Context, shape: ModelShape) -> Iterator[Case]:
             "bfloat16",
             lambda ops, n=count: ops.silu_mul(random(context, 2, n, 2 * width).bfloat16()),
         )
-        yield from _linear_cases(context, shape, count)
+        yield from _linear_cases(context, twins, shape, count)
 
 
-def _linear_cases(context: Context, shape: ModelShape, count: int) -> Iterator[Case]:
+def _linear_cases(
+    context: Context, twins: ExpertOps, shape: ModelShape, count: int
+) -> Iterator[Case]:
     """The latent's product: 576 outputs, which no 128 divides."""
-    local = Local(shape, 1, 1)
     hidden, out = shape.hidden_size, shape.latent_width
-    ways = [("bfloat16", True, False), ("fp8", False, False), ("fp8", False, True)]
-    for kind, deterministic, fp8_matmul in ways[: 3 if context.has_fp8 else 2]:
+    place = f"{shape.name}, {count} x {hidden} to {out}"
 
-        def call(
-            ops: ExpertOps, kind: Any = kind, exact: bool = deterministic, fp8: bool = fp8_matmul
-        ) -> Tensor:
-            x = random(context, 3, count, hidden).bfloat16()
-            weight, scales = _weight(context, local, kind, out)
-            return ops.linear(x, weight, scales, deterministic=exact, fp8_matmul=fp8)
+    def x(num_rows: int = count) -> Tensor:
+        return random(context, 3, count, hidden).bfloat16()[:num_rows]
 
-        how = " deterministic" * deterministic + " fp8 rows" * fp8_matmul
-        place = f"{shape.name}, {count} x {hidden} to {out}{how}"
-        yield case("linear", place, kind, call)
+    def same_bits(ops: ExpertOps, num_rows: int = count) -> Tensor:
+        weight = random(context, 4, out, hidden, std=hidden**-0.5).bfloat16()
+        return ops.linear(x(num_rows), weight, deterministic=True)
+
+    def fp8(ops: ExpertOps, fp8_matmul: bool) -> Tensor:
+        weight, scales = _fp8_weight(context, out, hidden)
+        return ops.linear(x(), weight, scales, fp8_matmul=fp8_matmul)
+
+    yield case("linear", f"{place}, deterministic", "bfloat16", same_bits)
+    if count > 1:
+        yield alone("linear", f"{place}, deterministic", "bfloat16", same_bits, twins)
+    yield case("linear", place, "fp8", lambda ops: fp8(ops, False))
+    if context.has_fp8:
+        yield case("linear", f"{place}, fp8 rows", "fp8", lambda ops: fp8(ops, True))
 
 
-def _weight(
-    context: Context, local: Local, kind: WeightKind, out: int
-) -> tuple[Tensor, Tensor | None]:
+def _fp8_weight(context: Context, out: int, hidden: int) -> tuple[Tensor, Tensor]:
     """[out, hidden], with its scales."""
-    hidden = local.shape.hidden_size
-    if kind != "fp8":
-        return random(context, 4, out, hidden, std=hidden**-0.5).to(getattr(torch, kind)), None
-    codes = random(context, 4, out, hidden, std=100.0).clamp_(-448, 448).to(torch.float8_e4m3fn)
-    grid = (-(-out // 128), -(-hidden // 128))
+    codes = random(context, 4, out, hidden, std=CODE_STD).clamp_(-448, 448)
+    grid = (blocks(out), blocks(hidden))
     scales = torch.rand(grid, device=context.device, generator=context.generator(5)).add_(0.5)
-    return codes, scales.mul_(0.01 * hidden**-0.5)
+    return codes.to(torch.float8_e4m3fn), scales.mul_(hidden**-0.5 / CODE_STD)
 
 
 def _permute_cases(context: Context, local: Local, rows: Rows) -> Iterator[Case]:

@@ -25,7 +25,7 @@ from gpu_check.shapes import MODELS, ODD, TINY, ModelShape
 from router.kernels.gpu.dispatch import DispatchPlan
 from router.kernels.gpu.ops import RouterOps, router_ops
 
-NUM_WORKERS = (1, 8)
+NUM_WORKERS, SMOKE_WORKERS = (1, 8), (2,)
 
 
 def units(context: Context, kernels: Any = None) -> Iterator[Unit]:
@@ -42,7 +42,7 @@ def cases(context: Context, twins: RouterOps) -> Iterator[Case]:
             place = f"{shape.name}, {rows} rows"
             yield from _gate_cases(context, twins, shape, rows, place)
             yield from _selection_cases(context, twins, shape, rows, place)
-            for num_workers in NUM_WORKERS:
+            for num_workers in SMOKE_WORKERS if context.smoke else NUM_WORKERS:
                 yield from _exchange_cases(context, shape, rows, num_workers, place)
 
 

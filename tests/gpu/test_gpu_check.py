@@ -87,9 +87,9 @@ def test_a_wrong_kernel_is_found(context: Context) -> None:
 def test_what_a_kernel_leaves_unwritten_is_found(context: Context) -> None:
     twins = expert_ops("torch")
 
-    def forgets_a_row(pair_rows: Tensor, row_starts: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(len(row_starts) - 1, pair_rows.shape[1], dtype=dtype)
-        out[:-1] = twins.sum_pairs(pair_rows, row_starts, dtype)[:-1]
+    def forgets_a_row(pair_rows: Tensor, row_starts: Tensor) -> Tensor:
+        out = torch.empty(len(row_starts) - 1, pair_rows.shape[1])
+        out[:-1] = twins.sum_pairs(pair_rows, row_starts)[:-1]
         return out
 
     kernels = dataclasses.replace(twins, sum_pairs=forgets_a_row)
