@@ -218,14 +218,16 @@ def compile_case(module: str, name: str, target: str) -> Outcome:
     return Outcome(name, target, launches, "" if launches else "launches no kernel")
 
 
-def compile_all(modules: list[str], targets: list[str], only: str, jobs: int) -> list[Outcome]:
-    """All cases whose name contains `only`, in `jobs` processes."""
+def compile_all(
+    modules: list[str], targets: list[str], only: list[str], jobs: int
+) -> list[Outcome]:
+    """All cases whose name contains one of `only`, in `jobs` processes."""
     tasks = [
         (module, name, target)
         for target in targets
         for module in modules
         for name in list_cases(module, target)
-        if only in name
+        if any(part in name for part in only)
     ]
     with ProcessPoolExecutor(jobs, get_context("fork")) as processes:  # torch is imported once
         futures = [processes.submit(compile_case, *task) for task in tasks]
@@ -262,7 +264,9 @@ def table_of(outcomes: list[Outcome]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", action="append", choices=SHARED_BYTES, help="default: all")
-    parser.add_argument("--only", default="", metavar="NAME", help="cases whose name contains it")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="cases whose name contains it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cases", action="append", metavar="MODULE", help="default: our packages")
@@ -273,7 +277,7 @@ def main() -> int:
     modules = args.cases or list(CASES)
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        outcomes = compile_all(modules, targets, args.only, args.jobs)
+        outcomes = compile_all(modules, targets, args.only or [""], args.jobs)
     for module in modules:
         if not list_cases(module, targets[0]):
             print(f"{module}: no such module", file=sys.stderr)
