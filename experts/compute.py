@@ -7,9 +7,10 @@ it for a slot that no batch names yet, `clear` may not run beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from experts.checkpoint import Checkpoint
@@ -19,8 +20,7 @@ from experts.layer import ExpertWeights, SlotWeights, grouped_swiglu
 from experts.placement.space import ExpertKey
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PairBatch:
+class PairBatch(NamedTuple):
     """Rows of one layer and the pairs (row, expert, weight) to compute of them.
 
     rows [T, d] float32, bfloat16 or float8_e4m3fn, on the host or on the device of the `Compute`;
@@ -34,6 +34,20 @@ class PairBatch:
     slot_ids: Tensor
     weights: Tensor
     per_pair: bool  # one row a pair in their order, with fixed bits; else one summed row a row
+
+
+def merge(batches: Sequence[PairBatch]) -> PairBatch:
+    """Batches of one kind as one; their row_ids already count on from one to the next."""
+    layers, rows, row_ids, expert_ids, slot_ids, weights, per_pair = zip(*batches, strict=True)
+    return PairBatch(
+        layers[0],
+        torch.cat(rows),
+        torch.cat(row_ids),
+        torch.cat(expert_ids),
+        torch.cat(slot_ids),
+        torch.cat(weights),
+        per_pair[0],
+    )
 
 
 class Compute(Protocol):

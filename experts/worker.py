@@ -27,7 +27,7 @@ from experts.channel.frame import (
     reply_to,
 )
 from experts.checkpoint import Checkpoint
-from experts.compute import Compute, PairBatch, open_compute
+from experts.compute import Compute, PairBatch, merge, open_compute
 from experts.device import ComputeDevice, host_device
 from experts.errors import CheckpointError
 from experts.load import WINDOW_S, LoadCounter
@@ -84,7 +84,23 @@ class _Batch:
     expert_ids: Tensor  # [P] int32
     weights: Tensor  # [P] float32
     reply: Frame | None = None
-    slot_ids: Tensor | None = None
+    slot_ids: Tensor | None = None  # [P] int32, once they are known to be here
+
+    def pairs(self, first_row: int) -> PairBatch:
+        """To be computed with `first_row` rows of others before its own."""
+        if self.slot_ids is None:
+            raise RuntimeError("a batch without slots cannot be computed")
+        row_ids = self.row_ids + first_row if first_row else self.row_ids
+        per_pair = bool(self.request.flags & ONE_ROW_PER_PAIR)
+        return PairBatch(
+            self.request.layer,
+            self.rows,
+            row_ids,
+            self.expert_ids,
+            self.slot_ids,
+            self.weights,
+            per_pair,
+        )
 
 
 class ExpertWorker:
@@ -300,24 +316,13 @@ class ExpertWorker:
 
     def _run(self, batches: Sequence[_Batch]) -> list[Tensor]:
         """Rows of the answer to each batch, in the dtype of its request."""
-        first = batches[0]
-        per_pair = bool(first.request.flags & ONE_ROW_PER_PAIR)
+        if len(batches) == 1:
+            return [self._compute.run(batches[0].pairs(0))]
         num_rows = [batch.rows.shape[0] for batch in batches]
         starts = np.cumsum([0, *num_rows[:-1]]).tolist()
-        results = self._compute.run(
-            PairBatch(
-                first.request.layer,
-                _cat([batch.rows for batch in batches]),
-                _cat([batch.row_ids + start for batch, start in zip(batches, starts, strict=True)]),
-                _cat([batch.expert_ids for batch in batches]),
-                _cat([batch.slot_ids for batch in batches if batch.slot_ids is not None]),
-                _cat([batch.weights for batch in batches]),
-                per_pair,
-            )
-        )
-        if len(batches) == 1:
-            return [results]
-        sizes = [batch.row_ids.shape[0] for batch in batches] if per_pair else num_rows
+        parts = [batch.pairs(start) for batch, start in zip(batches, starts, strict=True)]
+        results = self._compute.run(merge(parts))
+        sizes = [len(batch.row_ids) for batch in batches] if parts[0].per_pair else num_rows
         ends = np.cumsum(sizes).tolist()
         return [results[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
@@ -326,7 +331,3 @@ class ExpertWorker:
         self.counters.rows += batch.rows.shape[0]
         self.counters.pairs += batch.expert_ids.shape[0]
         self.load_counter.add(batch.request.layer, batch.expert_ids.numpy())
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -22,13 +22,17 @@ def sum_by_worker(
 
     Returns [T, d] float32 of `shape`, zero for a row that no answer names.
     """
-    total = torch.zeros(shape)
+    total: Tensor | None = None
     for row_index, rows in answers:
+        if total is None and row_index is None:
+            total = rows.clone() if rows.dtype is torch.float32 else rows.float()
+            continue
+        total = torch.zeros(shape) if total is None else total
         if row_index is None:
             total += rows
         else:
             total.index_add_(0, row_index, rows.float())
-    return total
+    return torch.zeros(shape) if total is None else total
 
 
 def sum_by_expert(

@@ -28,13 +28,11 @@ class RouterCompute(Protocol):
     """x is always [T, d], float32 or bfloat16, T > 0."""
 
     spec: GateSpec
+    layers: Collection[int]
+    """Those with experts."""
     width: int
     accepts_device: bool
     """x may lie on the device; sums then do too."""
-
-    @property
-    def layers(self) -> Collection[int]:
-        """Those with experts."""
 
     def choose(self, layer: int, x: Tensor) -> tuple[Int64s, Float32s]:
         """ids [T, k], ascending in each row, and weights [T, k]. Raises NonFiniteInput."""
@@ -61,9 +59,10 @@ class RouterCompute(Protocol):
 class HostRows:
     """The part of a RouterCompute that is done with rows on the host."""
 
-    def __init__(self, spec: GateSpec, width: int) -> None:
+    def __init__(self, spec: GateSpec, width: int, layers: Collection[int]) -> None:
         self.spec = spec
         self.width = width
+        self.layers = layers
 
     def pick(self, x: Tensor, indices: Sequence[Int64s]) -> Iterable[Tensor]:
         """See RouterCompute. Each is copied when it is asked for: the first worker computes
@@ -97,12 +96,8 @@ class HostCompute(HostRows):
     accepts_device = False
 
     def __init__(self, gates: Mapping[int, GateWeights], spec: GateSpec) -> None:
-        super().__init__(spec, next(iter(gates.values())).weight.shape[1])
+        super().__init__(spec, next(iter(gates.values())).weight.shape[1], gates.keys())
         self._gates = gates
-
-    @property
-    def layers(self) -> Collection[int]:
-        return self._gates.keys()
 
     def choose(self, layer: int, x: Tensor) -> tuple[Int64s, Float32s]:
         return choose(x, self._gates[layer], self.spec)

@@ -8,7 +8,7 @@ gate's copy goes up: they are sent from where they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -38,7 +38,7 @@ class DeviceCompute(HostRows):
     def __init__(
         self, gates: Mapping[int, DeviceGate], spec: GateSpec, device: ComputeDevice
     ) -> None:
-        super().__init__(spec, next(iter(gates.values())).weight.shape[1])
+        super().__init__(spec, next(iter(gates.values())).weight.shape[1], gates.keys())
         self._gates = gates
         self._device = device
         self._ops = router_ops("triton" if device.kernels == "triton" else "torch")
@@ -49,10 +49,6 @@ class DeviceCompute(HostRows):
         """Copies the gates to the device. Raises CheckpointError."""
         gates = load_device_gates(checkpoint, device)
         return cls(gates, GateSpec.of(checkpoint.config), device)
-
-    @property
-    def layers(self) -> Collection[int]:
-        return self._gates.keys()
 
     def choose(self, layer: int, x: Tensor) -> tuple[Int64s, Float32s]:
         gate = self._gates[layer]
