@@ -53,14 +53,16 @@ def pick_num_splits(
     of the best. Pure; a CUDA graph keeps what was picked for its bucket."""
     if deterministic:
         return FIXED_SPLITS
-    programs = num_tokens * math.ceil(num_heads / _tile(num_heads, torch.bfloat16, True).heads)
+    programs = num_tokens * math.ceil(
+        num_heads / _tile(num_heads, torch.bfloat16, False, True).heads
+    )
     largest = max(1, min(MAX_SPLITS, max_context // MIN_PART))
     waves = [programs * parts / num_sms for parts in range(1, largest + 1)]
     used = [wave / math.ceil(wave) for wave in waves]  # share of the last wave's time with work
     return 1 + next(i for i, share in enumerate(used) if share >= 0.85 * max(used))
 
 
-def _tile(num_heads: int, dtype: torch.dtype, native_fp8: bool) -> Tile:
+def _tile(num_heads: int, dtype: torch.dtype, fp8_cache: bool, native_fp8: bool) -> Tile:
     """64 heads: the queries (72 KiB at 576 values) and two tiles of 64 tokens (144 KiB) fill the
     shared memory of sm_90, [64, 512] sums half its registers. Two warp groups share the 64 rows of
     the matrix instruction, so each has to take half of the columns; Triton gives a product whose
@@ -68,10 +70,11 @@ def _tile(num_heads: int, dtype: torch.dtype, native_fp8: bool) -> Tile:
     between the two: `share_scores`, one that is always taken. sm_80 (no fp8) has 163 KiB and
     smaller instructions. Fewer heads: bound by memory, small tiles, several programs on a
     multiprocessor. float32 is for exact tests. Not measured on a GPU."""
-    heads = min(64, max(16, triton.next_power_of_2(num_heads)))
+    most = 64 if native_fp8 else 16 if fp8_cache else 32
+    heads = min(most, max(16, triton.next_power_of_2(num_heads)))
     if dtype == torch.float32:
         return Tile(16, 16, num_warps=4, num_stages=1)
-    if heads == 64 and native_fp8:
+    if heads == 64:
         return Tile(64, 64, num_warps=8, num_stages=2, share_scores=True)
     return Tile(heads, 32, num_warps=8, num_stages=3)
 
@@ -152,7 +155,10 @@ def _launch(
     out: Tensor,
 ) -> None:
     num_tokens, num_heads, c = q_latent.shape
-    tile, block_c = _tile(num_heads, q_latent.dtype, native_fp8), triton.next_power_of_2(c)
+    tile, block_c = (
+        _tile(num_heads, q_latent.dtype, layout.is_fp8, native_fp8),
+        triton.next_power_of_2(c),
+    )
     parts, lse = out, out
     if num_splits > 1:
         shape = (num_tokens, num_splits, num_heads)

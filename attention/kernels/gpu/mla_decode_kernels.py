@@ -18,10 +18,14 @@ from experts.kernels.gpu.fp8 import decode_e4m3
 
 
 @triton.jit
-def _slots(table, positions, stop, BLOCK_SIZE: tl.constexpr):
-    """Rows of the cache of a context's positions; of positions from `stop` on, row 0's block."""
-    block = tl.load(table + positions // BLOCK_SIZE, mask=positions < stop, other=0)
-    return block.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+def _blocks(table, first, stop, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of the BLOCK_N positions from `first`: one number if a block has room for all of them
+    (tiles are aligned), which leaves the registers to the sums."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return tl.load(table + first // BLOCK_SIZE, mask=first < stop, other=0)
+    else:
+        positions = first + tl.arange(0, BLOCK_N)
+        return tl.load(table + positions // BLOCK_SIZE, mask=positions < stop, other=0)
 
 
 @triton.jit
@@ -46,11 +50,11 @@ def attend_part(
     heads = tl.program_id(0) % num_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     columns, dims = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     q_mask = (heads[:, None] < num_heads) & (columns[None, :] < LATENT)
-    q_at = token * ql_token + heads[:, None] * ql_head + columns[None, :]
-    q = tl.load(q_latent + q_at, mask=q_mask, other=0.0)
+    q_at = q_latent + token * ql_token + (heads[:, None] * ql_head + columns[None, :])
+    q = tl.load(q_at, mask=q_mask, other=0.0)
     pe_mask = (heads[:, None] < num_heads) & (dims[None, :] < ROPE)
-    pe_at = token * qp_token + heads[:, None] * qp_head + dims[None, :]
-    pe = tl.load(q_pe + pe_at, mask=pe_mask, other=0.0)
+    pe_at = q_pe + token * qp_token + (heads[:, None] * qp_head + dims[None, :])
+    pe = tl.load(pe_at, mask=pe_mask, other=0.0)
 
     context = tl.load(context_lens + token)
     table = block_tables + tl.load(seq_ids + token).to(tl.int64) * max_blocks
@@ -61,11 +65,12 @@ def attend_part(
     maximum = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     mixed = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
-    # The rows of a tile are looked up a tile ahead: the load of a tile needs not wait for them.
-    rows = _slots(table, start + tl.arange(0, BLOCK_N), stop, BLOCK_SIZE)
+    # Looked up a tile ahead: the load of a tile needs not wait for the table.
+    blocks = _blocks(table, start, stop, BLOCK_SIZE, BLOCK_N)
     for first in tl.range(start, stop, BLOCK_N):
         positions = first + tl.arange(0, BLOCK_N)
         seen = positions < stop
+        rows = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
         mask = seen[:, None] & (columns[None, :] < LATENT)
         latent_at = cache + rows[:, None] * cache_row + columns[None, :]
         latents = tl.load(latent_at, mask=mask, other=0.0)
@@ -77,7 +82,7 @@ def attend_part(
             scale_mask = seen[:, None] & (groups[None, :] * GROUP < LATENT)
             scale_of = tl.load(scale_at, mask=scale_mask, other=0.0)
             latents = _dequantised(latents, scale_of, q.dtype, GROUP, NATIVE)
-        rows = _slots(table, positions + BLOCK_N, stop, BLOCK_SIZE)
+        blocks = _blocks(table, first + BLOCK_N, stop, BLOCK_SIZE, BLOCK_N)
 
         factor = maximum
         weights = tl.broadcast_to(maximum[:, None], (BLOCK_H, BLOCK_N)).to(q.dtype)
@@ -94,13 +99,13 @@ def attend_part(
             weights = exponentials.to(q.dtype)
         mixed = multiply_add(weights, latents, mixed * factor[:, None])
 
-    at = (token * NUM_SPLITS + part) * num_heads + heads
+    first_row = (token * NUM_SPLITS + part) * num_heads
     total = tl.where(total == 0.0, 1.0, total)  # of a part without tokens
     result = mixed / total[:, None]
-    out_at = out + at[:, None] * LATENT + columns[None, :]
+    out_at = out + first_row * LATENT + (heads[:, None] * LATENT + columns[None, :])
     tl.store(out_at, result.to(out.dtype.element_ty), mask=q_mask)
     if NUM_SPLITS > 1:
-        tl.store(lse + at, maximum + tl.log2(total), mask=heads < num_heads)
+        tl.store(lse + first_row + heads, maximum + tl.log2(total), mask=heads < num_heads)
 
 
 @triton.jit
