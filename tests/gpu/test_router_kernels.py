@@ -25,6 +25,9 @@ from router.kernels.gpu.pack import (
     pack_rows_fp8_torch,
     pack_rows_torch,
 )
+from tests.gpu.poison import poisoned  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 SELECT = [select_experts, select_experts_torch]
 LOGITS = [0.2, 1, -0.5, 0.9, 2, -1, 0.3, 0.4]
@@ -39,20 +42,6 @@ KIMI = GateSpec(384, 8, "sigmoid", "top2_sum", 1, 1, True, 2.827)
 ODD = GateSpec(21, 5, "sigmoid", "top2_sum", 3, 2, True)
 SINGLES = GateSpec(6, 2, "sigmoid", "top2_sum", 6, 3)  # groups of one: their sum of two is that one
 ALL = GateSpec(5, 5, "softmax", norm_topk_prob=True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel leaves unwritten shows: new tensors are NaN, whole numbers -77."""
-    empty = torch.empty
-
-    def poisoned_empty(*args, **kwargs) -> Tensor:
-        out = empty(*args, **kwargs)
-        if out.dtype == torch.float8_e4m3fn:
-            return out.view(torch.uint8).fill_(0x7F).view(out.dtype)
-        return out.fill_(math.nan if out.is_floating_point() else -77)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 def random_logits(num_rows: int, spec: GateSpec, seed: int = 0) -> tuple[Tensor, Tensor]:

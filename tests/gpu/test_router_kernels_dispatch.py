@@ -9,6 +9,9 @@ from torch import Tensor
 
 from router.dispatch import Pairs, plan_pairs
 from router.kernels.gpu.dispatch import DispatchPlan, plan_dispatch, plan_dispatch_torch
+from tests.gpu.poison import poisoned  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 PLAN = [plan_dispatch, plan_dispatch_torch]
 SHAPES = [  # T, k, E, W, holders of an expert

@@ -133,9 +133,12 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     is_parallel = num_rows <= _PARALLEL_ROWS and num_splits > 1
     programs, each = (num_splits, 1) if is_parallel else (1, num_splits)
     logits = torch.empty(num_rows, num_experts, dtype=torch.float32, device=x.device)
-    parts = logits.new_empty(programs, num_rows, num_experts) if is_parallel else logits
     if not num_rows:
         return logits
+    parts = logits
+    if is_parallel:
+        shape = (programs, num_rows, num_experts)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(num_rows, tile_rows), triton.cdiv(num_experts, tile_experts), programs)
     _logits_kernel[grid](
         x, weight, parts, num_rows, num_experts, width, num_splits, x.stride(0), each, _SPLIT,

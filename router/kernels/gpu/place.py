@@ -126,10 +126,11 @@ def place_rows(topk_ids: Tensor, holders: Tensor, load: Tensor) -> Placement:
     check_tables(topk_ids, holders, load)
     num_rows, top_k = topk_ids.shape
     num_workers = load.shape[0]
+    device = topk_ids.device
     placement = Placement(
-        torch.empty_like(topk_ids),
-        topk_ids.new_empty(num_workers, num_rows),
-        topk_ids.new_zeros(2, num_workers),
+        torch.empty(num_rows, top_k, dtype=torch.int32, device=device),
+        torch.empty(num_workers, num_rows, dtype=torch.int32, device=device),
+        torch.zeros(2, num_workers, dtype=torch.int32, device=device),
     )
     if num_rows:
         # A warp a row: 8 pairs x 16 workers are 4 cells a lane. Not measured on a GPU.
