@@ -88,15 +88,22 @@ def test_deterministic_tokens_do_not_depend_on_the_company(rig: RigOf) -> None:
         )
 
 
-@pytest.mark.parametrize("local", [True, False], ids=["local", "hop"])
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_bfloat16_answers(dtype: str, local: bool, rig: RigOf) -> None:
-    """With all experts on the device and with those of the host, to which rows go as bfloat16.
+@pytest.mark.parametrize("experts", ["local", "device router", "host router"])
+def test_bfloat16_answers(experts: str, dtype: str, rig: RigOf) -> None:
+    """All experts on the device; a router there; one on the host, to which rows go as bfloat16.
     Finite and as long as asked; which tokens depends on rounding."""
-    moe = LocalMoe.open(rig("v3fp8").checkpoint, TWINS_BF16) if local else None
-    engine = rig("v3fp8").engine(TWINS_BF16, moe, kv_cache_dtype=dtype)
-    first = Answers(engine, [submit("a", prompts()[2]), submit("b", prompts()[1], SEEDED)]).run()
-    assert [len(tokens) for tokens in first.all_tokens().values()] == [12, 12]
+    v3fp8 = rig("v3fp8")
+    moe: Any = None
+    if experts == "local":
+        moe = LocalMoe.open(v3fp8.checkpoint, TWINS_BF16)
+    elif experts == "device router":
+        moe = v3fp8.pool.router(device=TWINS_BF16)
+    engine = v3fp8.engine(TWINS_BF16, moe, kv_cache_dtype=dtype)
+    params = GREEDY.model_copy(update={"max_tokens": 4})
+    requests = [submit("a", prompts()[2], params), submit("b", prompts()[1], SEEDED)]
+    answers = Answers(engine, requests).run()
+    assert [len(tokens) for tokens in answers.all_tokens().values()] == [4, 12]
     assert engine._runner._model._mla._caches[0].dtype == (
         torch.uint8 if dtype == "fp8" else torch.bfloat16
     )
