@@ -10,6 +10,10 @@ of 2048 bfloat16, echoed by a channel server in another process:
 Hops are timed in blocks: `p50` is the median of the blocks' medians, `best` the lowest of them (on
 a shared machine the one least disturbed), `p99` over all hops. `--steps` also times, in one thread
 over a socket pair, what sending and receiving a frame and its answer costs.
+
+`--rings` instead compares unix, tcp, shm and nixl side by side, with rows of 64 KiB and 4 MiB: in
+every round each of them runs one block, so that all meet the same machine; what is printed are the
+medians of the rounds and of each round's ratio to unix.
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ SECRET = b"benchmark"
 WIDTH = 2048
 PAIRS_PER_TOKEN = 6
 TOKENS = (1, 16, 64)
+RING_TOKENS = (16, 1024)  # 64 KiB, 4 MiB
+RINGS = ("unix", "tcp", "shm", "nixl")
+ROUNDS = 15
 BLOCKS = 20
 HOPS_PER_BLOCK = 150
 
@@ -158,6 +165,46 @@ def bench_bare(endpoint: str) -> Iterator[tuple[str, int, dict[str, float]]]:
                 yield "bare", num_tokens, timed(hop)
 
 
+def serve_rings(folder: str, pipe: Pipe) -> None:
+    """One server of each kind, all in this process: only one is used at a time."""
+    torch.set_num_threads(1)
+    places = {"tcp": "127.0.0.1:0", "nixl": "127.0.0.1:0"}
+    endpoints = [f"{scheme}:{places.get(scheme, f'{folder}/{scheme}')}" for scheme in RINGS]
+    servers = [Server(endpoint, echo, SECRET) for endpoint in endpoints]
+    for server in servers:
+        server.start()
+    pipe.send([server.endpoint for server in servers])
+    pipe.recv()
+    for server in servers:
+        server.close()
+
+
+def bench_rings(folder: str) -> None:
+    with in_another_process(serve_rings, folder) as endpoints:
+        clients = [connect(endpoint, SECRET) for endpoint in endpoints]  # type: ignore[attr-defined]
+        for num_tokens in RING_TOKENS:
+            frame = route_batch(num_tokens)
+            blocks = 100 if num_tokens < 100 else 20
+            rounds = [
+                [_median_hop(client, frame, blocks) for client in clients]
+                for _ in range(ROUNDS + 1)
+            ][1:]
+            for scheme, column in zip(RINGS, zip(*rounds, strict=True), strict=True):
+                ratios = [us / one_round[0] for us, one_round in zip(column, rounds, strict=True)]
+                us, ratio = statistics.median(column), statistics.median(ratios)
+                print(f"{scheme:5s} {num_tokens * WIDTH * 2:8d} bytes  {us:8.1f} us  {ratio:5.2f}")
+        for client in clients:
+            client.close()
+
+
+def _median_hop(client: Connection, frame: Frame, num_hops: int) -> float:
+    def hop() -> None:
+        client.send(frame)
+        client.receive()
+
+    return statistics.median(_us(hop) for _ in range(num_hops))
+
+
 def bench_steps() -> Iterator[tuple[str, int, dict[str, float]]]:
     """One thread sends and receives over a socket pair: no waking, no other process."""
     near, far = socket.socketpair()
@@ -182,10 +229,14 @@ def bench_steps() -> Iterator[tuple[str, int, dict[str, float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", action="store_true", help="also the cost within one process")
+    parser.add_argument("--rings", action="store_true", help="instead: unix, tcp, shm and nixl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(machine.describe()))
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.rings:
+            bench_rings(folder)
+            return
         for scheme in ("unix", "tcp"):
             for bench in (bench_bare, bench_channel):
                 path = f"unix:{folder}/{bench.__name__}"

@@ -85,21 +85,20 @@ class _Sizes(NamedTuple):
     payload_len: int
 
 
-def encode(frame: Frame, limits: FrameLimits) -> tuple[list[Any], int]:
+def encode(frame: Frame, limits: FrameLimits, placed_bytes: int = 0) -> tuple[list[Any], int]:
     """The buffers to send and their total bytes; tensors are sent from their own memory.
 
-    Raises FrameError when a peer with these limits would refuse the frame.
+    placed_bytes: of the rows, when they travel another way. The header is the same but for the
+    checksum, which is that of the other sections. Raises FrameError when a peer with these limits
+    would refuse the frame.
     """
-    buffers, dtype, sizes = _inspect(frame, limits)
-    return _with_header(frame, buffers, dtype, sizes), HEADER_BYTES + sizes.payload_len
-
-
-def encode_without_rows(frame: Frame, rows: Tensor, limits: FrameLimits) -> tuple[list[Any], int]:
-    """The same when the frame's rows travel another way: all that the header says stays the same,
-    but its checksum is that of the other sections."""
-    buffers, dtype, sizes = _inspect(frame, limits, with_rows=False)
-    num_bytes = HEADER_BYTES + sizes.payload_len - rows.nbytes
-    return _with_header(frame, buffers, dtype, sizes), num_bytes
+    buffers, dtype, sizes = _inspect(frame, limits, placed_bytes)
+    payload_crc = 0
+    for buffer in buffers:
+        payload_crc = crc32c(buffer, payload_crc)
+    fields = _pack(frame, dtype, sizes, payload_crc)
+    buffers.insert(0, fields + _CRC.pack(crc32c(fields)))
+    return buffers, HEADER_BYTES + sizes.payload_len - placed_bytes
 
 
 def validate(frame: Frame, limits: FrameLimits) -> None:
@@ -108,17 +107,8 @@ def validate(frame: Frame, limits: FrameLimits) -> None:
     _pack(frame, dtype, sizes, 0)
 
 
-def _with_header(frame: Frame, buffers: list[Any], dtype: int, sizes: _Sizes) -> list[Any]:
-    payload_crc = 0
-    for buffer in buffers:
-        payload_crc = crc32c(buffer, payload_crc)
-    fields = _pack(frame, dtype, sizes, payload_crc)
-    buffers.insert(0, fields + _CRC.pack(crc32c(fields)))
-    return buffers
-
-
 def _inspect(
-    frame: Frame, limits: FrameLimits, with_rows: bool = True
+    frame: Frame, limits: FrameLimits, placed_bytes: int = 0
 ) -> tuple[list[Any], int, _Sizes]:
     """The payload's buffers, the rows' dtype code and the sizes, all checked."""
     sections = sections_of(frame.kind, frame.status)
@@ -138,7 +128,7 @@ def _inspect(
     body_bytes = len(frame.body)
     payload_len = check_sizes(sections, num_rows, num_pairs, width, dtype, body_bytes, limits)
     check_flags(frame.flags, frame.deadline_us)
-    if num_rows and with_rows:
+    if num_rows and not placed_bytes:
         buffers.append(host_memory(rows))
     if body_bytes:
         buffers.append(frame.body)

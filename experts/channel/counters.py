@@ -24,13 +24,15 @@ class ChannelCounters:
         with self._lock:
             self.frames_in += 1
             self.bytes_in += num_bytes
-            self.placed_bytes_in += placed_bytes
+            if placed_bytes:
+                self.placed_bytes_in += placed_bytes
 
     def frame_out(self, num_bytes: int, placed_bytes: int = 0) -> None:
         with self._lock:
             self.frames_out += 1
             self.bytes_out += num_bytes
-            self.placed_bytes_out += placed_bytes
+            if placed_bytes:
+                self.placed_bytes_out += placed_bytes
 
     def fall_back(self, memory: str) -> int:
         """How often now."""

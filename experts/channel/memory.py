@@ -33,6 +33,9 @@ class ChannelMemory:
     landing_bytes: int = 64 * MIB
     """Of each connection's ring (shm, cuda, nixl); larger rows travel in the frame. Host memory is
     touched only as it is used, memory of a GPU is allocated at once. 0: no rings."""
+    min_bytes: int = MIB // 4
+    """Rows on the host of fewer bytes travel in the frame of a shm or nixl connection too: up to
+    there its few steps cost less than the copy that a ring saves (benchmarks/bench_hop.py)."""
     device: torch.device | None = None
     """cuda: where the ring lies, None: the current device. nixl: None is host memory."""
     allocate: Callable[[int], Bytes] = host_buffer

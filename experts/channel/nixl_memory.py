@@ -34,8 +34,6 @@ from experts.channel.memory import Block, ChannelMemory, HostBlock, Outlet
 
 logger = logging.getLogger(__name__)
 
-MIN_BYTES = 32_768
-"""Of rows on the host: fewer bytes are faster in the frame (benchmarks/bench_hop.py)."""
 PROGRESS_DELAY_US = 10_000  # at most so long between two looks of UCX's thread without an event
 FIRST_WRITE_TIMEOUT_S = 5.0
 _HANDLE = struct.Struct("<QI")  # the ring's address, its segment; NIXL's metadata follows
@@ -79,6 +77,7 @@ class NixlEnd:
 
     def __init__(self, memory: ChannelMemory) -> None:
         self._nixl = nixl = load_nixl()
+        self._min_bytes = memory.min_bytes if memory.device is None else 0
         self.block = _new_block(memory.landing_bytes, memory.device)
         self._outbox = _new_block(memory.landing_bytes, memory.device)
         self._segment = 0 if memory.device is None else 1 + memory.device.index
@@ -115,7 +114,7 @@ class NixlEnd:
             self._nixl, self._agent, peer, Place(self._outbox.address, self._segment), ring
         )
         num_bytes = min(num_bytes, self._outbox.num_bytes)
-        self._outlet = NixlOutlet(writer, self._outbox, num_bytes)
+        self._outlet = NixlOutlet(writer, self._outbox, num_bytes, self._min_bytes)
         return self._outlet
 
     def close(self) -> None:
@@ -197,10 +196,10 @@ class Writer:
 class NixlOutlet:
     """See Outlet. One write at a time."""
 
-    def __init__(self, writer: Writer, outbox: Block, num_bytes: int) -> None:
+    def __init__(self, writer: Writer, outbox: Block, num_bytes: int, min_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.accepts_device = outbox.is_device
-        self.min_bytes = 0 if outbox.is_device else MIN_BYTES
+        self.min_bytes = min_bytes
         self._outbox = outbox
         self._writer = writer
         self._lock = threading.Lock()

@@ -59,6 +59,7 @@ class ShmEnd:
     def __init__(self, memory: ChannelMemory) -> None:
         self.block: Block
         self.block, self._fd = shared_memory.create(memory.landing_bytes)
+        self._min_bytes = memory.min_bytes
 
     def offer(self) -> tuple[bytes, list[int]]:
         fds, self._fd = [self._fd], -1
@@ -67,7 +68,7 @@ class ShmEnd:
     def open(self, num_bytes: int, handle: bytes, fds: list[int]) -> Outlet:
         if handle or len(fds) != 1:
             raise FrameError("landing", f"{len(handle)} bytes, {len(fds)} fds", "one descriptor")
-        return shared_memory.open_peer(fds[0], num_bytes)
+        return shared_memory.open_peer(fds[0], num_bytes, self._min_bytes)
 
     def close(self) -> None:
         if self._fd >= 0:

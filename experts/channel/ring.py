@@ -30,7 +30,6 @@ from experts.channel.codec import (
     decode,
     decode_header,
     encode,
-    encode_without_rows,
 )
 from experts.channel.connection import (
     ChannelClosed,
@@ -106,7 +105,7 @@ class RingConnection(StreamConnection):
     def _send_placed(
         self, frame: Frame, rows: Tensor, outlet: Outlet, deadline_s: float | None
     ) -> None:
-        buffers, num_bytes = encode_without_rows(frame, rows, self._send_limits)
+        buffers, num_bytes = encode(frame, self._send_limits, rows.nbytes)
         self._flow.before_send(frame.kind, deadline_s)
         offset = -1
         try:

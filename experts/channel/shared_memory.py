@@ -15,8 +15,6 @@ from experts.channel.frame import FrameError
 from experts.channel.memory import BlockOutlet, HostBlock
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-MIN_BYTES = 16_384
-"""Fewer bytes are as fast in the frame (benchmarks/bench_hop.py)."""
 
 
 def create(num_bytes: int) -> tuple[HostBlock, int]:
@@ -31,7 +29,7 @@ def create(num_bytes: int) -> tuple[HostBlock, int]:
         raise
 
 
-def open_peer(fd: int, num_bytes: int) -> BlockOutlet:
+def open_peer(fd: int, num_bytes: int, min_bytes: int) -> BlockOutlet:
     """The peer's memory; the caller closes `fd`. Raises FrameError unless it is what it must be."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -42,4 +40,4 @@ def open_peer(fd: int, num_bytes: int) -> BlockOutlet:
     size = os.fstat(fd).st_size
     if size != num_bytes or size % ALIGN:
         raise FrameError("landing", f"{size} bytes", f"{num_bytes}, a multiple of {ALIGN}")
-    return BlockOutlet(HostBlock(mmap.mmap(fd, num_bytes)), MIN_BYTES)
+    return BlockOutlet(HostBlock(mmap.mmap(fd, num_bytes)), min_bytes)

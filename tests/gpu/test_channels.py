@@ -67,7 +67,7 @@ class Rings:
         return f"{self.scheme}:{self._folder}/{len(self._opened)}"
 
     def serve(self, handler: Any = echo, num_bytes: int = MIB, credits: int = 32) -> Server:
-        memory = ChannelMemory(num_bytes)
+        memory = ChannelMemory(num_bytes, 16_384)
         server = Server(
             self.endpoint(), handler, SECRET, credits=credits, name="rings", memory=memory
         )
@@ -78,7 +78,7 @@ class Rings:
     def connect(
         self, server: Server, num_bytes: int = MIB, counters: ChannelCounters | None = None
     ) -> Any:
-        memory = ChannelMemory(num_bytes)
+        memory = ChannelMemory(num_bytes, 16_384)
         client = connect(
             server.endpoint, SECRET, timeout_s=WAIT_S, counters=counters, memory=memory
         )
@@ -472,7 +472,8 @@ CHILD = """
 import sys, torch
 from experts.channel.channel import ChannelMemory, connect
 from experts.channel.frame import Frame, Kind
-client = connect(sys.argv[1], sys.argv[2].encode(), timeout_s=20, memory=ChannelMemory(2**20))
+memory = ChannelMemory(2**20, 16384)
+client = connect(sys.argv[1], sys.argv[2].encode(), timeout_s=20, memory=memory)
 held = []
 frame = Frame(Kind.ROUTE_BATCH, rows=torch.ones(64, 1024))
 client.send(frame, 20)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts.channel.channel import ChannelClosed, ChannelMemory, Connection, Server, connect
-from experts.channel.codec import encode_without_rows
+from experts.channel.codec import encode
 from experts.channel.endpoint import Memory
 from experts.channel.envelope import ENVELOPE_BYTES, PREFIX_BYTES, What, pack, pack_alone, unpack
 from experts.channel.frame import DEFAULT_LIMITS, Frame, FrameError, Kind, reply_to
@@ -35,7 +35,7 @@ ROWS = torch.arange(64 * 128, dtype=torch.float32).reshape(64, 128)  # 32 KiB: h
 
 def placed(offset: int, length: int | None = None, kind: Kind = Kind.ROUTE_BATCH) -> bytes:
     """A frame that says its rows lie there."""
-    buffers, _ = encode_without_rows(Frame(kind, rows=ROWS), ROWS, DEFAULT_LIMITS)
+    buffers, _ = encode(Frame(kind, rows=ROWS), DEFAULT_LIMITS, ROWS.nbytes)
     length = ROWS.nbytes if length is None else length
     return pack(What.PLACED, offset, length) + b"".join(bytes(buffer) for buffer in buffers)
 
@@ -53,7 +53,7 @@ class Guarded:
     def __init__(self, folder: Path) -> None:
         self.kept: list[Frame] = []
         self.got = threading.Semaphore(0)
-        memory = ChannelMemory(RING)
+        memory = ChannelMemory(RING, 16_384)
         self.server = Server(f"shm:{folder}/s", self._keep, SECRET, memory=memory, name="guarded")
         self.server.start()
 
@@ -65,7 +65,7 @@ class Guarded:
         return None
 
     def client(self) -> Any:
-        memory = ChannelMemory(RING)
+        memory = ChannelMemory(RING, 16_384)
         return connect(self.server.endpoint, SECRET, timeout_s=WAIT_S, memory=memory)
 
     def attack(self, data: bytes) -> str:
