@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from experts.channel.channel import Connection
 from experts.channel.codec import HEADER_BYTES
-from experts.channel.frame import Frame, Kind
+from experts.channel.frame import Frame, Kind, reply_to
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
+from experts.hop import Fault
 from router.batcher import MicroBatch
 from router.client import RouterClient
 from router.device_compute import DeviceCompute, places_by_pair, places_by_row
@@ -213,6 +216,39 @@ def test_rows_that_lack_an_expert_are_renormalised(
         want = host.forward(LAYER, x)
         assert close(device.forward(LAYER, x), want, 1e-5)
         assert device.num_renormalised == host.num_renormalised > 0
+
+
+def test_rows_of_the_host_go_from_where_they_are(
+    new_pool: NewPool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A served router on a GPU: only the gate's copy goes up, nothing is packed or summed there."""
+    monkeypatch.setattr(DeviceCompute, "_is_here", lambda self, x: False)
+    router, x = new_pool(checkpoint, spread(checkpoint, 1)).router(TWINS), some_rows(5, checkpoint)
+    ops = replace(router._compute._ops, pack_rows=None, combine_rows=None)  # type: ignore[attr-defined, arg-type]
+    monkeypatch.setattr(router._compute, "_ops", ops)
+    pending = router.begin(LAYER, x)
+    assert [item.hop.frame.rows is x for item in pending.exchanges[0].open] == [True]
+    assert close(router.finish(pending), expected(Reference(checkpoint.folder), LAYER, x), 1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_bfloat16_answer_that_is_not_finite_is_asked_of_another(
+    bad: float, new_pool: NewPool, checkpoint: Checkpoint
+) -> None:
+    def spoil(frame: Frame, _connection: Connection) -> Frame:
+        assert frame.rows is not None
+        rows = frame.rows.clone()
+        rows[-1, -1] = bad
+        return reply_to(frame, rows)
+
+    everything = set(every_expert(checkpoint))
+    pool = new_pool(checkpoint, {"w1": everything})
+    pool.add_impostor("w0", everything, spoil)
+    pool.publish()
+    router, x = pool.router(TWINS), some_rows(4, checkpoint).bfloat16()
+    want = expected(Reference(checkpoint.folder), LAYER, x.float())
+    assert close(router.forward(LAYER, x), want, 1e-2)
+    assert router._own_lane.client.counters.faults[Fault.NOT_FINITE] == 1
 
 
 def test_places_of_the_answers_by_hand() -> None:
