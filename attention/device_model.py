@@ -43,7 +43,6 @@ from router.client import MoeClient
 
 logger = logging.getLogger(__name__)
 
-
 WARM_UP_TOKENS = (16, 17)
 """Triton compiles anew where sizes are multiples of 16."""
 
@@ -150,9 +149,11 @@ class DeviceDecoder:
             chunks=(Chunk(0, num_tokens, nowhere),),
         )
         on_device = upload(prompt, self._mla.max_expanded, self._staging)
-        program = self._program(Step.new(on_device, self._config.hidden_size, self._device))
+        step = Step.new(on_device, self._config.hidden_size, self._device)
+        program = self._program(step)
         for segment in (*program.between, *program.shared):
             segment()
+        self.logits(step.hidden)
 
     def _recorded_program(self, bucket: int) -> Program:
         """Recorded at first use, over padding only: what that computes harms nobody."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention.build import build_engine
 from attention.config import AttentionConfig
 from attention.engine import Engine
 from attention.messages import SamplingParams, Submit, TokenOutput
@@ -18,7 +19,6 @@ from attention.request import Request
 from attention.runner import build_batch
 from attention.scheduler import ScheduledRequest
 from attention.weights import load_weights
-from attention.worker import build_engine
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
 from router.client import MoeClient

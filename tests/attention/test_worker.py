@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from torch import Tensor
 
+from attention.build import build_engine
 from attention.client import AttentionClient
 from attention.config import AttentionConfig
 from attention.messages import (
@@ -24,7 +25,7 @@ from attention.messages import (
     encode_message,
     parse_message,
 )
-from attention.worker import AttentionWorker, build_engine
+from attention.worker import AttentionWorker
 from experts.channel.channel import ChannelClosed, connect
 from experts.channel.frame import Frame, FrameLimits, Kind, Status
 from tests.attention.harness import GREEDY, Answers, Rig, submit
