@@ -8,11 +8,19 @@ router gets nothing that is not said.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from cluster.config import GPU_UNIT, AttentionTier, ConfigError, ExpertTier, ShoalConfig
+from cluster.config import (
+    GPU_UNIT,
+    AttentionTier,
+    ComputingTier,
+    ConfigError,
+    ExpertTier,
+    ShoalConfig,
+)
 
 WorkerTier = Literal["attention", "experts"]
+TIERS: tuple[ComputingTier, ...] = ("attention", "experts", "router")
 WORKER_TIERS: tuple[WorkerTier, ...] = ("attention", "experts")
 
 
@@ -28,19 +36,33 @@ def divide_gpus(config: ShoalConfig, num_visible: int | None) -> Division:
 
     Raises ConfigError for what cannot be had: workers would wait for it for ever.
     """
+    config = _without_gpus_on_cpus(config)
     undecided = [name for name in WORKER_TIERS if _may_take(config, name)]
     num_workers = sum(_most_workers(getattr(config, name)) for name in undecided)
     num_free = _free(config, num_visible) if num_visible is not None else 0
     share = _share(num_workers, num_free)
     if share == 0:
         _check_nobody_insists(config, undecided, num_visible)
-    decided = {
-        name: tier.model_copy(update={"num_gpus": share if name in undecided else 0.0})
-        for name in ("attention", "experts", "router")
-        if (tier := getattr(config, name)).num_gpus is None
+    shares: dict[ComputingTier, float] = {
+        name: share if name in undecided else 0.0
+        for name in TIERS
+        if getattr(config, name).num_gpus is None
     }
     reason = _reason(num_workers, num_free, share) if num_visible and num_workers else ""
-    return Division(config.model_copy(update=decided), reason)
+    return Division(_with_shares(config, shares), reason)
+
+
+def _without_gpus_on_cpus(config: ShoalConfig) -> ShoalConfig:
+    """`device: cpu` wins over any `num_gpus`: nothing is reserved in vain."""
+    return _with_shares(config, {n: 0.0 for n in TIERS if config.device_of(n) == "cpu"})
+
+
+def _with_shares(config: ShoalConfig, shares: dict[ComputingTier, float]) -> ShoalConfig:
+    changed: dict[str, Any] = {
+        name: getattr(config, name).model_copy(update={"num_gpus": share})
+        for name, share in shares.items()
+    }
+    return config.model_copy(update=changed)
 
 
 def _may_take(config: ShoalConfig, name: WorkerTier) -> bool:
@@ -53,12 +75,16 @@ def _most_workers(tier: AttentionTier | ExpertTier) -> int:
     return tier.scaling.max_workers if tier.scaling else tier.num_workers
 
 
+def _num_routers(config: ShoalConfig) -> int:
+    return config.router.num_workers if config.router.mode == "deployment" else 0
+
+
 def _free(config: ShoalConfig, num_visible: int) -> int:
     """Whole GPUs that nobody has asked for. Raises ConfigError if more are asked for than exist."""
     asked = {
         "attention": _most_workers(config.attention) * (config.attention.num_gpus or 0),
         "experts": _most_workers(config.experts) * (config.experts.num_gpus or 0),
-        "router": config.router.num_workers * (config.router.num_gpus or 0),
+        "router": _num_routers(config) * (config.router.num_gpus or 0),
     }
     total = sum(asked.values())
     if total > num_visible + GPU_UNIT:

@@ -45,6 +45,8 @@ def test_what_a_tier_says_stands() -> None:
     assert shares({"attention": {"num_gpus": 0}}, 2) == (0, 1, 0)
     assert shares({"attention": {"device": "cpu"}}, 2) == (0, 1, 0)
     assert shares({"device": "cpu"}, 8) == (0, 0, 0)
+    assert shares({"device": "cpu", "experts": {"num_gpus": 1}}, 0) == (0, 0, 0)
+    assert shares({"router": {"num_gpus": 1, "mode": "inline"}}, 3) == (1, 1, 1)
     assert shares({"device": "cpu", "experts": {"device": "auto"}}, 2) == (0, 1, 0)
 
 
