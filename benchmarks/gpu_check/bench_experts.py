@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 
 from experts.kernels.gpu.grouped_gemm import DeviceWeights, block_rows_for
 from experts.kernels.gpu.ops import ExpertOps, expert_ops
+from experts.kernels.gpu.permute import SortedPairs
 from gpu_check.accounting import FLOAT32_BYTES, Work, down, gate_up
 from gpu_check.expert_data import Local, Routed, WeightKind, device_weights, random, route
 from gpu_check.kernel_times import Run, measure
@@ -113,7 +114,7 @@ class Layer:
             return {"_scaled_grouped_mm (a scale a row)": self._scaled_grouped_mm}
         return {"_grouped_mm": self._grouped_mm, "loop of products": self._loop}
 
-    def _sort(self):  # type: ignore[no-untyped-def]
+    def _sort(self) -> SortedPairs:
         return self._ops.sort_pairs(self.routed.expert_ids, self._num_experts, self._block_rows)
 
     def _operand(self, values: Tensor) -> Operand:
@@ -136,7 +137,7 @@ class Layer:
         order = routed.expert_ids.argsort(stable=True)
         counts = torch.bincount(routed.expert_ids, minlength=self._num_experts)
         slots = routed.slot_of.long()
-        by_expert = DeviceWeights(weights.gate_up[slots], weights.down[slots])
+        by_expert = DeviceWeights(*(_pick(w, slots) for w in (weights.gate_up, weights.down)))
         return self.x[routed.row_ids[order].long()], counts.cumsum(0).int(), by_expert
 
     def _grouped_mm(self) -> Run:
@@ -178,3 +179,8 @@ class Layer:
                     (silu(gate) * up) @ weights.down[expert].t()
 
         return run
+
+
+def _pick(weights: Tensor, slots: Tensor) -> Tensor:
+    """weights[slots]; as bytes, since not every torch can index fp8."""
+    return weights.view(torch.uint8)[slots].view(weights.dtype)

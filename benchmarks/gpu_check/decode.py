@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from attention.device_model import DeviceDecoder
 from experts.config import ModelConfig
 from gpu_check.accounting import Work, decode_step, prefill
 from gpu_check.greedy import Sequences, random_prompts
@@ -20,6 +21,7 @@ from gpu_check.model import Model, lite_config
 from gpu_check.plan import Context, Unit
 from gpu_check.rows import Benchmark, Check
 from gpu_check.shapes import ModelShape
+from router.client import MoeClient
 from router.gate import DeviceGate, GateSpec
 from router.kernels.gpu.ops import router_ops
 from router.local import LocalMoe
@@ -90,12 +92,12 @@ class Decoding:
             how = "CUDA graphs" if graphs else "no graphs"
             yield replace(row, goal=goal, note=f"{how}, {active:.1f} experts a layer")
 
-    def _decoder(self, *, graphs: bool, moe=None):  # type: ignore[no-untyped-def]
+    def _decoder(self, *, graphs: bool, moe: MoeClient | None = None) -> DeviceDecoder:
         return self._model.decoder(
             self._cache, self._batch, self._num_tokens, graphs=graphs, moe=moe
         )
 
-    def _run(self, decoder, tokens: Tensor, steps: int) -> None:  # type: ignore[no-untyped-def]
+    def _run(self, decoder: DeviceDecoder, tokens: Tensor, steps: int) -> None:
         for _ in self._sequences.decode(decoder, tokens, steps):
             pass
 

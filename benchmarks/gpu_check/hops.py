@@ -53,9 +53,9 @@ def hops(context: Context, scheme: str) -> Iterator[Row]:
     config = lite_config(smoke=context.smoke, num_layers=NUM_LAYERS)
     layer, num_experts = config.moe_layers[0], config.n_routed_experts
     checkpoint = SeededCheckpoint(config, context.device)
-    here = DeviceCompute.open(checkpoint, num_experts, context.compute)  # type: ignore[arg-type]
+    here = DeviceCompute.open(checkpoint, num_experts, context.compute)
     for expert in range(num_experts):
-        here.fill((layer, expert), expert, load_expert(checkpoint, layer, expert))  # type: ignore[arg-type]
+        here.fill((layer, expert), expert, load_expert(checkpoint, layer, expert))
     local = Local(shape_of(config), num_experts, config.num_experts_per_tok)
     staging = Staging(context.compute)
     with worker(context, scheme) as connection:
@@ -147,7 +147,7 @@ def serve(smoke: bool, endpoint: str, parent: Pipe) -> None:
     config = lite_config(smoke=smoke, num_layers=NUM_LAYERS)
     checkpoint = SeededCheckpoint(config, context.device)
     num_experts = config.n_routed_experts
-    experts = ExpertWorker(checkpoint, "experts-0", num_experts, device=context.compute)  # type: ignore[arg-type]
+    experts = ExpertWorker(checkpoint, "experts-0", num_experts, device=context.compute)
     experts.hold([(config.moe_layers[0], expert) for expert in range(num_experts)])
     parent.send(experts.start(endpoint, SECRET))
     try:

@@ -109,8 +109,8 @@ class Model:
     def open(cls, config: ModelConfig, compute: ComputeDevice) -> Model:
         """Makes every tensor."""
         checkpoint = SeededCheckpoint(config, compute.device)
-        weights = load_device_weights(checkpoint, compute)  # type: ignore[arg-type]
-        moe = LocalMoe.open(checkpoint, compute)  # type: ignore[arg-type]
+        weights = load_device_weights(checkpoint, compute)
+        moe = LocalMoe.open(checkpoint, compute)
         return cls(config, compute, weights, moe, checkpoint)
 
     def new_cache(self, num_sequences: int, num_tokens: int) -> Tensor:

@@ -46,13 +46,17 @@ def problems(results: Results) -> list[str]:
     notes: list[Note] = rows_of(results, "notes")
     return [
         *(
-            f"{one.kernel}, {one.shape}, {one.dtype}: "
-            f"{one.problem or f'error {one.error:.2e}, allowed {one.allowed:.2e}'}"
+            f"{one.kernel}, {one.shape}, {one.dtype}: {_wrong(one)}"
             for one in checks
             if not one.passed
         ),
         *(f"{note.unit}: {note.text}" for note in notes if note.failed),
     ]
+
+
+def _wrong(one: Check) -> str:
+    error = "not known" if one.error is None else f"{one.error:.2e}"
+    return one.problem or f"error {error}, allowed {one.allowed:.2e}"
 
 
 def _head(results: Results) -> str:

@@ -6,6 +6,7 @@ A number that was not measured is None, in JSON null: never an estimate.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,9 +88,14 @@ def new_results(smoke: bool) -> Results:
 
 
 def to_message(row: Row) -> dict[str, Any]:
-    """{kind: fields}"""
+    """{kind: fields}; JSON has no NaN and no infinity: None."""
     kind = next(kind for kind, type_ in KINDS.items() if isinstance(row, type_))
-    return {kind: dataclasses.asdict(row)}
+    fields = dataclasses.asdict(row).items()
+    return {kind: {name: None if _is_wild(value) else value for name, value in fields}}
+
+
+def _is_wild(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def rows_of(results: Results, kind: str) -> list[Any]:

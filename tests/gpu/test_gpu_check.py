@@ -263,6 +263,13 @@ def test_a_failure_names_kernel_shape_and_error() -> None:
     assert "| ray | skipped: no module ray |" in text
 
 
+def test_an_error_that_is_no_number_fails() -> None:
+    results = results_of(Check("down", "s", "fp8", float("nan"), 0.01))
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert not rows_of(results, "checks")[0].passed
+    assert problems(results) == ["down, s, fp8: error not known, allowed 1.00e-02"]
+
+
 def test_shares_and_rates_of_the_report() -> None:
     results = results_of(
         Ceiling("copy", "GB/s", 4e12, "how"),
