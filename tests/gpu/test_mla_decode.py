@@ -191,8 +191,8 @@ def test_the_twin_is_the_cpu_function(dtype: torch.dtype) -> None:
         (1, 16, 300, 1),  # parts of less than 256 tokens do not pay
         (66, 128, 8192, 1),  # 132 programs are one whole wave
         (64, 128, 8192, 1),  # 97% of one
-        (70, 128, 8192, 5),  # 140: two waves at 53%; in 5 parts 700, six at 88%
-        (256, 16, 8192, 1),
+        (70, 128, 8192, 4),  # 140: two waves at 53%; in 4 parts 560, five at 85%
+        (200, 16, 8192, 5),  # 264 at a time: one wave at 76%; in 5 parts 1000, four at 95%
     ],
 )
 def test_splits_fill_the_multiprocessors(

@@ -86,4 +86,5 @@ def _blocks(width: int, length: int, dtype: torch.dtype) -> tuple[int, int, int,
 
 
 def _at_most(limit: int, size: int) -> int:
-    return min(limit, max(16, triton.next_power_of_2(size)))
+    padded: int = triton.next_power_of_2(size)
+    return min(limit, max(16, padded))

@@ -53,12 +53,12 @@ def pick_num_splits(
     of the best. Pure; a CUDA graph keeps what was picked for its bucket."""
     if deterministic:
         return FIXED_SPLITS
-    programs = num_tokens * math.ceil(
-        num_heads / _tile(num_heads, torch.bfloat16, False, True).heads
-    )
+    heads = _tile(num_heads, torch.bfloat16, False, True).heads
+    programs = num_tokens * math.ceil(num_heads / heads)
+    slots = num_sms if heads == 64 else 2 * num_sms  # smaller tiles run two on a multiprocessor
     largest = max(1, min(MAX_SPLITS, max_context // MIN_PART))
-    waves = [programs * parts / num_sms for parts in range(1, largest + 1)]
-    used = [wave / math.ceil(wave) for wave in waves]  # share of the last wave's time with work
+    waves = [programs * parts / slots for parts in range(1, largest + 1)]
+    used = [wave / math.ceil(wave) for wave in waves]  # share of the slots with work
     return 1 + next(i for i, share in enumerate(used) if share >= 0.85 * max(used))
 
 

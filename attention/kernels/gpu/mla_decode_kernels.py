@@ -29,6 +29,16 @@ def _blocks(table, first, stop, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
+def _rows_at(base, blocks, offsets, row_stride, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Addresses [BLOCK_N, 1] of the rows at `offsets` in `blocks`, one for all or one each."""
+    first = base + blocks.to(tl.int64) * (BLOCK_SIZE * row_stride)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return first + (offsets * row_stride)[:, None]
+    else:
+        return first[:, None] + (offsets * row_stride)[:, None]
+
+
+@triton.jit
 def _dequantised(codes, scales, dtype: tl.constexpr, GROUP: tl.constexpr, NATIVE: tl.constexpr):
     """codes [tokens, c] times scales [tokens, groups] of GROUP columns each -> dtype."""
     values = codes.to(tl.float32) if NATIVE else decode_e4m3(codes, tl.float32)
@@ -70,21 +80,22 @@ def attend_part(
     for first in tl.range(start, stop, BLOCK_N):
         positions = first + tl.arange(0, BLOCK_N)
         seen = positions < stop
-        rows = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        offsets = positions % BLOCK_SIZE
+        latent_at = _rows_at(cache, blocks, offsets, cache_row, BLOCK_SIZE, BLOCK_N)
         mask = seen[:, None] & (columns[None, :] < LATENT)
-        latent_at = cache + rows[:, None] * cache_row + columns[None, :]
-        latents = tl.load(latent_at, mask=mask, other=0.0)
-        key_at = keys + rows[:, None] * keys_row + KEY_AT + dims[None, :]
-        key = tl.load(key_at, mask=seen[:, None] & (dims[None, :] < ROPE), other=0.0).to(pe.dtype)
+        latents = tl.load(latent_at + columns[None, :], mask=mask, other=0.0)
+        key_at = _rows_at(keys + KEY_AT, blocks, offsets, keys_row, BLOCK_SIZE, BLOCK_N)
+        mask = seen[:, None] & (dims[None, :] < ROPE)
+        key = tl.load(key_at + dims[None, :], mask=mask, other=0.0).to(pe.dtype)
         if FP8:
             groups = tl.arange(0, BLOCK_C // GROUP)
-            scale_at = scales + rows[:, None] * scales_row + SCALES_AT + groups[None, :]
-            scale_mask = seen[:, None] & (groups[None, :] * GROUP < LATENT)
-            scale_of = tl.load(scale_at, mask=scale_mask, other=0.0)
+            at = _rows_at(scales + SCALES_AT, blocks, offsets, scales_row, BLOCK_SIZE, BLOCK_N)
+            mask = seen[:, None] & (groups[None, :] * GROUP < LATENT)
+            scale_of = tl.load(at + groups[None, :], mask=mask, other=0.0)
             latents = _dequantised(latents, scale_of, q.dtype, GROUP, NATIVE)
         blocks = _blocks(table, first + BLOCK_N, stop, BLOCK_SIZE, BLOCK_N)
 
-        factor = maximum
+        factor = maximum  # of no use but to the compiler: the branch is always taken, see _tile
         weights = tl.broadcast_to(maximum[:, None], (BLOCK_H, BLOCK_N)).to(q.dtype)
         if (not SHARE_SCORES) or first < stop:
             scores = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)

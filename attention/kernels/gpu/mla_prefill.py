@@ -169,7 +169,8 @@ def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 def _padded(width: int) -> int:
     """A tile's width: a power of two, at least the depth of a matrix instruction."""
-    return max(16, triton.next_power_of_2(width))
+    padded: int = triton.next_power_of_2(width)
+    return max(16, padded)
 
 
 def _check(q: Tensor, kv: Tensor, k_pe: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
