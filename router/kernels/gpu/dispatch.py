@@ -9,7 +9,7 @@ copies row_starts and pair_starts to it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,12 @@ class DispatchPlan(NamedTuple):
     weights: Tensor  # [P] float32, 0 padding
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # one compilation for every batch
+_PARTS: Final = ["row_index", "row_starts", "pair_starts", "pair_index", "row_ids", "expert_ids"]
+"""Parts of larger tensors begin anywhere. They are written place by place, so alignment gains
+nothing, and would cost a compilation when it first changes."""
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=_PARTS)
 def _group_kernel(
     topk_ids, topk_weights, taken, counts, row_index, row_starts, answer_index,
     pair_starts, pair_index, row_ids, expert_ids, weights, num_rows, num_workers,
@@ -95,7 +100,7 @@ def plan_dispatch(
     device = topk_ids.device
     padded = torch.full((num_places + 3 * num_pairs,), -1, dtype=torch.int32, device=device)
     row_index, pair_index, row_ids, expert_ids = padded.split([num_places, *[num_pairs] * 3])
-    ends = torch.zeros(2, num_workers + 1, dtype=torch.int32, device=device)
+    ends = torch.empty(2, num_workers + 1, dtype=torch.int32, device=device)
     plan = DispatchPlan(
         workers=placed.workers,
         row_index=row_index,
@@ -109,6 +114,8 @@ def plan_dispatch(
     )
     if num_rows:
         _group(plan, placed, topk_ids, topk_weights)
+    else:
+        ends.zero_()
     return plan
 
 

@@ -21,7 +21,8 @@ _BLOCK: Final = 1024
 """Columns a program copies: 16 bytes of bfloat16 a thread with 4 warps. Not measured on a GPU."""
 
 
-@triton.jit
+# A worker's part of the index begins anywhere, and one number of it is read.
+@triton.jit(do_not_specialize_on_alignment=["row_index"])
 def _pack_kernel(x, row_index, out, width, x_stride, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -30,7 +31,7 @@ def _pack_kernel(x, row_index, out, width, x_stride, BLOCK: tl.constexpr):
     tl.store(out + place * width + columns, values, columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_index"])
 def _pack_fp8_kernel(
     x, row_index, codes, scales, width, num_groups, x_stride,
     UE8M0: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
