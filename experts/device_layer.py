@@ -212,6 +212,7 @@ def grouped_swiglu_device(
     ops: ExpertOps,
     per_pair: bool = False,
     deterministic: bool = False,
+    num_here: int | None = None,
 ) -> Tensor:
     """The routed experts of one layer; no wait for the device, sizes only from shapes.
 
@@ -220,13 +221,15 @@ def grouped_swiglu_device(
     row_starts [T + 1] int32. slot_of [E] int32: slot of each expert of this layer, -1: not here,
     its pairs are dropped. Returns [T, d] float32: the sum of weight * expert(x[t]) over the pairs
     of row t in their order; with `per_pair` the weighted rows [P, d]; dropped pairs are zero.
-    deterministic: a row's bits depend on its own pairs only.
+    deterministic: a row's bits depend on its own pairs only. num_here: experts of this layer that
+    have a slot, if known: how many rows each may expect decides the size of the kernels' blocks.
     """
     weights, dtype = slots.weights, x.dtype
+    num_pairs, num_experts = expert_ids.shape[0], slot_of.shape[0]
     block_rows = block_rows_for(
-        expert_ids.shape[0], slot_of.shape[0], weights.gate_up.dtype, deterministic=deterministic
+        num_pairs, num_here or num_experts, weights.gate_up.dtype, deterministic=deterministic
     )
-    pairs = ops.sort_pairs(expert_ids, slot_of.shape[0], block_rows)
+    pairs = ops.sort_pairs(expert_ids, num_experts, block_rows)
     quantised = weights.is_fp8 and slots.device.fp8_matmul
     rows, scales = ops.quantise_rows(x) if quantised else (x, None)
     h = ops.gate_up_silu(

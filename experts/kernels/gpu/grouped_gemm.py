@@ -125,6 +125,9 @@ def _down_kernel(
         f, 0, tl.where(slot < 0, 0, f),
         MODE, SWAP, ROWS, COLUMNS, DEPTH, BY_DESCRIPTOR,
     )  # fmt: skip
+    # Read again: registers across the loop are few.
+    pairs = tl.load(order + block * ROWS + tl.arange(0, ROWS), volatile=True).to(tl.int64)
+    is_pair = pairs < num_pairs
     factor = tl.load(pair_weights + pairs, is_pair, other=0.0)[:, None]
     columns = column + tl.arange(0, COLUMNS)[None, :]
     out_at = out + pairs[:, None] * d + columns

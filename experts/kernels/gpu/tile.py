@@ -9,7 +9,7 @@ Three ways to multiply, by the types of the operands:
 All sums are float32. With few rows a tile is computed transposed, w . x^T: the matrix instructions
 of sm_90 and later take 64 rows from their first operand but as few as 8 from their second. None of
 the sizes below was measured on a GPU yet; they follow from shared memory (stages x (rows + columns)
-x depth) and registers, which tests/gpu/test_expert_kernels_compiled.py checks for three targets.
+x depth) and registers, which tools/compile_kernels.py checks for three targets.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
@@ -44,17 +44,19 @@ class Tile(NamedTuple):
 
 
 def tile_for(block_rows: int, mode: tl.constexpr, x: torch.Tensor) -> Tile:
-    """A step's bytes are those of `rows` of x and 2 x `columns` of the weight.
+    """A step's bytes are those of `rows` of x and 2 x `columns` of the weight; the comments say
+    what all stages take.
 
     128 x 256 is what keeps the L2 cache's bandwidth from being the limit with many rows; smaller
-    tiles leave room for a second block on a multiprocessor, which computes while one waits."""
+    tiles leave room for a second block on a multiprocessor, which computes while one waits. Two
+    targets have not the registers for 128 x 256: sm_80 for addresses, sm_100 for fp8's scales."""
     if x.dtype == torch.float32 or x.shape[1] % 16:  # no matrix instructions, or single elements
         return Tile(block_rows, 32, 32, 2, 4)
     if mode is SCALED:
         return {
             16: Tile(16, 64, 128, 6, 4, swap=True),  # 108 KiB
             64: Tile(64, 64, 128, 4, 4),  # 96 KiB
-            128: Tile(128, 128, 128, 4, 8),  # 192 KiB: fp8 products begin with sm_89
+            128: Tile(128, 64 if _arch() >= 100 else 128, 128, 4, 8),  # 128 or 192 KiB
         }[block_rows]
     if mode is DECODED:
         return {
@@ -65,9 +67,7 @@ def tile_for(block_rows: int, mode: tl.constexpr, x: torch.Tensor) -> Tile:
     return {
         16: Tile(16, 64, 128, 3, 4, swap=True),  # 108 KiB
         64: Tile(64, 64, 64, 4, 4),  # 96 KiB
-        128: Tile(128, 128, 64, 4, 8)
-        if _has_copy_engine()
-        else Tile(128, 64, 64, 4, 8),  # 192, 128
+        128: Tile(128, 64 if _arch() < 90 else 128, 64, 4, 8),  # 128 or 192 KiB
     }[block_rows]
 
 
@@ -172,14 +172,16 @@ def weight_operand(
     weight: torch.Tensor, mode: tl.constexpr, tile: Tile
 ) -> tuple[torch.Tensor | TensorDescriptor, bool]:
     """The weight [.., K] as rows of K for weight_tile, and whether by descriptor. Codes that are
-    decoded are bytes. The copy engine wants rows that begin at multiples of 16 bytes."""
+    decoded are bytes. The copy engine is there from sm_90 on and wants rows that begin at multiples
+    of 16 bytes."""
     rows = (weight.view(torch.uint8) if mode is DECODED else weight).view(-1, weight.shape[-1])
-    if rows.shape[1] * rows.itemsize % 16 or not _has_copy_engine():
+    if rows.shape[1] * rows.itemsize % 16 or _arch() < 90:
         return rows, False
     return TensorDescriptor.from_tensor(rows, [tile.columns, tile.depth]), True
 
 
-def _has_copy_engine() -> bool:
-    """Whether the GPU that Triton compiles for has one (sm_90); the interpreter plays it."""
-    interpreted: bool = triton.knobs.runtime.interpret
-    return interpreted or triton.runtime.driver.active.get_current_target().arch >= 90
+def _arch() -> int:
+    """80, 90 or 100: what Triton compiles for. The interpreter plays 90."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    return int(triton.runtime.driver.active.get_current_target().arch)
