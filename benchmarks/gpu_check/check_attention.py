@@ -102,7 +102,7 @@ def _cache_cases(
     place, name = f"{shape.name}, {rows} rows", _name(cache_dtype)
     num_blocks = rows // BLOCK_SIZE + 2
 
-    def write(ops: AttentionOps) -> tuple[Tensor, Tensor, Tensor]:
+    def write(ops: AttentionOps) -> tuple[Tensor, Tensor]:
         size = (rows, shape.num_attention_heads, shape.query_width)
         q = random(context, 7, *size).to(dtype)
         kv_a = random(context, 8, rows, shape.latent_width).to(dtype)

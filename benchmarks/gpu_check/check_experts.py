@@ -25,12 +25,12 @@ SMOKE_LOCALS = (Local(TINY, 4, 2),)
 class Rows(NamedTuple):
     """How many, and over which share of the experts: the others get none."""
 
-    count: int
+    num: int
     share: float = 1.0
 
     def __str__(self) -> str:
         experts = "" if self.share == 1.0 else f" to {self.share:.0%} of the experts"
-        return f"{self.count} rows{experts}"
+        return f"{self.num} rows{experts}"
 
 
 ROWS = (Rows(1), Rows(33, 0.25), Rows(64), Rows(4096))
@@ -162,7 +162,7 @@ def _product_cases(
 
     def gate_up(ops: ExpertOps) -> Tensor:
         routed, weights = _routed(context, local, rows), device_weights(context, local, kind, 7)
-        x = operand(random(context, 8, rows.count, local.shape.hidden_size))
+        x = operand(random(context, 8, rows.num, local.shape.hidden_size))
         pairs = sorted_pairs(routed)
         return ops.gate_up_silu(*x, weights, routed.slot_of, pairs, routed.row_ids, out_dtype=dtype)
 
@@ -178,4 +178,4 @@ def _product_cases(
 
 def _routed(context: Context, local: Local, rows: Rows) -> Routed:
     num_used = max(local.top_k, int(rows.share * local.num_experts))
-    return route(context, local, rows.count, 10, num_used=num_used)
+    return route(context, local, rows.num, 10, num_used=num_used)

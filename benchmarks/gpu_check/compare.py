@@ -46,8 +46,8 @@ class Poisoned(TorchDispatchMode):
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """All of its storage; uint8 becomes what e4m3 reads as NaN."""
-    floating = tensor.dtype.is_floating_point
+    """All of its storage. uint8, the bytes of an fp8 cache, is NaN in whatever type it is read."""
+    floating = tensor.dtype.is_floating_point or tensor.dtype == torch.uint8
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     storage.set_(tensor.untyped_storage())
     storage.fill_(POISON_BYTE_FLOAT if floating else POISON_BYTE_INT)

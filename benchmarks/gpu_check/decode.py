@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention.device_model import DeviceDecoder
 from experts.config import ModelConfig
+from experts.device import KernelKind
 from gpu_check.accounting import Work, decode_step, prefill
 from gpu_check.greedy import Sequences, random_prompts
 from gpu_check.model import Model, lite_config
@@ -155,10 +156,8 @@ def same_tokens(context: Context) -> Check:
     batch, length, num_new = SMOKE_COMPARED if context.smoke else COMPARED
     config = lite_config(smoke=context.smoke)
     prompts = random_prompts(batch, length, config.vocab_size)
-    found = [
-        _choices(context, config, kernels, prompts, num_new) for kernels in ("triton", "torch")
-    ]
-    (ours, _), (twins, margins) = found
+    ours, _ = _choices(context, config, "triton", prompts, num_new)
+    twins, margins = _choices(context, config, "torch", prompts, num_new)
     error, note = first_difference(ours, twins, margins)
     place = f"V2-Lite, {batch} prompts of {length}, {num_new} new tokens"
     dtype = str(context.compute.dtype).removeprefix("torch.")
@@ -166,7 +165,7 @@ def same_tokens(context: Context) -> Check:
 
 
 def _choices(
-    context: Context, config: ModelConfig, kernels: str, prompts: Tensor, num_new: int
+    context: Context, config: ModelConfig, kernels: KernelKind, prompts: Tensor, num_new: int
 ) -> tuple[Tensor, Tensor]:
     """tokens [B, N] and how far the best logit is above the next, in standard deviations, [B, N].
 

@@ -17,9 +17,9 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts: their folder is on the path while they run
 
-from gpu_check import accounting, check_experts, check_router, goals  # noqa: E402
+from gpu_check import accounting, check_attention, check_experts, check_router, goals  # noqa: E402
 from gpu_check.compare import POISON_BYTE_INT, Poisoned, difference, poison  # noqa: E402
-from gpu_check.kernel_checks import Case, alone, check  # noqa: E402
+from gpu_check.kernel_checks import Case, alone, check, tensors_of  # noqa: E402
 from gpu_check.plan import Context, Unit, lacking, run_unit  # noqa: E402
 from gpu_check.report import markdown, problems  # noqa: E402
 from gpu_check.rows import (  # noqa: E402
@@ -36,6 +36,7 @@ from gpu_check.sections import SECTIONS  # noqa: E402
 from gpu_check.shapes import MODELS, V2_LITE, V3  # noqa: E402
 from gpu_check.timing import NoTimer  # noqa: E402
 
+from attention.kernels.gpu.ops import AttentionOps, attention_ops  # noqa: E402
 from cluster.deploy.known_models import KNOWN  # noqa: E402
 from experts.config import ModelConfig  # noqa: E402
 from experts.device import ComputeDevice  # noqa: E402
@@ -67,6 +68,39 @@ def checks_of(units: Any, kernel: str) -> list[Check]:
 def test_twins_agree_with_themselves(context: Context) -> None:
     found = checks_of(check_experts.units(context, expert_ops("torch")), "sum_pairs")
     assert all(row.passed for row in found)
+
+
+@pytest.mark.parametrize(
+    ("section", "open_ops"),
+    [
+        (check_experts, expert_ops),
+        (check_router, router_ops),
+        (check_attention, attention_ops),
+    ],
+)
+def test_every_kernel_is_checked(context: Context, section: Any, open_ops: Any) -> None:
+    """One value, or one row, that is off is found in every case of every kernel."""
+    twins = open_ops("torch")
+    for field in dataclasses.fields(twins):
+        kernels = dataclasses.replace(twins, **{field.name: off_by(getattr(twins, field.name))})
+        found = checks_of(section.units(context, kernels), f"{field.name}, ")
+        missed = [row.shape for row in found if row.passed and "alone" not in row.shape]
+        assert not missed, field.name
+
+
+def off_by(function: Any) -> Any:
+    """The same function with another first row: of its result, or of the argument it changes."""
+
+    def wrong(*args: Any, **settings: Any) -> Any:
+        result = function(*args, **settings)
+        first = next(tensors_of(result), args[0])
+        if first.dtype == torch.float8_e4m3fn:
+            first.view(torch.uint8)[0] ^= 1
+        else:
+            first[0] += 0.5 if first.dtype.is_floating_point else 1
+        return result
+
+    return wrong
 
 
 def test_a_wrong_kernel_is_found(context: Context) -> None:
@@ -144,6 +178,9 @@ def test_poison_fills_what_torch_does_not() -> None:
         assert torch.empty_like(torch.zeros(2)).isnan().all()
         assert not torch.zeros(3).isnan().any()
         number = int(torch.empty(1, dtype=torch.int32))
+        fp8_cache = torch.empty(8, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        assert fp8_cache.view(dtype).float().isnan().all()
     assert number == int.from_bytes(bytes([POISON_BYTE_INT] * 4), "little")
     assert not torch.ones(2).isnan().any()
 
@@ -376,8 +413,6 @@ def test_smoke_runs_every_section(tmp_path: Path) -> None:
     assert not problems(results)
     assert {check.passed for check in rows_of(results, "checks")} == {True}
     kernels = {check.kernel for check in rows_of(results, "checks")}
-    from attention.kernels.gpu.ops import AttentionOps
-
     for ops in (expert_ops("torch"), router_ops("torch")):
         assert {field.name for field in dataclasses.fields(ops)} <= kernels
     assert {field.name for field in dataclasses.fields(AttentionOps)} <= kernels
