@@ -31,16 +31,17 @@ def _attend(
     """Tiles of keys start..stop-1 of a context: statistics and mixed values after them. MASKED: row
     i of q sees keys up to last_seen[i], else all of them are seen by every row."""
     columns, dims, values = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
+    nearby = tl.arange(0, BLOCK_N)
+    kv_offsets, pe_offsets = (nearby * kv_row)[:, None], (nearby * pe_row)[:, None]
     for first in tl.range(start, stop, BLOCK_N):
-        at = first + tl.arange(0, BLOCK_N)
-        row = at.to(tl.int64)[:, None]
+        at = first + nearby
         there = at[:, None] < (stop if MASKED else first + BLOCK_N)
-        k_at = keys + row * kv_row + columns[None, :]
-        k = tl.load(k_at, mask=there & (columns[None, :] < NOPE), other=0.0)
-        pe_at = key_pe + row * pe_row + dims[None, :]
-        k_pe = tl.load(pe_at, mask=there & (dims[None, :] < ROPE), other=0.0)
-        v_at = keys + row * kv_row + NOPE + values[None, :]
-        v = tl.load(v_at, mask=there & (values[None, :] < VALUE), other=0.0)
+        k_at = keys + tl.cast(first, tl.int64) * kv_row + kv_offsets
+        k = tl.load(k_at + columns[None, :], mask=there & (columns[None, :] < NOPE), other=0.0)
+        v_mask = there & (values[None, :] < VALUE)
+        v = tl.load(k_at + NOPE + values[None, :], mask=v_mask, other=0.0)
+        pe_at = key_pe + tl.cast(first, tl.int64) * pe_row + pe_offsets
+        k_pe = tl.load(pe_at + dims[None, :], mask=there & (dims[None, :] < ROPE), other=0.0)
         scores = multiply_add(pe, tl.trans(k_pe), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         scores = multiply_add(q, tl.trans(k), scores) * scale
         if MASKED:
