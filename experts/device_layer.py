@@ -185,19 +185,31 @@ class _Upload:
                 target.copy_(source)
             return
         with self._lock, torch.cuda.stream(self._stream):
-            self._reserve(sum(source.nbytes for _, source in copies))
-            start = 0
-            for target, source in copies:
-                stop = start + source.nbytes
-                staged = self._pinned[start:stop].view(source.dtype).view(source.shape)
+            for (target, source), staged in zip(copies, self._staged(copies), strict=True):
                 staged.copy_(source)
                 target.copy_(staged, non_blocking=True)
-                start = stop
             self._stream.synchronize()
 
-    def _reserve(self, num_bytes: int) -> None:
+    def _staged(self, copies: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        sources = [source for _, source in copies]
+        num_bytes = sum(_aligned(source.nbytes) for source in sources)
         if self._pinned.nbytes < num_bytes:
             self._pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return views_like(self._pinned, sources)
+
+
+def views_like(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Parts of a buffer of bytes in the shapes and dtypes of these tensors, each aligned."""
+    views, start = [], 0
+    for tensor in tensors:
+        part = buffer[start : start + tensor.nbytes]
+        views.append(part.view(tensor.dtype).view(tensor.shape))
+        start += _aligned(tensor.nbytes)
+    return views
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16
 
 
 def grouped_swiglu_device(

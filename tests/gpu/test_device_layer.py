@@ -14,6 +14,7 @@ from experts.device_layer import (
     linear_device,
     swiglu_device,
     to_device_weight,
+    views_like,
 )
 from experts.kernels.gpu.ops import ExpertOps, expert_ops
 from experts.kernels.gpu.quantise import dequantise_rows, quantise_rows_torch
@@ -150,6 +151,15 @@ def test_a_slot_takes_a_new_expert() -> None:
 def test_size_of_a_slot(dtype: torch.dtype, device: ComputeDevice, expected: int) -> None:
     assert DeviceSlots.bytes_per_slot(WIDTH, HIDDEN, dtype, device) == expected
     assert DeviceSlots(7, WIDTH, HIDDEN, dtype, device).num_bytes == 7 * expected
+
+
+def test_staged_copies_lie_apart_and_aligned() -> None:
+    sources = [torch.ones(3, 5).to(FP8), torch.ones(2), torch.ones(7, dtype=torch.bfloat16)]
+    views = views_like(torch.empty(16 + 16 + 16, dtype=torch.uint8), sources)
+    for view, source in zip(views, sources, strict=True):
+        view.copy_(source)
+    assert [view.storage_offset() * view.itemsize for view in views] == [0, 16, 32]
+    assert all(torch.equal(v.float(), s.float()) for v, s in zip(views, sources, strict=True))
 
 
 def test_another_kind_of_expert_is_refused() -> None:
