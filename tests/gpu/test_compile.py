@@ -66,7 +66,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     found = []
     for targets, only in (
         (["sm_90"], ["v3", "linear-576-7168-64"]),
-        (["sm_80", "sm_100"], ["v3-4096-fp8", "mla_decode/v3/fp8/splits 4", "gate_logits v3"]),
+        (["sm_80", "sm_100"], ["v2-4096-fp8", "mla_decode/v3/fp8/splits 4", "gate_logits v3"]),
     ):
         args = [arg for t in targets for arg in ("--target", t)]
         args += [arg for name in only for arg in ("--only", name)]
@@ -82,7 +82,7 @@ def test_every_kernel_is_within_the_limits_of_its_target(launches: list[dict[str
     shared = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
     for la in launches:
         assert la["shared_bytes"] <= shared[la["target"]], la
-        assert la["registers"] <= 255 and la["stack_bytes"] <= 64, la
+        assert la["registers"] <= 255 and la["stack_bytes"] <= 160, la
     packages = {la["case"].partition("/")[0] for la in launches}
     assert packages == {"experts", "router", "attention"}
 
