@@ -16,7 +16,7 @@ from torch import Tensor
 from attention.kernels.gpu.products import multiply_add
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _heads_kernel(
     x, weight, out, num_rows, width, length, x_row, x_head, w_head, w_row, w_column,
     BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_A: tl.constexpr,

@@ -45,7 +45,7 @@ def _turn(pairs, cos, sin):
     return tl.join(a * cos - b * sin, a * sin + b * cos)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rotate_and_store_kernel(
     q, kv_a, norm, rope, positions, slots, cache, scales, keys, eps,
     num_heads, q_token, q_head, q_start, kv_token, cache_row, scales_row, keys_row,
@@ -95,7 +95,7 @@ def _rotate_and_store_kernel(
             tl.store(cache + slot * cache_row + columns, stored, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _gather_kernel(
     cache, scales, keys, slots, out, cache_row, scales_row, keys_row,
     LATENT: tl.constexpr, ROPE: tl.constexpr, SCALES_AT: tl.constexpr, KEY_AT: tl.constexpr,

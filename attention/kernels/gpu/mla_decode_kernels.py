@@ -46,7 +46,10 @@ def _dequantised(codes, scales, dtype: tl.constexpr, GROUP: tl.constexpr, NATIVE
     return tl.reshape((groups * scales[:, :, None]).to(dtype), codes.shape)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["max_blocks"],
+    do_not_specialize_on_alignment=["block_tables", "seq_ids", "context_lens"],
+)
 def attend_part(
     q_latent, q_pe, cache, scales, keys, block_tables, seq_ids, context_lens, out, lse, scale,
     ql_token, ql_head, qp_token, qp_head, cache_row, scales_row, keys_row, max_blocks, num_heads,

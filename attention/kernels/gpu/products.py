@@ -1,4 +1,8 @@
-"""What the attention kernels share: one product of tiles."""
+"""What the attention kernels share: one product of tiles.
+
+Numbers and pointers that change from step to step are not specialised in any of them
+(`do_not_specialize`): a compilation in the middle of serving takes seconds.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
