@@ -40,6 +40,8 @@ __all__ = [
     "wait_readable",
 ]
 
+KEPT_LOOK_S = 0.02  # between looks for frames that another thread received while it sent
+
 
 def connect(
     endpoint: str,
@@ -89,16 +91,23 @@ def _wait_sockets(
             ended.append(connection)
     if waker_fd is not None:
         poller.register(waker_fd, select.POLLIN)
-    if ended:
-        timeout_s = 0
+    rings = [connection for connection in connections if isinstance(connection, RingConnection)]
     deadline_s = deadline_after(timeout_s)
     while True:
-        left_s = remaining_s(deadline_s)
-        polled = poller.poll(None if left_s is None else math.ceil(left_s * 1000))
-        ready = [by_fd[fd] for fd, _ in polled if fd in by_fd and _has_frame(by_fd[fd])]
-        only_notices = polled and not ready and (waker_fd, select.POLLIN) not in polled
-        if not only_notices:
-            return ended + ready
+        kept: list[Connection] = [ring for ring in rings if ring.has_kept]
+        polled = poller.poll(_slice_ms(0.0 if ended or kept else remaining_s(deadline_s), rings))
+        woken = (waker_fd, select.POLLIN) in polled
+        fds = [fd for fd, _ in polled if fd in by_fd and by_fd[fd] not in kept]
+        ready = [by_fd[fd] for fd in fds if _has_frame(by_fd[fd])]
+        if ended or kept or ready or woken or remaining_s(deadline_s) == 0:
+            return ended + kept + ready
+
+
+def _slice_ms(left_s: float | None, rings: Sequence[Connection]) -> int | None:
+    """How long to poll. A thread that sends may keep frames: then no descriptor becomes ready."""
+    if rings:
+        left_s = KEPT_LOOK_S if left_s is None else min(left_s, KEPT_LOOK_S)
+    return None if left_s is None else math.ceil(left_s * 1000)
 
 
 def _has_frame(connection: Connection) -> bool:

@@ -86,8 +86,8 @@ class NixlEnd:
         config.useListenThread = False
         config.pthrDelay = PROGRESS_DELAY_US
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
-        self._agent = nixl.nixlAgent(f"shoal-{secrets.token_hex(8)}", config)
         try:
+            self._agent = nixl.nixlAgent(f"shoal-{secrets.token_hex(8)}", config)
             self._backend = self._agent.createBackend("UCX", {})
             self._registered = [self._register(block) for block in (self.block, self._outbox)]
         except Exception as error:  # NIXL has its own family, right below Exception

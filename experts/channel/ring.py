@@ -77,9 +77,9 @@ class RingConnection(StreamConnection):
         return self._outlet is not None and self._outlet.accepts_device
 
     @property
-    def has_ring(self) -> bool:
-        """Whether rows that this side sends may land in a ring of the peer."""
-        return self._outlet is not None
+    def has_kept(self) -> bool:
+        """Whether there are frames that the socket no longer shows."""
+        return bool(self._kept)
 
     # --- sending ---
 
@@ -116,7 +116,8 @@ class RingConnection(StreamConnection):
         except BaseException:
             self._flow.not_sent(frame.kind)
             if offset >= 0:
-                self._free_room([offset])
+                with contextlib.suppress(FrameError):  # a peer that lies has freed it before
+                    self._free_room([offset])
             raise
         self._counters.frame_out(num_bytes + rows.nbytes, rows.nbytes)
 
@@ -158,10 +159,13 @@ class RingConnection(StreamConnection):
         return notices, free
 
     def _say(self, what: What) -> None:
-        """An envelope alone; not at all while another thread sends: its envelope says as much."""
+        """An envelope alone. Not while another thread sends (its envelope says as much) or the peer
+        does not read; who waits for it asks again."""
         if not self._send_lock.acquire(False):
             return
         try:
+            if not self._outgoing.poll(0):
+                return
             notices, released = self._take_free()
             if what is What.WANT or released:
                 notices.append(pack_alone(what, released))

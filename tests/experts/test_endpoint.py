@@ -12,7 +12,7 @@ from experts.channel.channel import (
     Server,
     connect,
 )
-from experts.channel.endpoint import parse_endpoint
+from experts.channel.endpoint import Memory, parse_endpoint
 from tests.experts.frames import (
     SECRET,
 )
@@ -24,6 +24,12 @@ def test_endpoints() -> None:
     assert str(parse_endpoint("tcp:[::1]:80")) == "tcp:[::1]:80"
     assert parse_endpoint("unix:/a:b").address == "/a:b"
     assert parse_endpoint("inproc:x").scheme == "inproc"
+    for scheme, memory in (("shm", Memory.SHM), ("cuda", Memory.CUDA), ("unix", Memory.NONE)):
+        found = parse_endpoint(f"{scheme}:/a:b")
+        assert (str(found), found.is_unix, found.memory) == (f"{scheme}:/a:b", True, memory)
+    for scheme, memory in (("nixl", Memory.NIXL), ("tcp", Memory.NONE)):
+        found = parse_endpoint(f"{scheme}:[::1]:80")
+        assert (str(found), found.is_unix, found.memory) == (f"{scheme}:[::1]:80", False, memory)
     for text in (
         "",
         "x",
@@ -33,6 +39,11 @@ def test_endpoints() -> None:
         "tcp:host",
         "tcp::1",
         "tcp:h:70000",
+        "nixl:host",
+        "nixl:/a",
+        "shm:a",
+        "cuda:",
+        "SHM:/a",
         "inproc:",
     ):
         with pytest.raises(ValueError, match="endpoint|absolute"):
