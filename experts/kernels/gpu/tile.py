@@ -50,8 +50,11 @@ def tile_for(block_rows: int, mode: tl.constexpr, x: torch.Tensor) -> Tile:
     128 x 256 is what keeps the L2 cache's bandwidth from being the limit with many rows; smaller
     tiles leave room for a second block on a multiprocessor, which computes while one waits. Two
     targets have not the registers for 128 x 256: sm_80 for addresses, sm_100 for fp8's scales."""
-    if x.dtype == torch.float32 or x.shape[1] % 16:  # no matrix instructions, or single elements
-        return Tile(block_rows, 32, 32, 2, 4)
+    is_odd = x.shape[1] % 16 != 0  # read number by number, with an address each
+    if x.dtype == torch.float32:  # no matrix instructions
+        return Tile(block_rows, 32, 16 if is_odd else 32, 2, 4)
+    if is_odd:
+        return Tile(block_rows, 32, 32, 2, 8 if block_rows == 128 else 4)
     if mode is SCALED:
         return {
             16: Tile(16, 64, 128, 6, 4, swap=True),  # 108 KiB
