@@ -1,10 +1,10 @@
-"""GPU memory that two processes of one host share by CUDA IPC. Has not run yet: no GPU here.
+"""GPU memory that two processes of one host share by CUDA IPC. This file has not run on a GPU yet.
 
 The receiver allocates its ring with the driver (cuMemAlloc: an allocation of its own, which no
 caching allocator cuts or moves) and sends the 64 bytes of cuIpcGetMemHandle; the sender opens them.
 Copies go on the stream that is current where `put` is called, after the work that makes the rows,
 and an event behind them is awaited before anybody is told. The driver refuses to open a handle in
-the process that made it (endpoints: same process, no ring). Two processes may use one GPU.
+the process that made it (offer.py: same process, no ring). Two processes may use one GPU.
 
 CUDA driver API: cuMemAlloc, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuDevicePrimaryCtxRetain.
 """

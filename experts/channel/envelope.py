@@ -67,6 +67,8 @@ def pack_alone(what: What, released: Sequence[int] = ()) -> bytes:
 
 def unpack(data: bytes | bytearray) -> Envelope:
     """Check the PREFIX_BYTES of an envelope and a header; what the header says is left alone."""
+    if data.startswith(PLAIN):
+        return _PLAIN_ENVELOPE
     magic, what, count, offset, length, *slots, checksum = _WHOLE.unpack_from(data)
     if magic != _MAGIC:
         raise FrameError("magic", magic, _MAGIC)
@@ -81,3 +83,8 @@ def unpack(data: bytes | bytearray) -> Envelope:
     if what > What.PLACED and data[ENVELOPE_BYTES:] != _NO_HEADER:
         raise FrameError("header", "not zero", "76 zeros when no frame follows")
     return Envelope(_WHATS[what], offset, length, tuple(slot * ALIGN for slot in slots[:count]))
+
+
+PLAIN = pack(What.INLINE)
+"""Before most frames: nothing in the ring, nothing given back. Written and checked as one piece."""
+_PLAIN_ENVELOPE = Envelope(What.INLINE, 0, 0, ())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,10 +153,12 @@ _INTEGER_VIEW = {
 def rows_finite(rows: Tensor) -> bool:
     """Whether no element is NaN or infinite. rows: float32, bfloat16 or float8_e4m3fn, contiguous.
 
-    Compares exponent bits as integers: torch.isfinite takes 166 us for 16 x 2048 bfloat16.
+    Compares exponent bits as integers: torch.isfinite takes 166 us for 16 x 2048 bfloat16. Of rows
+    on a device one number comes to the host, after what the current stream has to do.
     """
     if rows.numel() == 0:
         return True
     dtype, mask, first_bad = _INTEGER_VIEW[rows.dtype]
-    bits = rows.view(dtype).numpy()
-    return int((bits & mask).max()) < first_bad
+    bits = rows.view(dtype)
+    values: Any = bits.numpy() if rows.is_cpu else bits
+    return int((values & mask).max()) < first_bad

@@ -41,6 +41,7 @@ from experts.channel.connection import (
 from experts.channel.envelope import (
     ENVELOPE_BYTES,
     MAX_RELEASED,
+    PLAIN,
     PREFIX_BYTES,
     What,
     pack,
@@ -143,7 +144,9 @@ class RingConnection(StreamConnection):
             raise ChannelTimeout(f"another thread is still sending to {self.peer}")
         try:
             notices, released = self._take_free()
-            message = [*notices, pack(what, offset, length, released), *buffers]
+            is_plain = what is What.INLINE and not released
+            envelope = PLAIN if is_plain else pack(what, offset, length, released)
+            message = [*notices, envelope, *buffers]
             num_bytes += len(notices) * PREFIX_BYTES + ENVELOPE_BYTES
             self._write(message, num_bytes, deadline_s)
         finally:
