@@ -115,7 +115,7 @@ def attend_part(
 
     first_row = (token * NUM_SPLITS + part) * num_heads
     total = tl.where(total == 0.0, 1.0, total)  # of a part without tokens
-    result = mixed / total[:, None]
+    result = mixed * (1.0 / total)[:, None]
     out_at = out + first_row * LATENT + (heads[:, None] * LATENT + columns[None, :])
     tl.store(out_at, result.to(out.dtype.element_ty), mask=q_mask)
     if NUM_SPLITS > 1:

@@ -93,7 +93,7 @@ def _prefill_kernel(
         scale, maximum, total, mixed, NOPE, ROPE, VALUE, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V, True,
     )  # fmt: skip
     out_at = out + (rows * num_heads + head) * VALUE + values[None, :]
-    result = (mixed / total[:, None]).to(out.dtype.element_ty)
+    result = (mixed * (1.0 / total)[:, None]).to(out.dtype.element_ty)
     tl.store(out_at, result, mask=exists & (values[None, :] < VALUE))
 
 
