@@ -7,10 +7,7 @@ import torch
 
 from attention.compiled import entry_points
 from attention.config import AttentionConfig
-from attention.device_model import DeviceDecoder
-from attention.device_weights import load_device_weights
 from attention.engine import Engine
-from attention.kernels.gpu.cache_layout import CacheLayout
 from attention.kv_cache import BlockPool
 from attention.memory import CachePlan, cache_room, plan_cache
 from attention.model import Decoder, DecoderModel
@@ -64,6 +61,10 @@ def _on_host(checkpoint: Checkpoint, moe: MoeClient, config: AttentionConfig) ->
 def _on_device(
     checkpoint: Checkpoint, moe: MoeClient, config: AttentionConfig, device: ComputeDevice
 ) -> Parts:
+    from attention.device_model import DeviceDecoder  # a CPU worker needs no GPU kernels
+    from attention.device_weights import load_device_weights
+    from attention.kernels.gpu.cache_layout import CacheLayout
+
     model, weights = checkpoint.config, load_device_weights(checkpoint, device)
     room = cache_room(device.total_bytes, config.gpu_memory_utilization, weights.num_bytes)
     plan = plan_cache(config, model, on_gpu=True, room_bytes=room)
@@ -76,6 +77,7 @@ def _on_device(
         device,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        use_graphs=config.cuda_graphs,
         deterministic=config.deterministic,
     )
     decoder.warm_up()

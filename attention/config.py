@@ -32,6 +32,8 @@ class AttentionConfig(BaseModel):
     used when neither num_kv_blocks nor kv_cache_bytes is given."""
     enable_prefix_caching: bool = True
     """Share the blocks of equal prompt prefixes (of equal cache_salt)."""
+    cuda_graphs: bool = True
+    """On a GPU: record the steps of decodes at the start, so that one launch a layer is enough."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     """Prompt and new tokens of a request at most; None: what the model allows."""
     deterministic: bool = False
