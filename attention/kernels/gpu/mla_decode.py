@@ -68,8 +68,9 @@ def _tile(num_heads: int, dtype: torch.dtype, fp8_cache: bool, native_fp8: bool)
     the matrix instruction, so each has to take half of the columns; Triton gives a product whose
     result feeds another all rows on each, computing the scores twice, unless a branch stands
     between the two: `share_scores`, one that is always taken. sm_80 (no fp8) has 163 KiB,
-    smaller instructions, and takes an fp8 cache apart in registers. Fewer heads: bound by memory, small tiles, several programs on a
-    multiprocessor. float32 is for exact tests. Not measured on a GPU."""
+    smaller instructions, and takes an fp8 cache apart in registers. Fewer heads:
+    bound by memory, small tiles, several programs on a multiprocessor. float32 is
+    for exact tests. Not measured on a GPU."""
     most = 64 if native_fp8 else 16 if fp8_cache else 32
     heads = min(most, max(16, triton.next_power_of_2(num_heads)))
     if dtype == torch.float32:
