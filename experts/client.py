@@ -59,6 +59,12 @@ class ExpertClient:
         self._members: dict[str, WorkerInfo] = {}
         self._lines: dict[str, Line] = {}
 
+    def takes_device_rows(self, worker_id: str) -> bool:
+        """Whether rows for this worker may stay on their device. False before the first batch,
+        which goes by the host and opens the connection."""
+        line = self._lines.get(worker_id)
+        return line is not None and line.connection.accepts_device
+
     def post(self, hop: Hop) -> None:
         """Send the batch, or queue it behind what the worker has not answered yet."""
         if self._board.generation != self._generation:
@@ -138,6 +144,7 @@ class ExpertClient:
         if info is None:
             return
         if self.health.quarantine.suspend(hop.worker_id, self._now(), f"it hangs, {why}"):
+            hop.stage()  # another connection, another thread
             probe = Probe(hop, info.endpoint, self._secret, self._limits)
             name = f"probe {hop.worker_id}"
             threading.Thread(target=self._run_probe, args=(probe,), name=name, daemon=True).start()
@@ -222,6 +229,8 @@ class ExpertClient:
     # --- sending ---
 
     def _transmit(self, line: Line, hop: Hop) -> None:
+        if hop.on_device and not line.connection.accepts_device:
+            hop.stage()  # reconnected since they were picked
         frame, now_s = hop.frame, self._give_time(hop)
         hop.sent_s = now_s
         frame.request_id = next(self._request_ids)

@@ -52,6 +52,7 @@ class Hop:
     num_rows: int = field(init=False)
     reply_shape: tuple[int, int] = field(init=False)  # one row a token, or one a pair
     num_bytes: int = field(init=False)  # of the rows, there and back
+    on_device: bool = field(init=False)  # the rows to send
 
     def __post_init__(self) -> None:
         rows, pairs = self.frame.rows, self.frame.expert_ids
@@ -61,10 +62,17 @@ class Hop:
         num_reply_rows = len(pairs) if self.frame.flags & ONE_ROW_PER_PAIR else self.num_rows
         self.reply_shape = (num_reply_rows, width)
         self.num_bytes = (self.num_rows + num_reply_rows) * width * rows.itemsize
+        self.on_device = not rows.is_cpu
 
     @property
     def settled(self) -> bool:
         return self.reply is not None or self.fault is not None
+
+    def stage(self) -> None:
+        """Bring rows on a device to the host, which every connection takes."""
+        if self.on_device and self.frame.rows is not None:
+            self.frame.rows = self.frame.rows.cpu()
+            self.on_device = False
 
     def fail(self, fault: Fault, detail: str = "") -> None:
         self.fault, self.detail = fault, detail
@@ -82,7 +90,7 @@ def check_reply(hop: Hop, frame: Frame) -> Fault | None:
     rows, sent = frame.rows, hop.frame.rows
     if rows is None or sent is None or rows.dtype != sent.dtype or rows.shape != hop.reply_shape:
         return Fault.MALFORMED
-    is_plain = rows.dtype is torch.float32 and rows.is_contiguous()
+    is_plain = rows.is_cpu and rows.dtype is torch.float32 and rows.is_contiguous()
     finite = all_finite(rows.numpy()) if is_plain else rows_finite(rows)
     return None if finite else Fault.NOT_FINITE
 

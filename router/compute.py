@@ -6,7 +6,7 @@ Several threads may use one `RouterCompute`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,12 +16,14 @@ from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
 from router.combine import sum_by_expert, sum_by_worker
 from router.compiled import compile_kernels
-from router.dispatch import Float32s, Int64s
+from router.dispatch import Float32s, Int64s, Share
 from router.gate import GateSpec, GateWeights, choose
 from router.weights import load_gates
 
 Answer = tuple[Int64s, Tensor]
 """Places in a micro-batch, ascending, and the answer's row for each of them."""
+Stays = Callable[[Share], bool]
+"""Whether the connection to a share's worker takes rows on the device."""
 
 
 class RouterCompute(Protocol):
@@ -37,9 +39,9 @@ class RouterCompute(Protocol):
     def choose(self, layer: int, x: Tensor) -> tuple[Int64s, Float32s]:
         """ids [T, k], ascending in each row, and weights [T, k]. Raises NonFiniteInput."""
 
-    def pick(self, x: Tensor, indices: Sequence[Int64s]) -> Iterable[Tensor]:
-        """For each of `indices` [R], ascending, those rows of x as a channel takes them: on the
-        host, contiguous, in the dtype of x."""
+    def pick(self, x: Tensor, shares: Sequence[Share], stays: Stays) -> Iterable[Tensor]:
+        """The rows of x for each share as its channel takes them: contiguous, in the dtype of x, on
+        the host. Where x lies on the device, the rows of a share that `stays` do too."""
 
     def sum_by_worker(self, x: Tensor, answers: Sequence[Answer]) -> Tensor:
         """Answers by ascending worker id, at most k for a row -> [T, d] float32, where x lies; zero
@@ -64,12 +66,12 @@ class HostRows:
         self.width = width
         self.layers = layers
 
-    def pick(self, x: Tensor, indices: Sequence[Int64s]) -> Iterable[Tensor]:
+    def pick(self, x: Tensor, shares: Sequence[Share], stays: Stays) -> Iterable[Tensor]:
         """See RouterCompute. Each is copied when it is asked for: the first worker computes
         meanwhile."""
-        for index in indices:
-            whole = index.shape[0] == x.shape[0]
-            yield x if whole else x.index_select(0, torch.from_numpy(index))
+        for share in shares:
+            whole = share.row_index.shape[0] == x.shape[0]
+            yield x if whole else x.index_select(0, torch.from_numpy(share.row_index))
 
     def sum_by_worker(self, x: Tensor, answers: Sequence[Answer]) -> Tensor:
         num_rows, width = x.shape

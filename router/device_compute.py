@@ -1,14 +1,15 @@
 """A router's gate, packing and sums on a device; only ids, weights and picked rows come down.
 
 Rows that lie on the device (an attention worker in the same process, a channel between devices) are
-picked there for all workers in one pass, so that the bus carries what is sent and the host copies
-nothing; the answers go up as they are and are summed there. Of rows that lie on the host only the
-gate's copy goes up: they are sent from where they are.
+picked there for all workers in one pass. For those whose channel takes them they stay there, for
+the others they come down in one copy: the bus carries what is sent and the host copies nothing. The
+answers, wherever they lie, are summed there. Of rows that lie on the host only the gate's copy goes
+up: they are sent from where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -19,8 +20,8 @@ from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
 from experts.staging import Staging
 from router.compiled import compile_kernels
-from router.compute import Answer, HostRows
-from router.dispatch import Float32s, Int32s, Int64s
+from router.compute import Answer, HostRows, Stays
+from router.dispatch import Float32s, Int32s, Int64s, Share
 from router.errors import NonFiniteInput
 from router.gate import DeviceGate, GateSpec
 from router.kernels.gpu.ops import router_ops
@@ -61,14 +62,25 @@ class DeviceCompute(HostRows):
             raise NonFiniteInput(int(bad_row[0]))
         return ids.astype(np.int64), weights
 
-    def pick(self, x: Tensor, indices: Sequence[Int64s]) -> Iterable[Tensor]:
-        if not indices or not self._is_here(x):
-            return super().pick(x, indices)
-        index = np.concatenate(indices).astype(np.int32)
-        (on_device,) = self._staging.to_device(torch.from_numpy(index))
-        picked = self._staging.to_host(self._ops.pack_rows(x, on_device)).wait()
-        ends = np.cumsum([i.shape[0] for i in indices]).tolist()
-        return [picked[end - i.shape[0] : end] for i, end in zip(indices, ends, strict=True)]
+    def pick(self, x: Tensor, shares: Sequence[Share], stays: Stays) -> Iterable[Tensor]:
+        if not shares or not self._is_here(x):
+            return super().pick(x, shares, stays)
+        stay = [stays(share) for share in shares]
+        kept = [share.row_index for share, here in zip(shares, stay, strict=True) if here]
+        moved = [share.row_index for share, here in zip(shares, stay, strict=True) if not here]
+        packed = self._pack(x, kept + moved)
+        num_kept = sum(map(len, kept))
+        on_device = _cut(packed[:num_kept], kept)
+        on_host = _cut(self._to_host(packed[num_kept:]), moved)
+        return [next(on_device if here else on_host) for here in stay]
+
+    def _pack(self, x: Tensor, indices: Sequence[Int64s]) -> Tensor:
+        """Those rows of x, one below the other, in memory of their own."""
+        index = torch.from_numpy(np.concatenate(indices).astype(np.int32))
+        return self._ops.pack_rows(x, *self._staging.to_device(index))
+
+    def _to_host(self, rows: Tensor) -> Tensor:
+        return self._staging.to_host(rows).wait() if rows.shape[0] else rows
 
     def sum_by_worker(self, x: Tensor, answers: Sequence[Answer]) -> Tensor:
         if not self._is_here(x):
@@ -98,7 +110,7 @@ class DeviceCompute(HostRows):
             )
             self.choose(layer, x)
             rows = np.arange(num_rows)
-            self.sum_by_worker(x, [(rows, picked) for picked in self.pick(x, [rows])])
+            self.sum_by_worker(x, [(rows, self._to_host(self._pack(x, [rows])))])
 
     def _is_here(self, x: Tensor) -> bool:
         return x.device == self._device.device
@@ -111,6 +123,11 @@ class DeviceCompute(HostRows):
             torch.from_numpy(places), *(rows for _, rows in answers)
         )
         return self._ops.combine_rows(rows[0] if len(rows) == 1 else torch.cat(rows), index)
+
+
+def _cut(rows: Tensor, indices: Sequence[Int64s]) -> Iterator[Tensor]:
+    """The rows of one index after the other."""
+    return iter(rows.split_with_sizes([index.size for index in indices]))
 
 
 def places_by_row(num_rows: int, top_k: int, answers: Sequence[Answer]) -> Int32s:

@@ -83,13 +83,16 @@ class Exchange:
         self.todo = NO_PAIRS
 
     def combine(self, compute: RouterCompute, deterministic: bool) -> Tensor:
-        """All answers as [T, d] float32, where x lies; sets `renormalised`."""
+        """All answers as [T, d] float32, where x lies; sets `renormalised`.
+
+        The answers go at once: memory of a ring is given back on the stream that has read it."""
         if deterministic:
             by_pair = [(a.pair_index, a.rows) for a in self.answers]
             total = compute.sum_by_expert(self.x, by_pair)
         else:
             by_row = [(a.row_index, a.rows) for a in sorted(self.answers, key=_ORDER)]
             total = compute.sum_by_worker(self.x, by_row)
+        self.answers.clear()
         if self.dropped.size:
             rows, scales = renormalise(self.x.shape[0], self.pairs.weights, self.dropped)
             compute.scale_rows(total, rows, scales)

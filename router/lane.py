@@ -151,7 +151,7 @@ class Lane:
     def _post(self, exchange: Exchange, plan: Plan, origin: Int64s | None) -> None:
         """Send the shares of a plan over the pairs at `origin` (None: over all of them)."""
         todo = [plan.unplaced if origin is None else origin[plan.unplaced]]
-        picked = self._compute.pick(exchange.x, [share.row_index for share in plan.shares])
+        picked = self._compute.pick(exchange.x, plan.shares, self._takes_device_rows)
         for share, rows in zip(plan.shares, picked, strict=True):
             index = share.pair_index if origin is None else origin[share.pair_index]
             worker_id = self._table.worker_ids[share.worker]
@@ -163,6 +163,9 @@ class Lane:
             self.counters.visits += hop.num_rows
             exchange.open.append(OpenHop(hop, share.row_index, index))
         exchange.todo = todo[0] if len(todo) == 1 else np.sort(np.concatenate(todo))
+
+    def _takes_device_rows(self, share: Share) -> bool:
+        return self.client.takes_device_rows(self._table.worker_ids[share.worker])
 
     def _hop(self, exchange: Exchange, share: Share, rows: Tensor) -> Hop:
         frame = Frame(
