@@ -47,8 +47,8 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 MAX_REGISTERS = 255
 REGISTERS_PER_BLOCK = 65536
 MAX_STACK_BYTES = {"sm_80": 64, "sm_90": 64, "sm_100": 160}
-"""Spilled registers of a thread: a few around the inner loop. Nothing is tuned for sm_100 yet, where
-MLA decode over an fp8 cache spills 136 bytes."""
+"""Spilled registers of a thread: a few around the inner loop. Nothing is tuned for sm_100 yet; MLA
+decode over an fp8 cache spills 136 bytes there."""
 MAX_GRID_YZ = 65535
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

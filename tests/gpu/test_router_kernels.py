@@ -118,7 +118,7 @@ def test_weights_of_tiny_scores_and_an_infinite_bias_stay_usable() -> None:
         _, weights, _ = select_experts(torch.full((1, 8), -200.0), None, SMALL_V3)
     assert weights.tolist() == [[0.0, 0.0, 0.0]]
     bias = torch.tensor([-math.inf] * 6 + [0.0, 0.0])
-    assert select_experts(torch.zeros(1, 8), bias, SMALL_LITE)[0].tolist() == [[0, 6, 7]]
+    assert select_experts(torch.zeros(1, 8), bias, GateSpec(8, 4))[0].tolist() == [[0, 1, 6, 7]]
 
 
 @pytest.mark.parametrize("select", SELECT)

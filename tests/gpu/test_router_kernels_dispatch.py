@@ -75,7 +75,7 @@ def test_kernel_and_twin_plan_the_same(shape: tuple[int, ...]) -> None:
     ids, weights = chosen(num_rows, top_k, num_experts, seed=1)
     ids[num_rows // 2, 0] = -1
     case = (ids, weights, table(num_experts, num_workers, num_holders, seed=2))
-    load = loads(num_workers, seed=3)
+    load = loads(num_workers, seed=3) // 4  # mostly 0: the rows' own noise decides
     assert_same(
         plan_dispatch(*case, load, num_workers), plan_dispatch_torch(*case, load, num_workers)
     )
@@ -142,11 +142,11 @@ def test_cover_then_load_then_index(plan_rows) -> None:
 
 def test_first_holders_are_taken_where_greedy_visits_more() -> None:
     """Six pairs on 1 and 2 by halves; 0 holds two of each half, so greedy begins there."""
-    holders = torch.tensor([[1, 0], [1, 0], [1, 3], [2, 0], [2, 0], [2, 3]], dtype=torch.int32)
+    holders = torch.tensor([[1, 0], [1, 0], [1, 3], [2, 0], [2, 0], [2, 4]], dtype=torch.int32)
     ids, weights = torch.arange(6, dtype=torch.int32).view(1, 6), torch.ones(1, 6)
     for plan_rows in PLAN:
-        plan = plan_rows(ids, weights, holders, torch.zeros(4, dtype=torch.int32), 4)
-        assert len(set(plan.workers[0].tolist())) == 2
+        plan = plan_rows(ids, weights, holders, torch.zeros(5, dtype=torch.int32), 5)
+        assert plan.workers[0].tolist() == [1, 1, 1, 2, 2, 2]
 
 
 def test_one_row_is_planned_as_on_the_host_or_visits_fewer() -> None:

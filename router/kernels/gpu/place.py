@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 _NOISE_PRIME: Final = tl.constexpr(8191)
-"""Squares modulo a prime spread well and stay far below 2^31."""
+_NOISE_FACTOR: Final = tl.constexpr(2741)
+"""Squares modulo a prime, times a number so that the small ones spread too; all far below 2^31."""
 _NEVER: Final = tl.constexpr(2**31 - 1)
 """The cost of a worker that may not be chosen."""
 MAX_TOP_K: Final = 31
@@ -90,7 +91,8 @@ def _place_kernel(
         first = tl.where(first < 0, holder, first)
         holds |= (holder[:, None] == worker[None, :]).to(tl.int32)
     noise = (row * num_workers + worker) % _NOISE_PRIME
-    noise = noise * noise % _NOISE_PRIME * num_rows // _NOISE_PRIME
+    noise = noise * noise % _NOISE_PRIME * _NOISE_FACTOR % _NOISE_PRIME
+    noise = noise * num_rows // _NOISE_PRIME
     cost = tl.load(load + worker, is_worker, other=0) + noise  # [WORKERS]
 
     single = tl.sum(holds, axis=1) == 1
@@ -191,7 +193,8 @@ def _costs_torch(load: Tensor, num_rows: int) -> Tensor:
     prime: int = _NOISE_PRIME.value
     cells = torch.arange(num_rows * len(load), device=load.device)
     noise = cells.view(num_rows, len(load)) % prime
-    return load + (noise * noise % prime * num_rows // prime).int()
+    noise = noise * noise % prime * _NOISE_FACTOR.value % prime
+    return load + (noise * num_rows // prime).int()
 
 
 def _cheapest_torch(allowed: Tensor, costs: Tensor) -> Tensor:
