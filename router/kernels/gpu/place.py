@@ -193,7 +193,8 @@ def _costs_torch(load: Tensor, num_rows: int) -> Tensor:
     prime: int = _NOISE_PRIME.value
     cells = torch.arange(num_rows * len(load), device=load.device)
     noise = cells.view(num_rows, len(load)) % prime
-    noise = noise * noise % prime * _NOISE_FACTOR.value % prime
+    factor: int = _NOISE_FACTOR.value
+    noise = noise * noise % prime * factor % prime
     return load + (noise * num_rows // prime).int()
 
 
