@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from experts.device import ComputeDevice
+
 Segment = Callable[[], None]
 
 
@@ -89,6 +91,11 @@ class CudaRecorder:
                 graph.capture_end()
         current.wait_stream(self._stream)
         return CudaGraph(graph)
+
+
+def can_record(device: ComputeDevice) -> bool:
+    """Not the plain-torch twins on a GPU: they read values back."""
+    return not (device.is_cuda and device.kernels == "torch")
 
 
 def open_recorder(device: torch.device) -> Recorder:

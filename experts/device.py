@@ -26,6 +26,9 @@ MIN_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 """fp8 matrix instructions begin here; below it fp8 weights are multiplied as bfloat16."""
 
+MIN_SHARED_BYTES = 163 * 1024
+"""What sm_80 has and the kernels' tiles are made for; sm_86, sm_89 and sm_120 have 99 KiB."""
+
 
 class DeviceError(ValueError):
     """The device that was asked for cannot be used; str() says why and what to do."""
@@ -40,6 +43,8 @@ class CudaProbe:
     capability: tuple[int, int] = (0, 0)
     num_sms: int = 0
     total_bytes: int = 0
+    shared_bytes: int = 0
+    """Shared memory that a block of threads may have."""
     triton_missing: str = ""
     """Why Triton cannot be used, empty if it can."""
 
@@ -86,7 +91,7 @@ def choose_device(
         raise DeviceError(f"device cuda: {why_not}; use --device cpu, or auto")
     if asked == "cpu" or why_not:
         return host_device("asked for" if asked == "cpu" else why_not)
-    twins = "SHOAL_KERNELS=torch" if kernels == "torch" else probe.triton_missing
+    twins = "SHOAL_KERNELS=torch" if kernels == "torch" else _no_triton_kernels(probe)
     how = f"plain torch ({twins})" if twins else "Triton kernels"
     return ComputeDevice(
         torch.device("cuda", 0),
@@ -97,6 +102,14 @@ def choose_device(
         num_sms=probe.num_sms,
         total_bytes=int(min(share, 1.0) * probe.total_bytes),
     )
+
+
+def _no_triton_kernels(probe: CudaProbe) -> str:
+    """Why the Triton kernels cannot run on this GPU, empty if they can."""
+    if probe.triton_missing or probe.shared_bytes >= MIN_SHARED_BYTES:
+        return probe.triton_missing
+    have, need = probe.shared_bytes // 1024, MIN_SHARED_BYTES // 1024
+    return f"its blocks have {have} KiB of shared memory, the Triton kernels need {need}"
 
 
 def probe_cuda() -> CudaProbe:
@@ -111,6 +124,7 @@ def probe_cuda() -> CudaProbe:
         capability=(properties.major, properties.minor),
         num_sms=properties.multi_processor_count,
         total_bytes=properties.total_memory,
+        shared_bytes=properties.shared_memory_per_block_optin,
         triton_missing=triton_missing(),
     )
 

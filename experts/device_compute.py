@@ -40,6 +40,7 @@ class DeviceCompute:
         self._ops = expert_ops(device.kernels)
         self._staging = Staging(device)
         self._places = {layer: i for i, layer in enumerate(layers)}
+        self._num_here = dict.fromkeys(layers, 0)
         self._slot_of = torch.full(
             (len(layers), num_experts), -1, dtype=torch.int32, device=device.device
         )
@@ -57,9 +58,11 @@ class DeviceCompute:
     def fill(self, key: ExpertKey, slot: int, expert: ExpertWeights) -> None:
         self._slots.fill(slot, expert)
         self._name(key, slot)
+        self._num_here[key[0]] += 1
 
     def clear(self, key: ExpertKey, slot: int) -> None:
         self._name(key, -1)
+        self._num_here[key[0]] -= 1
         self._slots.clear(slot)
 
     def _name(self, key: ExpertKey, slot: int) -> None:
@@ -82,6 +85,7 @@ class DeviceCompute:
             ops=self._ops,
             per_pair=batch.per_pair,
             deterministic=batch.per_pair,
+            num_here=self._num_here[batch.layer],
         ).to(rows.dtype)
         if batch.rows.is_cuda:
             torch.cuda.current_stream(self._device.device).synchronize()

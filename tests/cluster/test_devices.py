@@ -68,7 +68,9 @@ def test_a_worker_without_a_reserved_gpu_does_not_look_for_one(
 
 
 def test_a_worker_gets_the_memory_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = CudaProbe(name="card", capability=(9, 0), num_sms=132, total_bytes=1000)
+    probe = CudaProbe(
+        name="card", capability=(9, 0), num_sms=132, total_bytes=1000, shared_bytes=227 << 10
+    )
     monkeypatch.setattr("experts.device.probe_cuda", lambda: probe)
     settings = {"experts": {"num_gpus": 0.25}, "attention": {"num_gpus": 1}}
     config = divide_gpus(parse_config(settings), None).config

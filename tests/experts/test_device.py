@@ -19,8 +19,20 @@ from experts.device import (
     triton_missing,
 )
 
-H200 = CudaProbe(name="NVIDIA H200", capability=(9, 0), num_sms=132, total_bytes=141_000_000_000)
-A100 = CudaProbe(name="NVIDIA A100", capability=(8, 0), num_sms=108, total_bytes=80_000_000_000)
+H200 = CudaProbe(
+    name="NVIDIA H200",
+    capability=(9, 0),
+    num_sms=132,
+    total_bytes=141_000_000_000,
+    shared_bytes=227 << 10,
+)
+A100 = CudaProbe(
+    name="NVIDIA A100",
+    capability=(8, 0),
+    num_sms=108,
+    total_bytes=80_000_000_000,
+    shared_bytes=163 << 10,
+)
 T4 = CudaProbe(name="Tesla T4", capability=(7, 5), num_sms=40, total_bytes=16_000_000_000)
 NO_CUDA = CudaProbe("this torch was built without CUDA")
 
@@ -63,6 +75,14 @@ def test_cuda_never_falls_back(probe: CudaProbe, why: str) -> None:
     with pytest.raises(DeviceError) as raised:
         choose_device("cuda", probe)
     assert str(raised.value) == f"device cuda: {why}; use --device cpu, or auto"
+
+
+def test_small_blocks_are_for_the_twins() -> None:
+    small = replace(H200, name="L40S", capability=(8, 9), shared_bytes=99 << 10)
+    chosen = choose_device("cuda", small)
+    assert chosen.kernels == "torch"
+    why = "its blocks have 99 KiB of shared memory, the Triton kernels need 163"
+    assert chosen.reason == f"L40S, plain torch ({why})"
 
 
 def test_cpu_is_taken_although_there_is_a_gpu() -> None:
