@@ -124,7 +124,7 @@ def probe_cuda() -> CudaProbe:
         capability=(properties.major, properties.minor),
         num_sms=properties.multi_processor_count,
         total_bytes=properties.total_memory,
-        shared_bytes=properties.shared_memory_per_block_optin,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         triton_missing=triton_missing(),
     )
 
