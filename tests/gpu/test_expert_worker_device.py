@@ -222,6 +222,27 @@ def test_busy_until_the_answer_is_there(
     assert reply.compute_us >= 50_000
 
 
+@pytest.mark.parametrize("flags", [0, ONE_ROW_PER_PAIR])
+def test_rows_on_a_device_are_never_looked_at(worker: ExpertWorker, flags: int) -> None:
+    """Only computed with: rows without values, alone and merged, pass through the worker."""
+
+    class Shapes:
+        def run(self, batch: PairBatch) -> Tensor:
+            assert batch.rows.is_meta
+            num_rows = len(batch.row_ids) if batch.per_pair else batch.rows.shape[0]
+            return batch.rows.new_empty(num_rows, batch.rows.shape[1])
+
+    worker._compute = Shapes()  # type: ignore[assignment]
+    frames = [request(rows(i).to("meta"), [(0, 1, 1.0), (0, 2, 0.5)], flags=flags) for i in (4, 1)]
+    assert answer(worker, frames[0]).is_meta
+    batches = [_Batch(f, f.rows, f.row_ids, f.expert_ids, f.weights) for f in frames]  # type: ignore[arg-type]
+    worker._answer(batches)
+    for batch, num_rows in zip(batches, [2, 2] if flags else [4, 1], strict=True):
+        assert batch.reply is not None and batch.reply.rows is not None
+        assert batch.reply.rows.is_meta
+        assert batch.reply.rows.shape == (num_rows, 128)
+
+
 def test_the_kernels_themselves(checkpoint_dir: Folder) -> None:
     pytest.importorskip("triton")
     folder = checkpoint_dir("v2lite")
