@@ -176,7 +176,7 @@ def test_rows_of_a_worker_that_hangs_are_staged_for_another(
     pool: Pool, x: Tensor, want: Tensor, new_route: Callable[..., Route]
 ) -> None:
     """Others compute its rows; the probe, which has a connection of its own, finds it alive."""
-    route = new_route(pool, hop_timeout_s=0.3)
+    route = new_route(pool, hop_timeout_s=1.0)
     route.forward(x)
     route.play("w1")
     route.moved()
