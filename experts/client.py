@@ -22,6 +22,7 @@ from experts.channel.frame import (
     FrameError,
     FrameLimits,
 )
+from experts.channel.memory import ChannelMemory
 from experts.health import WorkerHealth
 from experts.hop import Fault, Hop, check_reply
 from experts.line import HopCounters, Line
@@ -46,7 +47,9 @@ class ExpertClient:
         health: WorkerHealth,
         limits: FrameLimits = DEFAULT_LIMITS,
         connect_timeout_s: float = 0.25,
+        memory: ChannelMemory | None = None,
     ) -> None:
+        """memory: where answers may land, None = on the host."""
         self.health = health
         self.counters = HopCounters()
         self._now = health.clock
@@ -54,6 +57,7 @@ class ExpertClient:
         self._secret = secret
         self._limits = limits
         self._connect_timeout_s = connect_timeout_s
+        self._memory = memory
         self._request_ids = itertools.count(1)
         self._generation = -1
         self._members: dict[str, WorkerInfo] = {}
@@ -193,7 +197,9 @@ class ExpertClient:
         endpoint = info.endpoint if info else ""
         timeout_s = max(0.001, min(self._connect_timeout_s, hop.deadline_s - self._now()))
         try:
-            connection = connect(endpoint, self._secret, self._limits, timeout_s)
+            connection = connect(
+                endpoint, self._secret, self._limits, timeout_s, memory=self._memory
+            )
         except (ChannelError, ValueError) as error:
             self._fail(hop, Fault.LOST, str(error))
             self._blame(hop, error)

@@ -4,9 +4,11 @@ import torch
 
 from experts.channel.channel import ChannelError, ChannelTimeout, Connection, FrameError, connect
 from experts.channel.frame import Frame, FrameLimits, Kind
+from experts.channel.memory import ChannelMemory
 from experts.health import Quarantine
 from experts.hop import Hop
 
+NO_RINGS = ChannelMemory(landing_bytes=0)
 LOOK_EVERY_S = 2.0
 """How long the prober sleeps at a time; then it looks whether anybody still wants to know."""
 
@@ -56,6 +58,8 @@ class Probe:
 
     def _ask(self) -> None:
         if self._connection is None or self._connection.closed:
-            self._connection = connect(self._endpoint, self._secret, self._limits, LOOK_EVERY_S)
+            self._connection = connect(
+                self._endpoint, self._secret, self._limits, LOOK_EVERY_S, memory=NO_RINGS
+            )
             self._connection.send(self._frame, LOOK_EVERY_S)
         self._connection.receive(LOOK_EVERY_S)

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from experts.channel.memory import ChannelMemory
 from experts.device import ComputeDevice
 
 ALIGN_BYTES = 256
@@ -105,6 +106,11 @@ class Staging:
         packed.record_stream(current)
         current.wait_stream(stream)
         return views(packed, tensors, starts)
+
+
+def channel_memory(device: ComputeDevice) -> ChannelMemory:
+    """Where rows land that a peer puts there: on the device of who computes with them."""
+    return ChannelMemory(device=device.device if device.is_cuda else None)
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -32,6 +32,7 @@ from experts.device import ComputeDevice, host_device
 from experts.errors import CheckpointError
 from experts.load import WINDOW_S, LoadCounter
 from experts.placement.space import ExpertKey
+from experts.staging import channel_memory
 from experts.turns import Turns
 from experts.weights import load_expert
 
@@ -131,7 +132,9 @@ class ExpertWorker:
         self._width = config.hidden_size
         self._limits = limits
         self._emulated_pairs_per_s = emulated_pairs_per_s
-        self._compute: Compute = open_compute(checkpoint, num_slots, device or host_device())
+        device = device or host_device()
+        self._memory = channel_memory(device)
+        self._compute: Compute = open_compute(checkpoint, num_slots, device)
         self._free_slots = list(range(num_slots))
         self._slot_of: dict[ExpertKey, int] = {}
         self._slots_of_layer: dict[int, npt.NDArray[np.int32]] = {  # [E], -1 = not here
@@ -157,6 +160,7 @@ class ExpertWorker:
             self._limits,
             name=f"experts-{self.worker_id}",
             counters=self.channel_counters,
+            memory=self._memory,
         )
         self._server.start()
         return self._server.endpoint

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from experts.channel.memory import ChannelMemory
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
 from router.combine import sum_by_expert, sum_by_worker
@@ -33,6 +34,8 @@ class RouterCompute(Protocol):
     layers: Collection[int]
     """Those with experts."""
     width: int
+    memory: ChannelMemory
+    """Where answers to rows that lie where it computes may land."""
     accepts_device: bool
     """x may lie on the device; sums then do too."""
 
@@ -96,6 +99,7 @@ class HostCompute(HostRows):
     """The CPU kernels."""
 
     accepts_device = False
+    memory = ChannelMemory()
 
     def __init__(self, gates: Mapping[int, GateWeights], spec: GateSpec) -> None:
         super().__init__(spec, next(iter(gates.values())).weight.shape[1], gates.keys())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
-from experts.staging import Staging
+from experts.staging import Staging, channel_memory
 from router.compiled import compile_kernels
 from router.compute import Answer, HostRows, Stays
 from router.dispatch import Float32s, Int32s, Int64s, Share
@@ -41,6 +41,7 @@ class DeviceCompute(HostRows):
     ) -> None:
         super().__init__(spec, next(iter(gates.values())).weight.shape[1], gates.keys())
         self._gates = gates
+        self.memory = channel_memory(device)
         self._device = device
         self._ops = router_ops("triton" if device.kernels == "triton" else "torch")
         self._staging = Staging(device)

@@ -25,6 +25,7 @@ from experts.channel.frame import (
     Status,
     reply_to,
 )
+from experts.channel.memory import ChannelMemory
 from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
 from experts.device import ComputeDevice, host_device
@@ -52,7 +53,7 @@ class RouterWorker:
         self,
         compute: RouterCompute,
         board: SnapshotBoard,
-        client_factory: Callable[[], ExpertClient],
+        client_factory: Callable[[ChannelMemory], ExpertClient],
         config: RouterConfig | None = None,
         limits: FrameLimits = DEFAULT_LIMITS,
         name: str = "router",
@@ -66,7 +67,7 @@ class RouterWorker:
         self._client_factory = client_factory
         self._outage = Outage()
         compute.warm_up()  # the first token would wait some seconds for them
-        self._own_lane = self._new_lane()
+        self._own_lane = self._new_lane(compute.memory)
         self._batcher = Batcher(self.config.max_batch_rows, self.config.max_waiting)
         self._lanes: list[Lane] = []
         self._threads: list[threading.Thread] = []
@@ -101,8 +102,8 @@ class RouterWorker:
         compute = open_compute(checkpoint, device or host_device())
         return cls(compute, board, new_client, settings, limits, name)
 
-    def _new_lane(self) -> Lane:
-        client = self._client_factory()
+    def _new_lane(self, memory: ChannelMemory) -> Lane:
+        client = self._client_factory(memory)
         return Lane(self._compute, client, self._board, self.config, self._limits, self._outage)
 
     # --- in the same process ---
@@ -143,7 +144,7 @@ class RouterWorker:
         )
         self._server.start()
         for i in range(self.config.lanes):
-            lane = self._new_lane()
+            lane = self._new_lane(ChannelMemory())  # what is routed for others lies on the host
             thread = threading.Thread(
                 target=self._run_lane, args=(lane,), name=f"{self._name}-lane-{i}", daemon=True
             )

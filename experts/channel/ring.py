@@ -78,6 +78,11 @@ class RingConnection(StreamConnection):
         return self._outlet is not None and self._outlet.accepts_device
 
     @property
+    def _gets_device_rows(self) -> bool:
+        """Then they are answered with such, although the way back may have fallen back."""
+        return self._end is not None and self._end.block.is_device
+
+    @property
     def has_kept(self) -> bool:
         """Whether there are frames that the socket no longer shows."""
         return bool(self._kept)
@@ -88,11 +93,11 @@ class RingConnection(StreamConnection):
         """See Connection.send."""
         deadline_s = deadline_after(timeout_s)
         rows = frame.rows
-        if self._outlet is not None and rows is not None:
-            if _fits(self._outlet, rows):
+        if rows is not None:
+            if self._outlet is not None and _fits(self._outlet, rows):
                 self._send_placed(frame, rows, self._outlet, deadline_s)
                 return
-            if self._outlet.accepts_device and not rows.is_cpu:
+            if not rows.is_cpu and (self.accepts_device or self._gets_device_rows):
                 frame = replace(frame, rows=rows.cpu())
         buffers, num_bytes = encode(frame, self._send_limits)
         self._flow.before_send(frame.kind, deadline_s)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts.channel.memory import ChannelMemory
 from experts.checkpoint import Checkpoint
 from experts.hop import Fault
 from router.lane import Lane
@@ -39,7 +40,7 @@ def another_lane() -> Iterator[Callable[[RouterWorker], Lane]]:
     with contextlib.ExitStack() as stack:
 
         def make(router: RouterWorker) -> Lane:
-            lane = router._new_lane()
+            lane = router._new_lane(ChannelMemory())
             stack.callback(lane.client.close)
             return lane
 
