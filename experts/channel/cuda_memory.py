@@ -4,12 +4,15 @@ The receiver allocates its ring with the driver (cuMemAlloc: an allocation of it
 caching allocator cuts or moves) and sends the 64 bytes of cuIpcGetMemHandle; the sender opens them.
 Copies go on the stream that is current where `put` is called, after the work that makes the rows,
 and an event behind them is awaited before anybody is told. The driver refuses to open a handle in
-the process that made it (offer.py: same process, no ring). Two processes may use one GPU.
+the process that made it (offer.py: same process, no ring). Two processes may use one GPU. A ring is
+freed after its peer has closed it (lease.py).
 
 CUDA driver API: cuMemAlloc, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuDevicePrimaryCtxRetain.
 """
 
 import ctypes
+import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,18 +36,27 @@ class _HandleByValue(ctypes.Structure):
 @contextmanager
 def _driver(device: torch.device) -> Iterator[Any]:
     """The driver with this device's primary context, torch's own, current in this thread."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    context, before = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuInit(0))
-    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index))
+    driver, context, before = _library(), _primary_context(device.index), ctypes.c_void_p()
+    _check(driver.cuCtxPushCurrent_v2(context))
     try:
-        _check(driver.cuCtxPushCurrent_v2(context))
-        try:
-            yield driver
-        finally:
-            driver.cuCtxPopCurrent_v2(ctypes.byref(before))
+        yield driver
     finally:
-        driver.cuDevicePrimaryCtxRelease_v2(device.index)
+        driver.cuCtxPopCurrent_v2(ctypes.byref(before))
+
+
+@functools.cache
+def _library() -> Any:
+    driver = ctypes.CDLL("libcuda.so.1")
+    _check(driver.cuInit(0))
+    return driver
+
+
+@functools.cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """Retained once, for the life of the process, as torch does."""
+    context = ctypes.c_void_p()
+    _check(_library().cuDevicePrimaryCtxRetain(ctypes.byref(context), index))
+    return context
 
 
 def _check(result: int) -> None:
@@ -57,9 +69,13 @@ class DeviceBlock:
 
     is_device = True
 
-    def __init__(self, device: torch.device, num_bytes: int, handle: bytes | None = None) -> None:
+    def __init__(
+        self, device: torch.device, num_bytes: int, handle: bytes | None = None, lease: int = -1
+    ) -> None:
+        """lease: a descriptor to close once memory of a peer has been closed (lease.py)."""
         self.num_bytes = num_bytes
         self._device = device
+        self._lease = lease
         self._release = "cuMemFree_v2" if handle is None else "cuIpcCloseMemHandle"
         address = ctypes.c_uint64()
         with _driver(device) as driver:
@@ -76,6 +92,8 @@ class DeviceBlock:
         if hasattr(self, "address"):
             with _driver(self._device) as driver:
                 getattr(driver, self._release)(ctypes.c_uint64(self.address))
+        if self._lease >= 0:
+            os.close(self._lease)
 
     def handle(self) -> bytes:
         """What another process opens this memory with."""
@@ -113,10 +131,8 @@ class DeviceBlock:
         return event
 
 
-def current_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def open_peer(handle: bytes, num_bytes: int, device: torch.device) -> BlockOutlet:
-    """The peer's memory, as `device` reaches it. Rows of any size stay on the device."""
-    return BlockOutlet(DeviceBlock(device, num_bytes, handle), min_bytes=0)
+def open_peer(handle: bytes, num_bytes: int, device: torch.device, lease: int) -> BlockOutlet:
+    """The peer's memory, as `device` reaches it. Rows of any size stay on the device. The caller
+    closes `lease`."""
+    block = DeviceBlock(device, num_bytes, handle, os.dup(lease))
+    return BlockOutlet(block, min_bytes=0)

@@ -20,6 +20,9 @@ from experts.channel.frame import ROW_DTYPES
 
 Bytes = npt.NDArray[np.uint8]
 MIB = 2**20
+MAX_DEVICE_LANDING_BYTES = 32 * MIB
+"""Memory of a GPU is taken at once, where that of the host is only as it is touched: room for 2340
+rows of 7168 bfloat16 values."""
 
 
 def host_buffer(num_bytes: int) -> Bytes:
@@ -31,13 +34,13 @@ class ChannelMemory:
     """Where the frames of one side's connections arrive."""
 
     landing_bytes: int = 64 * MIB
-    """Of each connection's ring (shm, cuda, nixl); larger rows travel in the frame. Host memory is
-    touched only as it is used, memory of a GPU is allocated at once. 0: no rings."""
+    """Of each connection's ring (shm, cuda, nixl); larger rows travel in the frame. 0: no rings.
+    On a GPU no more than MAX_DEVICE_LANDING_BYTES."""
     min_bytes: int = MIB // 4
     """Rows on the host of fewer bytes travel in the frame of a shm or nixl connection too: up to
     there its few steps cost less than the copy that a ring saves (benchmarks/bench_hop.py)."""
     device: torch.device | None = None
-    """cuda: where the ring lies, None: the current device. nixl: None is host memory."""
+    """Where the rings of cuda and nixl lie. None: nixl uses host memory, cuda sends in frames."""
     allocate: Callable[[int], Bytes] = host_buffer
     """A buffer of so many bytes for what arrives over the socket; pinned ones, where the rows are
     copied to a GPU, make that copy asynchronous. Called by the thread that receives."""

@@ -1,7 +1,8 @@
 """After the handshake: each side tells where rows may land, and opens the place of the other.
 
 Only where both said the same kind of memory in the handshake. One message each way, 20 bytes and a
-handle: the 64 bytes of a CUDA handle, NIXL's metadata, or a descriptor (SCM_RIGHTS) and no bytes.
+handle: the 64 bytes of a CUDA handle and a descriptor (lease.py), NIXL's metadata, or a descriptor
+(SCM_RIGHTS) and no bytes.
 A side that cannot make its ring offers NONE, one that cannot open its peer's sends rows in frames:
 each direction stands for itself, and the connection works without either.
 """
@@ -23,7 +24,8 @@ from experts.channel.counters import ChannelCounters
 from experts.channel.endpoint import Endpoint, Memory
 from experts.channel.frame import FrameError
 from experts.channel.handshake import receive_exactly, send_all
-from experts.channel.memory import Block, ChannelMemory, Outlet
+from experts.channel.lease import Lease
+from experts.channel.memory import MAX_DEVICE_LANDING_BYTES, Block, ChannelMemory, Outlet
 from experts.channel.nixl_memory import NixlEnd, load_nixl
 
 logger = logging.getLogger(__name__)
@@ -82,21 +84,25 @@ class CudaEnd:
     kind = Memory.CUDA
 
     def __init__(self, memory: ChannelMemory) -> None:
-        self._device = memory.device or cuda_memory.current_device()
+        if memory.device is None:
+            raise ValueError("a ring of cuda needs a device")
+        self._device = memory.device
         self._own = cuda_memory.DeviceBlock(self._device, memory.landing_bytes)
         self.block: Block = self._own
+        self._lease = Lease(self._own)
 
     def offer(self) -> tuple[bytes, list[int]]:
-        return self._own.handle(), []
+        return self._own.handle(), [self._lease.give()]
 
     def open(self, num_bytes: int, handle: bytes, fds: list[int]) -> Outlet:
-        if len(handle) != cuda_memory.HANDLE_BYTES or fds:
-            limit = f"{cuda_memory.HANDLE_BYTES} bytes"
+        if len(handle) != cuda_memory.HANDLE_BYTES or len(fds) != 1:
+            limit = f"{cuda_memory.HANDLE_BYTES} bytes, one descriptor"
             raise FrameError("landing", f"{len(handle)} bytes, {len(fds)} fds", limit)
-        return cuda_memory.open_peer(handle, num_bytes, self._device)
+        return cuda_memory.open_peer(handle, num_bytes, self._device, fds[0])
 
     def close(self) -> None:
-        """Nothing: the block goes with its last view."""
+        """The block goes with its last view, when the peer has closed it too."""
+        self._lease.close()
 
 
 _ENDS: dict[Memory, type[ShmEnd] | type[CudaEnd] | type[NixlEnd]] = {
@@ -116,7 +122,9 @@ def usable_memory(endpoint: Endpoint, sock: socket.socket, memory: ChannelMemory
     """What this side can say in the handshake; NONE when there would be no use in more."""
     if memory.landing_bytes < ALIGN:
         return Memory.NONE
-    if endpoint.memory is Memory.CUDA and (not torch.cuda.is_available() or _is_own(sock)):
+    if endpoint.memory is Memory.CUDA and (
+        memory.device is None or not torch.cuda.is_available() or _is_own(sock)
+    ):
         return Memory.NONE
     return endpoint.memory
 
@@ -130,6 +138,8 @@ def _is_own(sock: socket.socket) -> bool:
 def make_end(kind: Memory, memory: ChannelMemory, counters: ChannelCounters) -> End | None:
     """This side's ring, None when it cannot be made."""
     num_bytes = memory.landing_bytes // ALIGN * ALIGN
+    if kind is not Memory.SHM and memory.device is not None:
+        num_bytes = min(num_bytes, MAX_DEVICE_LANDING_BYTES)
     try:
         return _ENDS[kind](replace(memory, landing_bytes=num_bytes))
     except (ChannelError, OSError, RuntimeError, ValueError) as error:

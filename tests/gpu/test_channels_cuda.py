@@ -62,9 +62,10 @@ def test_rows_go_from_process_to_process_on_the_gpu(scheme: str, tmp_path: Path)
 
 
 def test_one_process_does_not_open_its_own_memory(tmp_path: Path) -> None:
-    server = Server(f"cuda:{tmp_path}/s", double, SECRET)
+    memory = ChannelMemory(2**24, device=torch.device("cuda", 0))
+    server = Server(f"cuda:{tmp_path}/s", double, SECRET, memory=memory)
     server.start()
-    client = connect(server.endpoint, SECRET, timeout_s=WAIT_S)
+    client = connect(server.endpoint, SECRET, timeout_s=WAIT_S, memory=memory)
     assert not client.accepts_device
     assert server.counters.fall_backs == {"cuda": 1}
     client.close()

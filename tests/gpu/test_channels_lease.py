@@ -1,0 +1,164 @@
+"""Memory of a GPU between two ends of a connection, over a driver that notes what it is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from experts.channel import cuda_memory, offer
+from experts.channel.channel import ChannelCounters, ChannelMemory
+from experts.channel.endpoint import Memory, parse_endpoint
+from experts.channel.lease import Lease
+from experts.channel.memory import MAX_DEVICE_LANDING_BYTES
+from experts.channel.offer import CudaEnd, End, exchange, make_end, usable_memory
+
+WAIT_S = 10.0
+BRIEF_S = 0.05
+GPU = torch.device("cuda", 0)
+
+
+class Driver:
+    """Answers 0 to everything, and gives addresses that nobody may touch."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fails = ""
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == self.fails:
+                return 1
+            if name in ("cuMemAlloc_v2", "cuIpcOpenMemHandle_v2"):
+                arguments[0]._obj.value = 4096
+            return 0
+
+        return call
+
+    def of_memory(self) -> list[str]:
+        return [name for name in self.calls if name in ("cuMemFree_v2", "cuIpcCloseMemHandle")]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    made = Driver()
+    caches = cuda_memory._library, cuda_memory._primary_context
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: made)
+    yield made
+    gc.collect()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def joined() -> tuple[Any, Any]:
+    """Two ends and the ways from each to the other."""
+    memory, counters = ChannelMemory(2**20, device=GPU), ChannelCounters()
+    ends = [make_end(Memory.CUDA, memory, counters) for _ in range(2)]
+    outlets: list[Any] = [None, None]
+    socks = socket.socketpair()
+
+    def meet(side: int) -> None:
+        outlets[side] = exchange(socks[side], Memory.CUDA, ends[side], counters)
+
+    other = threading.Thread(target=meet, args=(1,))
+    other.start()
+    meet(0)
+    other.join(WAIT_S)
+    for sock in socks:
+        sock.close()
+    return ends, outlets
+
+
+def until(condition: Any) -> bool:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    return bool(condition())
+
+
+def test_a_ring_is_freed_after_its_peer_has_closed_it(driver: Driver) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    ends, outlets = joined()
+    assert outlets[0] is not None and outlets[1] is not None
+    block = weakref.ref(ends[0].block)
+    ends.pop(0).close()
+    time.sleep(BRIEF_S)
+    assert block() is not None and driver.of_memory() == []  # the other side may be writing
+    outlets.pop(1).close()
+    assert until(lambda: driver.of_memory() == ["cuIpcCloseMemHandle", "cuMemFree_v2"])
+    outlets.pop().close()  # the other way round: nothing is waited for
+    ends.pop().close()
+    assert until(lambda: driver.of_memory()[2:] == ["cuIpcCloseMemHandle", "cuMemFree_v2"])
+    assert until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
+
+
+def test_a_copy_under_way_keeps_the_ring_of_the_peer(driver: Driver) -> None:
+    ends, outlets = joined()
+    copying = outlets[1]._block  # as in BlockOutlet.put
+    while ends:
+        outlets.pop().close()
+        ends.pop().close()
+    assert until(lambda: len(driver.of_memory()) == 2)  # the other direction
+    time.sleep(BRIEF_S)
+    assert len(driver.of_memory()) == 2
+    del copying
+    assert until(lambda: len(driver.of_memory()) == 4)
+    assert driver.of_memory()[2:] == ["cuIpcCloseMemHandle", "cuMemFree_v2"]
+
+
+def test_a_ring_that_cannot_be_opened_leaves_nothing_behind(driver: Driver) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    driver.fails = "cuIpcOpenMemHandle_v2"
+    ends, outlets = joined()
+    assert outlets == [None, None]
+    while ends:
+        ends.pop().close()
+    assert until(lambda: driver.of_memory() == ["cuMemFree_v2"] * 2)
+    assert until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
+
+
+def test_a_lease_that_nobody_took_ends_with_its_owner() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    lease = Lease(object())
+    lease.close()
+    lease.close()
+    assert until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
+
+
+def test_library_and_context_are_looked_up_once(driver: Driver) -> None:
+    for _ in range(5):
+        with cuda_memory._driver(GPU):
+            pass
+    once = ["cuInit", "cuDevicePrimaryCtxRetain"]
+    assert driver.calls == once + ["cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"] * 5
+
+
+def test_rings_on_a_gpu_are_bounded(driver: Driver) -> None:
+    for num_bytes in (MAX_DEVICE_LANDING_BYTES // 2, 2 * MAX_DEVICE_LANDING_BYTES):
+        memory = ChannelMemory(num_bytes, device=GPU)
+        end: End | None = make_end(Memory.CUDA, memory, ChannelCounters())
+        assert isinstance(end, CudaEnd)
+        assert end.block.num_bytes == min(num_bytes, MAX_DEVICE_LANDING_BYTES)
+        end.close()
+
+
+def test_rows_of_the_host_take_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(offer, "_is_own", lambda _: False)
+    endpoint = parse_endpoint("cuda:/x")
+    with socket.socket(socket.AF_UNIX) as sock:
+        assert usable_memory(endpoint, sock, ChannelMemory()) is Memory.NONE
+        assert usable_memory(endpoint, sock, ChannelMemory(device=GPU)) is Memory.CUDA
+        assert usable_memory(endpoint, sock, ChannelMemory(0, device=GPU)) is Memory.NONE
