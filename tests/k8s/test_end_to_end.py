@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tests.k8s.api_server.server import SimEnv
     from tests.k8s.local_ray import LocalRay
 
-pytestmark = [pytest.mark.k8s, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.k8s, pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 TIMEOUT_S = 180
 """For one deployment on a machine that does much else; alone it takes a tenth."""
