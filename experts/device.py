@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -135,8 +137,13 @@ def triton_missing() -> str:
         import triton  # noqa: F401 - whether it can be imported
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
-        return "Triton finds no C compiler for its launcher: install gcc"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        missing = " or ".join(compilers)
+        return f"Triton's launcher needs a C compiler, no {missing} here: install gcc"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # as Triton looks
+    if not header.exists():
+        return f"Triton's launcher needs {header}: install Python's headers (python3-dev)"
     return ""
 
 

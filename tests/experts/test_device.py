@@ -126,10 +126,31 @@ def test_the_choice_of_this_process_is_logged_with_what_it_may_see(
 def test_triton_needs_a_compiler_for_its_launcher(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """The one that CC names and no other, else gcc or clang."""
+    pytest.importorskip("triton")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert triton_missing() == "Triton finds no C compiler for its launcher: install gcc"
+    why = "Triton's launcher needs a C compiler, no {} here: install gcc"
+    assert triton_missing() == why.format("gcc or clang")
+    (tmp_path / "clang").touch(mode=0o755)
+    assert "C compiler" not in triton_missing()
+    monkeypatch.setenv("CC", "cc-13")
+    assert triton_missing() == why.format("cc-13")
+    (tmp_path / "cc-13").touch(mode=0o755)
+    assert "C compiler" not in triton_missing()
+
+
+def test_triton_needs_the_headers_of_python_for_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
     (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "gcc"))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    header = tmp_path / "Python.h"
+    why = f"Triton's launcher needs {header}: install Python's headers (python3-dev)"
+    assert triton_missing() == why
+    header.touch()
     assert triton_missing() == ""
 
 
