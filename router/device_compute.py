@@ -24,11 +24,12 @@ from router.compute import Answer, HostRows, Stays
 from router.dispatch import Float32s, Int32s, Int64s, Share
 from router.errors import NonFiniteInput
 from router.gate import DeviceGate, GateSpec
+from router.kernels.gpu.gate import PARALLEL_ROWS
 from router.kernels.gpu.ops import router_ops
 from router.weights import load_device_gates
 
-WARM_UP_ROWS = (1, 64, 512)
-"""Batches for each of which the kernels may be compiled with other block sizes."""
+WARM_UP_ROWS = (1, PARALLEL_ROWS, PARALLEL_ROWS + 1)
+"""Batches for each of which the kernels are compiled anew."""
 
 
 class DeviceCompute(HostRows):
@@ -57,11 +58,13 @@ class DeviceCompute(HostRows):
         (rows,) = self._staging.to_device(x)
         logits = self._ops.gate_logits(rows, gate.weight)
         chosen = self._ops.select_experts(logits, gate.bias, self.spec)
-        copies = [self._staging.to_host(tensor) for tensor in chosen]
-        ids, weights, bad_row = (copy.wait().numpy() for copy in copies)
-        if bad_row[0] < x.shape[0]:
-            raise NonFiniteInput(int(bad_row[0]))
-        return ids.astype(np.int64), weights
+        numbers = torch.cat([tensor.view(torch.int32).flatten() for tensor in chosen])
+        on_host = self._staging.to_host(numbers).wait()
+        *pairs, bad_row = on_host.split_with_sizes([tensor.numel() for tensor in chosen])
+        if int(bad_row) < x.shape[0]:
+            raise NonFiniteInput(int(bad_row))
+        ids, weights = (part.view(x.shape[0], -1).numpy() for part in pairs)
+        return ids.astype(np.int64), weights.view(np.float32)
 
     def pick(self, x: Tensor, shares: Sequence[Share], stays: Stays) -> Iterable[Tensor]:
         if not shares or not self._is_here(x):

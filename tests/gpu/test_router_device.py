@@ -251,6 +251,23 @@ def test_a_bfloat16_answer_that_is_not_finite_is_asked_of_another(
     assert router._own_lane.client.counters.faults[Fault.NOT_FINITE] == 1
 
 
+def test_warm_up_meets_both_ways_of_the_gate(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The splits of up to 512 rows are programs of their own, those of more are not."""
+    compute, seen = DeviceCompute.open(checkpoint, TWINS), []
+    gate_logits = compute._ops.gate_logits
+
+    def note(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return gate_logits(x, weight)
+
+    monkeypatch.setattr(compute, "_ops", replace(compute._ops, gate_logits=note))
+    monkeypatch.setattr(ComputeDevice, "is_cuda", True)
+    compute.warm_up()
+    assert min(seen) <= 512 < max(seen)
+
+
 def test_places_of_the_answers_by_hand() -> None:
     """Row 1 is answered by nobody, row 2 by both; of four pairs the second is missing."""
     first, second = torch.zeros(2, 4), torch.zeros(1, 4)

@@ -23,7 +23,7 @@ from router.gate import GateSpec
 
 _SPLIT: Final = 512
 """Columns that are summed together; the sums of the splits are added in order."""
-_PARALLEL_ROWS: Final = 512
+PARALLEL_ROWS: Final = 512
 """Up to so many rows the splits are programs of their own: few rows are few programs, and V3's
 14 splits of 7168 columns write 7 MB at most. Not measured on a GPU."""
 _INTERPRETED: Final = tl.constexpr(triton.knobs.runtime.interpret)
@@ -130,7 +130,7 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     num_experts = weight.shape[0]
     num_splits = triton.cdiv(width, _SPLIT)
     tile_rows, tile_experts, depth = _tile(x, weight)
-    is_parallel = num_rows <= _PARALLEL_ROWS and num_splits > 1
+    is_parallel = num_rows <= PARALLEL_ROWS and num_splits > 1
     programs, each = (num_splits, 1) if is_parallel else (1, num_splits)
     logits = torch.empty(num_rows, num_experts, dtype=torch.float32, device=x.device)
     if not num_rows:
