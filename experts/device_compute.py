@@ -25,8 +25,8 @@ from experts.placement.space import ExpertKey
 from experts.staging import Staging
 from experts.weights import load_expert
 
-WARM_UP_ROWS = (1, 64, 1024)
-"""Batches for each of which the kernels may be compiled with other block sizes."""
+WARM_UP_ROWS = (16, 64, 128)
+"""Pairs of one expert: the kernels are compiled for blocks of so many rows (block_rows_for)."""
 
 
 class DeviceCompute:
@@ -72,6 +72,9 @@ class DeviceCompute:
     # --- batches ---
 
     def run(self, batch: PairBatch) -> Tensor:
+        return self._run(batch, self._num_here[batch.layer])
+
+    def _run(self, batch: PairBatch, num_here: int) -> Tensor:
         rows, *pairs = self._staging.to_device(batch.rows, *grouped_pairs(batch))
         row_ids, expert_ids, weights, row_starts = pairs
         result = grouped_swiglu_device(
@@ -85,7 +88,7 @@ class DeviceCompute:
             ops=self._ops,
             per_pair=batch.per_pair,
             deterministic=batch.per_pair,
-            num_here=self._num_here[batch.layer],
+            num_here=num_here,
         ).to(rows.dtype)
         if batch.rows.is_cuda:
             torch.cuda.current_stream(self._device.device).synchronize()
@@ -93,7 +96,8 @@ class DeviceCompute:
         return self._staging.to_host(result).wait()
 
     def warm_up(self) -> None:
-        """Pairs of an expert that does not exist: every kernel runs, no weights are read."""
+        """Pairs of an expert that does not exist, as if one were here: every kernel runs with every
+        size of its blocks, no weights are read."""
         if not self._device.is_cuda:
             return
         layer, (_, width) = next(iter(self._places)), self._slots.shape
@@ -102,7 +106,8 @@ class DeviceCompute:
             rows = torch.zeros(num_rows, width, dtype=self._device.dtype)
             row_ids, weights = torch.arange(num_rows, dtype=torch.int32), torch.zeros(num_rows)
             for per_pair in (False, True):
-                self.run(PairBatch(layer, rows, row_ids, nobody, nobody, weights, per_pair))
+                batch = PairBatch(layer, rows, row_ids, nobody, nobody, weights, per_pair)
+                self._run(batch, num_here=1)
 
 
 def grouped_pairs(batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from enum import Enum
 
 import torch
 
-from experts.channel.frame import ONE_ROW_PER_PAIR, Frame, Kind, Status, rows_finite
+from experts.channel.frame import FINITE, ONE_ROW_PER_PAIR, Frame, Kind, Status, rows_finite
 from experts.kernels.finite import all_finite
 
 
@@ -90,6 +90,8 @@ def check_reply(hop: Hop, frame: Frame) -> Fault | None:
     rows, sent = frame.rows, hop.frame.rows
     if rows is None or sent is None or rows.dtype != sent.dtype or rows.shape != hop.reply_shape:
         return Fault.MALFORMED
+    if frame.flags & FINITE:
+        return None
     is_plain = rows.is_cpu and rows.dtype is torch.float32 and rows.is_contiguous()
     finite = all_finite(rows.numpy()) if is_plain else rows_finite(rows)
     return None if finite else Fault.NOT_FINITE

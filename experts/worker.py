@@ -19,12 +19,14 @@ from torch import Tensor
 from experts.channel.channel import ChannelCounters, Connection, Server
 from experts.channel.frame import (
     DEFAULT_LIMITS,
+    FINITE,
     ONE_ROW_PER_PAIR,
     Frame,
     FrameLimits,
     Kind,
     Status,
     reply_to,
+    rows_finite,
 )
 from experts.checkpoint import Checkpoint
 from experts.compute import Compute, PairBatch, merge, open_compute
@@ -281,7 +283,7 @@ class ExpertWorker:
             self._emulate(ready, begun_s)
             busy_s = time.monotonic() - begun_s
             for batch, rows in zip(ready, results, strict=True):
-                batch.reply = reply_to(batch.request, rows)
+                batch.reply = _result(batch.request, rows)
                 self._count(batch)
             self.counters.busy_s += busy_s
             self.counters.merged_batches += len(ready) - 1
@@ -335,3 +337,15 @@ class ExpertWorker:
         self.counters.rows += batch.rows.shape[0]
         self.counters.pairs += batch.expert_ids.shape[0]
         self.load_counter.add(batch.request.layer, batch.expert_ids.numpy())
+
+
+def _result(request: Frame, rows: Tensor) -> Frame:
+    """The reply with these rows. Those on a device are looked at here, where the stream is empty:
+    a router would wait for all that its own has to do."""
+    if rows.is_cpu:
+        return reply_to(request, rows)
+    if not rows_finite(rows):
+        return reply_to(request, status=Status.FAILED, text="the answer is not finite")
+    reply = reply_to(request, rows)
+    reply.flags |= FINITE
+    return reply

@@ -10,7 +10,8 @@ from torch import Tensor
 MAX_DEADLINE_US = 24 * 3600 * 1_000_000
 ONE_ROW_PER_PAIR = 1  # flag: the result has one row a pair, not one summed row a token
 RENORMALISED = 2  # flag of a ROUTE_RESULT: some expert was left out, the others' weights scaled
-ALL_FLAGS = ONE_ROW_PER_PAIR | RENORMALISED
+FINITE = 4  # flag of an EXPERT_RESULT: the worker has seen that all of its numbers are finite
+ALL_FLAGS = ONE_ROW_PER_PAIR | RENORMALISED | FINITE
 MAX_ERROR_CHARS = 300
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)  # wire code: 1 + position
 

@@ -146,7 +146,7 @@ BAD_FRAMES: list[tuple[Frame, str]] = [
     (changed(weights=torch.zeros(6, dtype=torch.float64)), "weights"),
     (changed(body=b"x"), "body_bytes"),
     (changed(status=Status.FAILED), "kind_status"),
-    (changed(flags=4), "flags"),
+    (changed(flags=8), "flags"),
     (changed(deadline_us=MAX_DEADLINE_US + 1), "deadline_us"),
     (changed(deadline_us=-1), "header"),
     (changed(request_id=2**64), "header"),
@@ -222,7 +222,7 @@ def test_the_payload_limit_holds_where_each_section_fits() -> None:
         (KIND, b"\x04", "num_pairs"),  # a route batch with pairs
         (STATUS, b"\x01", "kind_status"),
         (STATUS, b"\x06", "kind_status"),
-        (FLAGS, b"\x05", "flags"),
+        (FLAGS, b"\x09", "flags"),
         (DTYPE, b"\x00", "dtype"),
         (DTYPE, b"\x04", "dtype"),
         (DTYPE, b"\x02", "payload_len"),

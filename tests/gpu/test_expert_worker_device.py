@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.channel.frame import ONE_ROW_PER_PAIR, Frame, Kind, Status
+from experts.channel.frame import FINITE, ONE_ROW_PER_PAIR, Frame, Kind, Status
 from experts.checkpoint import Checkpoint
 from experts.compute import PairBatch
 from experts.device import ComputeDevice
 from experts.device_compute import DeviceCompute, grouped_pairs
+from experts.kernels.gpu.grouped_gemm import block_rows_for
+from experts.kernels.gpu.permute import SortedPairs
 from experts.worker import ExpertWorker, _Batch
+from tests.router.played_device import to_device
 
 TWINS = ComputeDevice(torch.device("cpu"), torch.float32, "torch", "test")
 TWINS_BF16 = ComputeDevice(torch.device("cpu"), torch.bfloat16, "torch", "test")
@@ -223,8 +227,11 @@ def test_busy_until_the_answer_is_there(
 
 
 @pytest.mark.parametrize("flags", [0, ONE_ROW_PER_PAIR])
-def test_rows_on_a_device_are_never_looked_at(worker: ExpertWorker, flags: int) -> None:
-    """Only computed with: rows without values, alone and merged, pass through the worker."""
+def test_rows_on_a_device_are_only_looked_at_for_bad_numbers(
+    worker: ExpertWorker, flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without values, alone and merged, pass through the worker; each answer is looked at once
+    and says so."""
 
     class Shapes:
         def run(self, batch: PairBatch) -> Tensor:
@@ -232,6 +239,13 @@ def test_rows_on_a_device_are_never_looked_at(worker: ExpertWorker, flags: int) 
             num_rows = len(batch.row_ids) if batch.per_pair else batch.rows.shape[0]
             return batch.rows.new_empty(num_rows, batch.rows.shape[1])
 
+    looked_at = []
+
+    def look(rows: Tensor) -> bool:
+        looked_at.append(rows.shape[0])
+        return True
+
+    monkeypatch.setattr("experts.worker.rows_finite", look)
     worker._compute = Shapes()  # type: ignore[assignment]
     frames = [request(rows(i).to("meta"), [(0, 1, 1.0), (0, 2, 0.5)], flags=flags) for i in (4, 1)]
     assert answer(worker, frames[0]).is_meta
@@ -241,6 +255,61 @@ def test_rows_on_a_device_are_never_looked_at(worker: ExpertWorker, flags: int) 
         assert batch.reply is not None and batch.reply.rows is not None
         assert batch.reply.rows.is_meta
         assert batch.reply.rows.shape == (num_rows, 128)
+        assert batch.reply.flags == flags | FINITE
+    assert looked_at == ([2, 2, 2] if flags else [4, 4, 1])
+
+
+def test_a_bad_answer_on_a_device_fails_alone(worker: ExpertWorker) -> None:
+    """Of two that were computed together the other one is answered; on the host nobody looks."""
+    x = rows(2)
+    bad = x.clone()
+    bad[1, 5] = torch.inf
+
+    class Echo:
+        def run(self, batch: PairBatch) -> Tensor:
+            return batch.rows
+
+    worker._compute = Echo()  # type: ignore[assignment]
+    for place, flag in ((to_device, FINITE), (Tensor.clone, 0)):
+        frames = [request(place(it), [(0, 1, 1.0), (1, 2, 0.5)]) for it in (x, bad)]
+        batches = [_Batch(f, f.rows, f.row_ids, f.expert_ids, f.weights) for f in frames]  # type: ignore[arg-type]
+        worker._answer(batches)
+        good_reply, bad_reply = (batch.reply for batch in batches)
+        assert good_reply is not None and bad_reply is not None
+        assert (good_reply.status, good_reply.flags) == (Status.OK, flag)
+        if flag:
+            assert (bad_reply.status, bad_reply.rows) == (Status.FAILED, None)
+            assert bad_reply.text == "the answer is not finite"
+        else:
+            assert (bad_reply.status, bad_reply.flags) == (Status.OK, 0)
+
+
+def test_warm_up_meets_every_size_of_a_block(
+    checkpoint_dir: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of pairs and of experts, a batch's blocks have been computed with before,
+    with one row a pair and without."""
+    worker = open_worker(checkpoint_dir("v2lite"), range(0), TWINS_BF16)
+    compute, seen = worker._compute, []
+    assert isinstance(compute, DeviceCompute)
+    sort_pairs = compute._ops.sort_pairs
+
+    def sort(expert_ids: Tensor, num_experts: int, block_rows: int) -> SortedPairs:
+        seen.append(block_rows)
+        return sort_pairs(expert_ids, num_experts, block_rows)
+
+    monkeypatch.setattr(compute, "_ops", replace(compute._ops, sort_pairs=sort))
+    monkeypatch.setattr(ComputeDevice, "is_cuda", True)
+    compute.warm_up()
+    by_row, by_pair = seen[::2], seen[1::2]
+    sizes = [(pairs, here) for pairs in (*range(1, 300), 4096, 32768) for here in (1, 3, 64)]
+    for met, deterministic in ((by_row, False), (by_pair, True)):
+        possible = {
+            block_rows_for(pairs, here, torch.bfloat16, deterministic=deterministic)
+            for pairs, here in sizes
+        }
+        assert set(met) == possible
+    assert len(set(by_row)) == 3
 
 
 def test_the_kernels_themselves(checkpoint_dir: Folder) -> None:

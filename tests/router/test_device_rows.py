@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from experts.channel.channel import Connection
-from experts.channel.frame import Frame, Kind, reply_to, rows_finite
+from experts.channel.frame import FINITE, Frame, Kind, Status, reply_to, rows_finite
 from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
 from experts.health import HopTimer, Quarantine, WorkerHealth
 from experts.hop import Fault, Hop, check_reply
 from router.config import RouterConfig
-from router.gate import GateSpec
+from router.errors import NonFiniteInput
+from router.gate import GateSpec, choose
 from router.lane import Lane
-from router.weights import load_device_gates
+from router.weights import load_device_gates, load_gates
 from tests.reference import Reference
 from tests.router.played_device import (
     TWINS,
@@ -268,15 +270,22 @@ def test_one_bad_number_on_the_device_spoils_an_answer(dtype: torch.dtype) -> No
         broken[2, 4] = bad
         answer = reply_to(frame, to_device(broken.to(dtype)))
         assert check_reply(hop, answer) is Fault.NOT_FINITE
+    answer.flags |= FINITE  # its worker has looked: not even a look, which would wait
+    assert check_reply(hop, answer) is None
 
 
+@pytest.mark.parametrize("has_looked", [False, True])
 def test_a_bad_answer_on_the_device_is_asked_of_another(
-    pool: Pool, checkpoint: Checkpoint, x: Tensor, want: Tensor, new_route: Callable[..., Route]
-) -> None:
+    has_looked: bool, pool: Pool, checkpoint: Checkpoint, x: Tensor, want: Tensor,
+    new_route: Callable[..., Route],
+) -> None:  # fmt: skip
+    """Whether the worker has seen it or the router does."""
     spoilt = False
 
     def spoil(frame: Frame, _connection: Connection) -> Frame:
         rows = torch.zeros(9, x.shape[1]) if frame.rows is None else frame.rows * 0
+        if spoilt and has_looked:
+            return reply_to(frame, status=Status.FAILED, text="the answer is not finite")
         return reply_to(frame, rows / 0 if spoilt else rows)
 
     pool.add_impostor("w3", set(every_expert(checkpoint)), spoil)
@@ -287,4 +296,23 @@ def test_a_bad_answer_on_the_device_is_asked_of_another(
     spoilt = True
     assert near(route.forward(x), want)
     assert isinstance(played.sent[0], OnDevice)
-    assert route.client.counters.faults[Fault.NOT_FINITE] == 1
+    fault = Fault.FAILED if has_looked else Fault.NOT_FINITE
+    assert route.client.counters.faults[fault] == 1
+
+
+def test_what_a_gate_chose_comes_down_in_one_copy(
+    pool: Pool, x: Tensor, new_route: Callable[..., Route]
+) -> None:
+    """ids and weights, and the first bad row: 2 T k + 1 numbers."""
+    compute = new_route(pool).compute
+    ids, weights = compute.choose(LAYER, to_device(x))
+    gates = load_gates(pool.checkpoint)
+    want_ids, want_weights = choose(x, gates[LAYER], compute.spec)
+    assert ids.dtype == np.int64 and weights.dtype == np.float32
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-5)
+    assert compute.staging.down == [(2 * ids.size + 1,)]
+    bad = x.clone()
+    bad[4, 0] = torch.nan
+    with pytest.raises(NonFiniteInput, match="row 4"):
+        compute.choose(LAYER, to_device(bad))
