@@ -17,11 +17,11 @@ from serving.processes import exit_at_sigterm
 from experts.device import ComputeDevice, open_device
 from gpu_check.environment import describe
 from gpu_check.plan import Context, plan, run_unit
-from gpu_check.rows import to_message
+from gpu_check.rows import Note, to_message
 from gpu_check.timing import CudaTimer, NoTimer
 
-UNIT_TIMEOUT_S = 180.0
-"""A kernel that does not end within this takes the process with it."""
+UNIT_TIMEOUT_S = 400.0
+"""A kernel that does not end within this takes the process with it. Cold compiles are included."""
 BROKEN_EXIT = 3
 """The device does not answer any more, as after an illegal access: only a new process can go on."""
 
@@ -49,6 +49,11 @@ def main() -> None:
             faulthandler.dump_traceback_later(UNIT_TIMEOUT_S, exit=True)
             for row in run_unit(units[number]):
                 emit(to_message(row))
+            if context.timer.capture_failure:
+                text = f"timed by launches, not as a graph: {context.timer.capture_failure}"
+                emit(to_message(Note(units[number].name, text, failed=False)))
+                emit({"next": number + 1})
+                os._exit(0)  # what would run at exit may meet the broken capture
             _tidy(context)
         faulthandler.cancel_dump_traceback_later()
 

@@ -22,6 +22,7 @@ from gpu_check.model import Model, lite_config
 from gpu_check.plan import Context, Unit
 from gpu_check.rows import Benchmark, Check
 from gpu_check.shapes import ModelShape
+from gpu_check.variants import check_warm
 from router.client import MoeClient
 from router.gate import DeviceGate, GateSpec
 from router.kernels.gpu.ops import router_ops
@@ -39,10 +40,42 @@ MAX_MARGIN = 0.1
 standard deviations of the logits: bfloat16 rounding turns only near ties."""
 
 
+MIXED = (
+    (1, 40, 511),
+    (2, 700, 100),
+    (7, 1000, 64),
+    (16, 300, 496),
+    (33, 1050, 256),
+    (64, 500, 448),
+)
+"""Steps: decoding sequences, the position of their tokens, a prompt's new tokens beside them."""
+SMOKE_MIXED = ((1, 2, 17), (2, 20, 16))
+
+
 def units(context: Context) -> Iterator[Unit]:
-    """Times, then the same tokens."""
+    """What a warm engine compiles, times, then the same tokens."""
+    yield Unit("V2-Lite mixed steps after warm-up", lambda: [warm_steps(context)])
     yield Unit("V2-Lite decode", lambda: times(context))
     yield Unit("V2-Lite tokens against twins", lambda: [same_tokens(context)])
+
+
+def warm_steps(context: Context) -> Check:
+    """An engine compiles nothing after its warm-up, for steps that decode beside a prompt chunk."""
+    steps = SMOKE_MIXED if context.smoke else MIXED
+    num_seqs = max(num_decodes for num_decodes, _, _ in steps)
+    num_tokens = 1 + max(max(position, num_new) for _, position, num_new in steps)
+    model = Model.open(lite_config(smoke=context.smoke, num_layers=2), context.compute)
+    prompts = random_prompts(num_seqs + 1, num_tokens, model.config.vocab_size)
+    sequences = Sequences(prompts, num_tokens)
+    cache = model.new_cache(num_seqs + 1, num_tokens)
+    decoder = model.decoder(cache, num_seqs, num_tokens, graphs=True)
+
+    def serve() -> None:
+        for num_decodes, position, num_new in steps:
+            hidden = decoder.forward(sequences.mixed(num_decodes, position, num_new))
+            decoder.logits(hidden[: num_decodes + 1])
+
+    return check_warm(context, "V2-Lite mixed steps", decoder.warm_up, serve)
 
 
 def shape_of(config: ModelConfig) -> ModelShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,16 +67,31 @@ class Sequences:
             yield logits
 
     def _step(self, tokens: Tensor, position: int) -> Batch:
-        place = torch.tensor([position])
+        place, count = torch.tensor([position]), len(tokens)
         return Batch(
             token_ids=tokens,
-            positions=place.int().repeat(self._count),
-            slots=torch.cat([self._slots(member, place) for member in range(self._count)]),
-            num_absorbed=self._count,
-            seq_ids=torch.arange(self._count, dtype=torch.int32),
-            context_lens=place.int().repeat(self._count) + 1,
-            block_tables=self._tables,
+            positions=place.int().repeat(count),
+            slots=torch.cat([self._slots(member, place) for member in range(count)]),
+            num_absorbed=count,
+            seq_ids=torch.arange(count, dtype=torch.int32),
+            context_lens=place.int().repeat(count) + 1,
+            block_tables=self._tables[:count],
             chunks=(),
+        )
+
+    def mixed(self, num_decodes: int, position: int, num_new: int) -> Batch:
+        """A token at `position` of each of the first sequences beside the last one's first tokens.
+        The tables are as wide as the engine makes them."""
+        decodes = self._step(self.prompts[:num_decodes, 0], position)
+        positions = torch.arange(num_new)
+        slots = self._slots(self._count - 1, positions)
+        return replace(
+            decodes,
+            token_ids=torch.cat([decodes.token_ids, self.prompts[-1, :num_new]]),
+            positions=torch.cat([decodes.positions, positions.int()]),
+            slots=torch.cat([decodes.slots, slots]),
+            block_tables=decodes.block_tables[:, : position // BLOCK_SIZE + 1].contiguous(),
+            chunks=(Chunk(num_decodes, num_decodes + num_new, slots),),
         )
 
     def _slots(self, member: int, positions: Tensor) -> Tensor:

@@ -33,30 +33,51 @@ from gpu_check.expert_data import Local, random, route
 from gpu_check.model import SeededCheckpoint, lite_config
 from gpu_check.plan import Context, Unit
 from gpu_check.rows import Benchmark, Check, Row
+from gpu_check.variants import check_warm
 
 SCHEMES, SMOKE_SCHEMES = ("unix", "shm", "cuda"), ("shm",)
 ROWS, SMOKE_ROWS = (1, 64, 1024), (3,)
+SERVED_ROWS = (1, 2, 15, 16, 17, 64, 65, 200, 256, 512, 513, 1000, 1024, 4096)
+"""Of batches that must find their kernels compiled."""
 NUM_HOPS, SMOKE_HOPS = 100, 1
 NUM_LAYERS = 2  # a dense one and one with experts
-READY_TIMEOUT_S, HOP_TIMEOUT_S = 90.0, 30.0
+READY_TIMEOUT_S, HOP_TIMEOUT_S = 240.0, 30.0
+"""Ready: with cold compiles."""
 SECRET = b"both processes are ours"
 
 
 def units(context: Context) -> Iterator[Unit]:
-    """One for each kind of channel."""
+    """What a warm worker compiles, then one for each kind of channel."""
+    yield Unit("expert batches after warm-up", lambda: [warm_batches(context)])
     for scheme in SMOKE_SCHEMES if context.smoke else SCHEMES:
         yield Unit(f"expert worker over {scheme}", lambda scheme=scheme: hops(context, scheme))
 
 
-def hops(context: Context, scheme: str) -> Iterator[Row]:
-    """Batches of several sizes."""
+def warm_batches(context: Context) -> Check:
+    """An expert worker compiles nothing after its warm-up, whatever the size of the batch."""
+    here, local, layer = _all_experts(context)
+
+    def serve() -> None:
+        for count in SMOKE_ROWS if context.smoke else SERVED_ROWS:
+            here.run(_batch(context, local, layer, count))
+
+    return check_warm(context, "V2-Lite expert batches", here.warm_up, serve)
+
+
+def _all_experts(context: Context) -> tuple[DeviceCompute, Local, int]:
+    """Those of one layer in this process, and its number."""
     config = lite_config(smoke=context.smoke, num_layers=NUM_LAYERS)
     layer, num_experts = config.moe_layers[0], config.n_routed_experts
     checkpoint = SeededCheckpoint(config, context.device)
     here = DeviceCompute.open(checkpoint, num_experts, context.compute)
     for expert in range(num_experts):
         here.fill((layer, expert), expert, load_expert(checkpoint, layer, expert))
-    local = Local(shape_of(config), num_experts, config.num_experts_per_tok)
+    return here, Local(shape_of(config), num_experts, config.num_experts_per_tok), layer
+
+
+def hops(context: Context, scheme: str) -> Iterator[Row]:
+    """Batches of several sizes."""
+    here, local, layer = _all_experts(context)
     staging = Staging(context.compute)
     with worker(context, scheme) as connection:
         for count in SMOKE_ROWS if context.smoke else ROWS:
@@ -136,7 +157,7 @@ def worker(context: Context, scheme: str) -> Iterator[Connection]:
                 connection.close()
         finally:
             ours.close()
-            process.join(READY_TIMEOUT_S / 10)
+            process.join(HOP_TIMEOUT_S)
             if process.is_alive():
                 process.kill()
 

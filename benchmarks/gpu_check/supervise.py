@@ -1,7 +1,8 @@
 """Runs the units in a process of its own, in a new one after a kernel took the last one down.
 
 A kernel that reads where it must not, or that does not end, takes its CUDA context with it. The
-unit it was in fails; the next process goes on with the unit after it.
+unit it was in fails; the next process goes on with the unit after it. A process that has to be
+replaced for another reason says with which unit to go on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Supervisor:
         self._deadline_s = deadline_s
         self._num_units = 0
         self._begun: tuple[int, str] | None = None
+        self._next: int | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
         self._task = self._progress.add_task("starting", total=None)
@@ -55,7 +57,7 @@ class Supervisor:
 
     def _run_from(self, first: int) -> int:
         """The unit to go on with."""
-        self._begun = None
+        self._begun = self._next = None
         spec = {"smoke": self._results["smoke"], "sections": self._sections, "first": first}
         left_s = max(1.0, self._deadline_s - time.monotonic())
         command = [sys.executable, str(CHILD)]
@@ -67,7 +69,7 @@ class Supervisor:
             number, name = self._begun
             self._note(name, f"its process ended: {error}")
             return number + 1
-        return self._num_units
+        return self._num_units if self._next is None else self._next
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "device" in message:
@@ -75,6 +77,8 @@ class Supervisor:
         elif "num_units" in message:
             self._num_units = message["num_units"]
             self._progress.update(self._task, total=self._num_units)
+        elif "next" in message:
+            self._next = message["next"]
         elif "begin" in message:
             self._begun = message["begin"], message["name"]
             self._progress.update(

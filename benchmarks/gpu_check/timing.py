@@ -32,12 +32,18 @@ class Timing(NamedTuple):
 class Timer(Protocol):
     """Something that times a function."""
 
+    capture_failure: str
+    """Why something could not be captured, if so: torch's allocator may have kept what broke, and
+    the next unit needs a new process."""
+
     def time(self, work: Work) -> Timing:
         """Runs it at least once."""
 
 
 class NoTimer:
     """Runs the function and times nothing: for machines whose times say nothing."""
+
+    capture_failure = ""
 
     def time(self, work: Work) -> Timing:
         work()
@@ -48,6 +54,7 @@ class CudaTimer:
     """Times on the current CUDA device."""
 
     def __init__(self) -> None:
+        self.capture_failure = ""
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(2 * l2_bytes, MIN_FLUSH_BYTES), dtype=torch.uint8).cuda()
 
@@ -56,8 +63,12 @@ class CudaTimer:
         for _ in range(WARM_UPS):
             work()
         torch.cuda.synchronize()
-        graph = _capture(work)
-        if graph is None:
+        try:
+            graph = _capture(work)
+        except RuntimeError as error:
+            first = error.__context__ or error  # what ends the capture fails too
+            self.capture_failure = f"{type(first).__name__}: {first}"
+            torch.cuda.synchronize()
             return Timing(self._median(work), "eager")
         return Timing(self._median(graph.replay), "graph")
 
@@ -77,13 +88,9 @@ class CudaTimer:
         return begin.elapsed_time(end) * 1e-3
 
 
-def _capture(work: Work) -> torch.cuda.CUDAGraph | None:
-    """None if something in it waits for the device or cannot be captured."""
+def _capture(work: Work) -> torch.cuda.CUDAGraph:
+    """Raises RuntimeError if something in it waits for the device or cannot be captured."""
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            work()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph):
+        work()
     return graph

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +38,8 @@ from gpu_check.rows import (  # noqa: E402
 )
 from gpu_check.sections import SECTIONS  # noqa: E402
 from gpu_check.shapes import MODELS, V2_LITE, V3  # noqa: E402
-from gpu_check.timing import NoTimer  # noqa: E402
+from gpu_check.timing import CudaTimer, NoTimer  # noqa: E402
+from gpu_check.variants import check_warm  # noqa: E402
 
 from attention.kernels.gpu.ops import AttentionOps, attention_ops  # noqa: E402
 from cluster.deploy.known_models import KNOWN  # noqa: E402
@@ -324,6 +329,80 @@ def test_results_of_another_form_are_refused() -> None:
         validate(results)
 
 
+# --- captures and compiles ---
+
+
+def test_a_failed_capture_is_timed_by_launches_and_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @contextlib.contextmanager
+    def breaks(_: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture_end: the capture is invalid")
+
+    def work() -> None:
+        if capturing:
+            raise RuntimeError("it waits for the device")
+
+    capturing = False
+
+    def graph(_: Any) -> Any:
+        nonlocal capturing
+        capturing = True
+        return breaks(_)
+
+    def synchronize() -> None:
+        nonlocal capturing
+        capturing = False
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(CudaTimer, "_median", lambda self, run: run() or 1.0)
+    timer = object.__new__(CudaTimer)
+    timer.capture_failure = ""
+    assert timer.time(work) == (1.0, "eager")
+    assert timer.capture_failure == "RuntimeError: it waits for the device"
+
+
+def jit_function(name: str, variants: int) -> Any:
+    from triton.runtime.jit import JITFunction
+
+    kernel = object.__new__(JITFunction)
+    kernel.fn = SimpleNamespace(__module__="experts.made_up", __name__=name)
+    kernel.device_caches = defaultdict(lambda: ({}, {}, None, None, None))
+    use(kernel, variants)
+    return kernel
+
+
+def use(kernel: Any, variants: int) -> None:
+    kernel.device_caches[0][0].update((key, object()) for key in range(variants))
+
+
+def test_what_is_compiled_after_warm_up_is_found(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("experts.made_up")
+    module.down, module.up = jit_function("down", 5), jit_function("up", 0)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "experts.made_up", module)
+
+    def serve() -> None:
+        use(module.down, 3)
+        use(module.up, 1)
+
+    row = check_warm(context, "batches", lambda: use(module.down, 2), serve)
+    assert not row.passed  # the five from before were forgotten, two of the three known
+    assert row.error == 2
+    assert row.problem == "1 of experts.made_up.down, 1 of experts.made_up.up"
+    row = check_warm(context, "batches", serve, serve)
+    assert row.passed
+    on_device = dataclasses.replace(context, smoke=False)
+    row = check_warm(on_device, "batches", lambda: None, lambda: None)
+    assert row.problem == "no kernel was counted"
+
+
 # --- sections and processes ---
 
 
@@ -353,8 +432,11 @@ for number in range(first, 4):
     if number in (1, 3):
         print("illegal memory access", flush=True)
         os._exit(3)
-    note = {"unit": f"unit {number}", "text": "ran", "failed": False}
+    note = {"unit": f"unit {number}", "text": f"ran from {first}", "failed": False}
     print(json.dumps({"notes": note}), file=report)
+    if number == 2:
+        print(json.dumps({"next": 3}), file=report)
+        os._exit(0)
 """
 SUPERVISE = """
 import json, pathlib, sys, time
@@ -382,6 +464,7 @@ def test_a_kernel_that_takes_its_process_down_loses_its_unit_only(tmp_path: Path
         ("unit 2", False),
         ("unit 3", True),
     ]
+    assert notes[2].text == "ran from 2"
     assert "exit code 3" in notes[1].text
     assert "illegal memory access" in notes[1].text
     assert results["finished"]
