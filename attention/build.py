@@ -8,7 +8,6 @@ import torch
 from attention.compiled import entry_points
 from attention.config import AttentionConfig
 from attention.engine import Engine
-from attention.graphs import can_record
 from attention.kv_cache import BlockPool
 from attention.memory import CachePlan, cache_room, plan_cache
 from attention.model import Decoder, DecoderModel
@@ -78,7 +77,7 @@ def _on_device(
         device,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        use_graphs=config.cuda_graphs and can_record(device),
+        use_graphs=config.cuda_graphs,
         deterministic=config.deterministic,
     )
     decoder.warm_up()

@@ -13,7 +13,7 @@ from torch import Tensor
 from attention.device_batch import ChunkGroup, DeviceBatch
 from attention.device_weights import DeviceAttention
 from attention.kernels.gpu.cache_layout import CacheLayout
-from attention.kernels.gpu.mla_decode import pick_num_splits
+from attention.kernels.gpu.mla_decode import FIXED_SPLITS, pick_num_splits
 from attention.kernels.gpu.ops import attention_ops
 from attention.layers import LATENT_NORM_EPS
 from attention.mla import MlaSizes
@@ -45,6 +45,7 @@ class DeviceMla:
             sizes.num_heads * (sizes.nope + sizes.value) * device.dtype.itemsize
         )
         self._device = device
+        self._max_context = max_model_len  # not a batch's: the cut follows nothing but its rows
         self._deterministic = deterministic
         self._ops = attention_ops(device.kernels)
         self._expert_ops = expert_ops(device.kernels)
@@ -67,10 +68,25 @@ class DeviceMla:
         )
         parts = []
         if batch.num_absorbed:
-            parts.append(self._absorbed(weights, q[: batch.num_absorbed], cache, batch))
+            queries = q[: batch.num_absorbed]
+            num_splits = pick_num_splits(
+                queries.shape[0],
+                queries.shape[1],
+                self._device.num_sms,
+                self._max_context,
+                deterministic=self._deterministic,
+            )
+            parts.append(self._absorbed(weights, queries, cache, batch, num_splits))
         parts += [self._naive(weights, q, cache, group) for group in batch.groups]
         values = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._linear(values.flatten(1), weights.output)
+
+    def warm_up(self, weights: DeviceAttention, x: Tensor, batch: DeviceBatch) -> None:
+        """Compile both ways to attend absorbed, to whole and to cut contexts: which one a step
+        takes depends on its rows. x [T, d] of a batch of padding only."""
+        q, _ = self._project(weights, x)
+        for num_splits in (1, FIXED_SPLITS):
+            self._absorbed(weights, q, self._caches[0], batch, num_splits)
 
     def _project(self, weights: DeviceAttention, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [T, H, n + r] and kv_a [T, c + r], neither rotated; rows may lie apart."""
@@ -85,10 +101,14 @@ class DeviceMla:
         return query.view(x.shape[0], self.sizes.num_heads, -1), kv_a
 
     def _absorbed(
-        self, weights: DeviceAttention, q: Tensor, cache: Tensor, batch: DeviceBatch
+        self,
+        weights: DeviceAttention,
+        q: Tensor,
+        cache: Tensor,
+        batch: DeviceBatch,
+        num_splits: int,
     ) -> Tensor:
         """q [num_absorbed, H, n + r], rotated -> [num_absorbed, H, v]."""
-        max_context = batch.block_tables.shape[1] * cache.shape[1]
         u = self._ops.mla_decode(
             self._ops.multiply_heads(q, weights.w_uk),
             q[:, :, self.sizes.nope :],
@@ -97,13 +117,7 @@ class DeviceMla:
             batch.seq_ids,
             batch.context_lens,
             self._scale,
-            num_splits=pick_num_splits(
-                q.shape[0],
-                q.shape[1],
-                self._device.num_sms,
-                max_context,
-                deterministic=self._deterministic,
-            ),
+            num_splits=num_splits,
             native_fp8=self._device.fp8_matmul,
         )
         return self._ops.multiply_heads(u, weights.w_uv)

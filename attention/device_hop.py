@@ -9,7 +9,7 @@ compute meanwhile: `send` begins it, calling what it returns ends it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -62,7 +62,18 @@ def open_hop(moe: MoeClient, staging: Staging) -> Hop:
     return DirectHop(moe) if getattr(moe, "accepts_device", False) else StagedHop(moe, staging)
 
 
-def is_capturable(moe: MoeClient) -> bool:
-    """Whether a hop may be part of a recorded segment: it then never waits, nor leaves the
-    device."""
+class CapturableClient(MoeClient, Protocol):
+    """A hop to it never waits, nor leaves the device, so that it may be part of a recorded segment.
+    Rows that are not finite are noted there and asked for afterwards."""
+
+    def forget(self) -> None:
+        """A step begins: what was noted before does not concern it. Does not wait."""
+
+    def check(self, num_rows: int) -> None:
+        """Raises NonFiniteInput for the first of the step's num_rows rows that was noted. Waits for
+        the device."""
+
+
+def is_capturable(moe: MoeClient) -> TypeGuard[CapturableClient]:
+    """Whether it is one."""
     return bool(getattr(moe, "accepts_device", False) and getattr(moe, "capturable", False))

@@ -30,7 +30,7 @@ from attention.device_hop import is_capturable, open_hop
 from attention.device_sampling import sample_on_device
 from attention.device_steps import Program, Step
 from attention.device_weights import DeviceLayer, DeviceModelWeights
-from attention.graphs import bucket_of, bucket_sizes, open_recorder
+from attention.graphs import bucket_of, bucket_sizes, can_record, open_recorder
 from attention.kernels.gpu.ops import attention_ops
 from attention.model import Batch, Chunk
 from attention.sampler import Sampled, SampleRow
@@ -44,7 +44,10 @@ from router.client import MoeClient
 logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = (16, 17)
-"""Triton compiles anew where sizes are multiples of 16."""
+"""A step for each tile of the products of few rows, see experts.kernels.gpu.linear."""
+WARM_UP_TOKENS_FP8 = 513
+"""The tile of many rows, which only fp8 weights have: a long chunk's, or a long context's while it
+is expanded."""
 
 
 class DeviceDecoder:
@@ -69,13 +72,14 @@ class DeviceDecoder:
         self._config = config
         self._weights = weights
         self._moe = moe
+        self._notes = moe if is_capturable(moe) else None
         self._device = device
         self._ops = attention_ops(device.kernels)
         self._expert_ops = expert_ops(device.kernels)
         self._staging = Staging(device)
         self._hop = open_hop(moe, self._staging)
         self._mla = DeviceMla(config, cache, device, max_model_len, deterministic)
-        self._buckets = bucket_sizes(max_num_seqs) if use_graphs else ()
+        self._buckets = bucket_sizes(max_num_seqs) if use_graphs and can_record(device) else ()
         self._recorder = open_recorder(device.device)
         self._recorded: dict[int, Program] = {}
         capacity = self._buckets[-1] if self._buckets else 0
@@ -102,6 +106,8 @@ class DeviceDecoder:
             program = self._recorded_program(bucket)
             self._static.load(batch, self._staging)
             step = self._buffers.first(num_tokens)
+        if self._notes is not None:
+            self._notes.forget()
         program.play(step, self._hop, wait_until_s)
         return step.hidden
 
@@ -122,24 +128,33 @@ class DeviceDecoder:
     def sample(
         self, hidden: Tensor, places: Sequence[int], rows: Sequence[SampleRow]
     ) -> list[Sampled]:
-        if len(places) < hidden.shape[0]:
+        """See Decoder. A MoE client that only notes rows that are not finite is asked here, where
+        the step is waited for anyway: raises NonFiniteInput."""
+        num_rows = hidden.shape[0]
+        if len(places) < num_rows:
             (index,) = self._staging.to_device(torch.tensor(places))
             hidden = hidden.index_select(0, index)
-        return sample_on_device(self.logits(hidden), rows, self._staging)
+        sampled = sample_on_device(self.logits(hidden), rows, self._staging)
+        if self._notes is not None:
+            self._notes.check(num_rows)
+        return sampled
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile kernels and record every bucket now, and not in the first step that needs it."""
         start_s = time.monotonic()
         for num_tokens in WARM_UP_TOKENS:
-            self._warm_up_prompt(num_tokens)
+            self.logits(self._warm_up_prompt(num_tokens))
+        if any(layer.attention.output.scales is not None for layer in self._weights.layers):
+            self._warm_up_prompt(WARM_UP_TOKENS_FP8)
+        self._warm_up_absorbed()
         for number, bucket in enumerate(reversed(self._buckets), 1):  # the pool is largest at once
             self._recorded_program(bucket)
             logger.info("graphs: %d of %d buckets, %d rows", number, len(self._buckets), bucket)
         logger.info("ready for steps after %.1f s", time.monotonic() - start_s)
 
-    def _warm_up_prompt(self, num_tokens: int) -> None:
-        """Run the segments of a naive chunk that leaves nothing in the cache."""
+    def _warm_up_prompt(self, num_tokens: int) -> Tensor:
+        """Run the segments of a naive chunk that leaves nothing in the cache; the stream."""
         nowhere = torch.full((num_tokens,), -1)
         prompt = replace(
             NO_TOKENS,
@@ -153,7 +168,13 @@ class DeviceDecoder:
         program = self._program(step)
         for segment in (*program.between, *program.shared):
             segment()
-        self.logits(step.hidden)
+        return step.hidden
+
+    def _warm_up_absorbed(self) -> None:
+        padding = StaticBatch(2, 1, self._device.device)
+        padding.load(NO_TOKENS, self._staging)
+        step = Step.new(padding.batch, self._config.hidden_size, self._device)
+        self._mla.warm_up(self._weights.layers[0].attention, step.x, step.batch)
 
     def _recorded_program(self, bucket: int) -> Program:
         """Recorded at first use, over padding only: what that computes harms nobody."""

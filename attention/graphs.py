@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -87,8 +88,11 @@ class CudaRecorder:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 segment()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is void: the reason is raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(self._stream)
         return CudaGraph(graph)
 

@@ -35,7 +35,7 @@ class LocalMoe:
     accepts_device: Final = True
     """x and the result lie on the device."""
     capturable: Final = True
-    """`begin` and `finish` only queue kernels."""
+    """`begin` and `finish` only queue kernels; `check` tells what they would raise."""
     num_renormalised: Final = 0
 
     def __init__(
@@ -117,12 +117,15 @@ class LocalMoe:
         """The routed experts' output, [T, d] float32 on the device."""
         return ticket
 
-    def check(self, num_rows: int = _NONE) -> None:
-        """Raise NonFiniteInput if one of the first `num_rows` rows (those behind are padding) was
-        not finite in any layer since the last check. Waits for the device."""
-        row = int(self._first_bad_row)
+    def forget(self) -> None:
+        """Forget the rows that were not finite so far. Does not wait for the device."""
         self._first_bad_row.fill_(_NONE)
-        if row < min(num_rows, _NONE):
+
+    def check(self, num_rows: int) -> None:
+        """Raise NonFiniteInput if one of the first `num_rows` rows (those behind are padding) was
+        not finite in any layer since the last `forget`. Waits for the device."""
+        row = int(self._first_bad_row)
+        if row < num_rows:
             raise NonFiniteInput(row)
 
     def _note(self, bad_row: Tensor, num_rows: int) -> None:

@@ -88,6 +88,26 @@ def test_deterministic_tokens_do_not_depend_on_the_company(rig: RigOf) -> None:
         )
 
 
+@pytest.mark.parametrize("max_num_seqs", [8, 1])
+def test_a_row_that_is_not_finite_ends_its_step_and_no_later_one(
+    max_num_seqs: int, rig: RigOf
+) -> None:
+    """As with a router, which refuses the micro-batch; in recorded steps and in a prompt's."""
+    v2lite = rig("v2lite")
+    engine = v2lite.engine(
+        TWINS, LocalMoe.open(v2lite.checkpoint, TWINS), max_num_seqs=max_num_seqs, **F32
+    )
+    wanted = Answers(engine, [submit("good", prompts()[1])]).run().tokens("good")
+    embedding = engine._runner._model._weights.embedding
+    kept = embedding.clone()
+    embedding.fill_(torch.nan)
+    bad = Answers(engine, [submit("bad", prompts()[2])]).run()
+    assert (bad.last("bad").finish_reason, bad.tokens("bad")) == ("error", [])
+    assert bad.last("bad").error == "row 0 of the micro-batch is not finite"
+    embedding.copy_(kept)
+    assert Answers(engine, [submit("again", prompts()[1])]).run().tokens("again") == wanted
+
+
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("experts", ["local", "device router", "host router"])
 def test_bfloat16_answers(experts: str, dtype: str, rig: RigOf) -> None:

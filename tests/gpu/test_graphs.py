@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,11 @@ from attention.graphs import (
     Segment,
     bucket_of,
     bucket_sizes,
+    can_record,
 )
 from attention.runner import build_batch
 from attention.scheduler import ScheduledRequest
+from experts.device import ComputeDevice
 from router.local import LocalMoe
 from tests.attention.harness import BLOCK_SIZE, Rig, Sequences
 from tests.gpu.device_rig import NUM_BLOCKS, TWINS, device_model
@@ -172,6 +176,59 @@ def test_with_all_experts_on_the_device_a_step_is_one_graph(rig: RigOf) -> None:
     assert (recorder.num_recorded, recorder.num_replayed) == (2, 2)
     for a, b in zip(ours.logits, theirs.logits, strict=True):
         assert torch.allclose(torch.cat(a), torch.cat(b), rtol=0, atol=1e-5)
+
+
+def test_twins_on_a_gpu_are_never_recorded(rig: RigOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read values back, which no capture survives; that no GPU is here is beside the point."""
+    kinds = {
+        (name, kernels): can_record(
+            ComputeDevice(torch.device(name), torch.float32, kernels, "test")
+        )
+        for name in ("cpu", "cuda")
+        for kernels in ("torch", "triton")
+    }
+    assert [kind for kind, can in kinds.items() if not can] == [("cuda", "torch")]
+    monkeypatch.setattr("attention.device_model.can_record", lambda device: device != TWINS)
+    model = device_model(rig("v2lite"), use_graphs=True)
+    model._recorder = recorder = CountingRecorder()
+    Sequences(model, prompts()).step({0: 1})
+    assert recorder.num_recorded == 0
+
+
+class VoidCapture:
+    """What CUDA does when a capture goes wrong: its end raises as well."""
+
+    ended = 0
+
+    def capture_begin(self, *args: Any, **settings: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        VoidCapture.ended += 1
+        raise RuntimeError("capture invalidated")
+
+
+def test_the_error_of_a_segment_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    for name, value in (
+        ("Stream", lambda device: stream),
+        ("stream", nullcontext),
+        ("current_stream", lambda device: stream),
+        ("graph_pool_handle", lambda: None),
+        ("CUDAGraph", VoidCapture),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder, calls = CudaRecorder(torch.device("cuda", 0)), iter((None, ValueError("its own")))
+
+    def segment() -> None:
+        if error := next(calls, None):
+            raise error
+
+    with pytest.raises(ValueError, match="its own"):
+        recorder.record(segment)
+    assert VoidCapture.ended == 1
+    with pytest.raises(RuntimeError, match="invalidated"):  # nor is a failed end passed over
+        recorder.record(segment)
 
 
 @pytest.mark.gpu

@@ -46,21 +46,21 @@ def test_deterministic_bits_depend_on_the_row_alone(checkpoint_dir: Folder) -> N
     assert torch.equal(together.flip(0), moe.begin(layer, x.flip(0)))
 
 
-def test_rows_that_are_not_finite_are_noted_and_told_once(checkpoint_dir: Folder) -> None:
+def test_rows_that_are_not_finite_are_noted_until_forgotten(checkpoint_dir: Folder) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir("v2lite"))
     moe = LocalMoe.open(checkpoint, TWINS)
     first, second = checkpoint.config.moe_layers[:2]
     x = some_rows(6, checkpoint)
-    moe.check()
+    moe.check(6)
     x[4, 3], x[5, 0] = torch.nan, torch.inf
     moe.begin(first, x)
     moe.begin(second, some_rows(2, checkpoint))  # a good batch must not hide it
-    moe.check(num_rows=4)  # rows 4 and 5 are padding
-    moe.begin(first, x)
+    moe.check(4)  # rows 4 and 5 are padding
     with pytest.raises(NonFiniteInput) as caught:
-        moe.check()
+        moe.check(5)
     assert caught.value.row == 4
-    moe.check()
+    moe.forget()
+    moe.check(6)
 
 
 def test_more_rows_than_it_was_made_for_are_refused(checkpoint_dir: Folder) -> None:

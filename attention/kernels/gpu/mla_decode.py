@@ -172,15 +172,16 @@ def _launch(
         scale_view(kv_cache, layout), key_view(kv_cache, layout), block_tables, seq_ids,
         context_lens, parts, lse, scale * math.log2(math.e),
         *q_latent.stride()[:2], *q_pe.stride()[:2], *row_strides(layout), block_tables.shape[1],
-        num_heads, LATENT=c, ROPE=layout.rope, SCALES_AT=layout.scales_at, KEY_AT=layout.key_at,
+        num_heads, num_splits,
+        LATENT=c, ROPE=layout.rope, SCALES_AT=layout.scales_at, KEY_AT=layout.key_at,
         FP8=layout.is_fp8, NATIVE=native, GROUP=min(GROUP, block_c), BLOCK_SIZE=kv_cache.shape[1],
-        NUM_SPLITS=num_splits, BLOCK_H=tile.heads, BLOCK_N=tile.tokens, BLOCK_C=block_c,
+        SPLIT=num_splits > 1, BLOCK_H=tile.heads, BLOCK_N=tile.tokens, BLOCK_C=block_c,
         BLOCK_R=max(16, triton.next_power_of_2(layout.rope)), SHARE_SCORES=tile.share_scores,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if num_splits > 1:
         merge_parts[(num_tokens * num_heads,)](
-            parts, lse, out, num_heads, LATENT=c, NUM_SPLITS=num_splits, BLOCK_C=block_c,
+            parts, lse, out, num_heads, num_splits, LATENT=c, BLOCK_C=block_c, UNROLL=4,
             num_warps=4,
         )  # fmt: skip
 

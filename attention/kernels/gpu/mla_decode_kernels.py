@@ -47,17 +47,19 @@ def _dequantised(codes, scales, dtype: tl.constexpr, GROUP: tl.constexpr, NATIVE
 
 
 @triton.jit(
-    do_not_specialize=["max_blocks"],
+    do_not_specialize=["max_blocks", "num_splits"],
     do_not_specialize_on_alignment=["block_tables", "seq_ids", "context_lens"],
 )
 def attend_part(
     q_latent, q_pe, cache, scales, keys, block_tables, seq_ids, context_lens, out, lse, scale,
     ql_token, ql_head, qp_token, qp_head, cache_row, scales_row, keys_row, max_blocks, num_heads,
+    num_splits,
     LATENT: tl.constexpr, ROPE: tl.constexpr, SCALES_AT: tl.constexpr, KEY_AT: tl.constexpr,
     FP8: tl.constexpr, NATIVE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr, SHARE_SCORES: tl.constexpr,
 ):  # fmt: skip
+    """SPLIT: there are parts, each with its statistics; if not, num_splits is 1."""
     num_tiles = tl.cdiv(num_heads, BLOCK_H)
     token, part = (tl.program_id(0) // num_tiles).to(tl.int64), tl.program_id(1)
     heads = tl.program_id(0) % num_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -71,7 +73,7 @@ def attend_part(
 
     context = tl.load(context_lens + token)
     table = block_tables + tl.load(seq_ids + token).to(tl.int64) * max_blocks
-    per_part = tl.cdiv(tl.cdiv(context, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    per_part = tl.cdiv(tl.cdiv(context, BLOCK_N), num_splits) * BLOCK_N
     start = part * per_part
     stop = tl.minimum(start + per_part, context)
 
@@ -113,30 +115,31 @@ def attend_part(
             weights = exponentials.to(q.dtype)
         mixed = multiply_add(weights, latents, mixed * factor[:, None])
 
-    first_row = (token * NUM_SPLITS + part) * num_heads
+    first_row = (token * num_splits + part) * num_heads
     total = tl.where(total == 0.0, 1.0, total)  # of a part without tokens
     result = mixed * (1.0 / total)[:, None]
     out_at = out + first_row * LATENT + (heads[:, None] * LATENT + columns[None, :])
     tl.store(out_at, result.to(out.dtype.element_ty), mask=q_mask)
-    if NUM_SPLITS > 1:
+    if SPLIT:
         tl.store(lse + first_row + heads, maximum + tl.log2(total), mask=heads < num_heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_parts(
-    parts, lse, out, num_heads, LATENT: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    parts, lse, out, num_heads, num_splits, LATENT: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out = sum of parts * 2^lse / sum of 2^lse: parts [T, S, H, c], lse [T, S, H] base 2, -inf
-    for a part without tokens, which is not read; zeros if all are."""
+    for a part without tokens, which is not read; zeros if all are. UNROLL: parts whose loads may be
+    under way at the same time."""
     token, head = tl.program_id(0).to(tl.int64) // num_heads, tl.program_id(0) % num_heads
     columns = tl.arange(0, BLOCK_C)
-    first = token * NUM_SPLITS * num_heads + head
+    first = token * num_splits * num_heads + head
     highest = -1e38  # finite: all parts may be empty
-    for part in tl.static_range(NUM_SPLITS):
+    for part in tl.range(0, num_splits, loop_unroll_factor=UNROLL):
         highest = tl.maximum(highest, tl.load(lse + first + part * num_heads))
     total, mixed = 0.0, tl.zeros((BLOCK_C,), tl.float32)
-    for part in tl.static_range(NUM_SPLITS):
+    for part in tl.range(0, num_splits, loop_unroll_factor=UNROLL):
         at = first + part * num_heads
         here = tl.load(lse + at)
         width = tl.where(here > -float("inf"), LATENT, 0)

@@ -1,7 +1,8 @@
 """What the attention kernels share: one product of tiles.
 
-Numbers and pointers that change from step to step are not specialised in any of them
-(`do_not_specialize`): a compilation in the middle of serving takes seconds.
+Numbers and pointers that change from step to step are neither constants nor specialised in any of
+them (`do_not_specialize`): a compilation in the middle of serving takes seconds. What is a constant
+has few values, all of them met in DeviceDecoder.warm_up.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
