@@ -46,7 +46,7 @@ class Route:
         self.compute = PlayedCompute(gates, GateSpec.of(pool.checkpoint.config))
         timer = HopTimer(hop_timeout_s, 8.0, hop_timeout_s)
         health = WorkerHealth(Quarantine(0.2, 5.0), timer)
-        self.client = ExpertClient(pool.board, SECRET, health)
+        self.client = ExpertClient(pool.board, SECRET, health, connect_timeout_s=10.0)
         config = RouterConfig(deadline_s=20.0, **settings)
         self.lane = Lane(self.compute, self.client, pool.board, config)
 
