@@ -45,6 +45,10 @@ class Driver:
 
         return call
 
+    def num_held(self) -> int:
+        got = self.calls.count("cuMemAlloc_v2") + self.calls.count("cuIpcOpenMemHandle_v2")
+        return got - self.calls.count(self.fails) - len(self.of_memory())
+
     def of_memory(self) -> list[str]:
         return [name for name in self.calls if name in ("cuMemFree_v2", "cuIpcCloseMemHandle")]
 
@@ -58,6 +62,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: made)
     yield made
     gc.collect()
+    assert until(lambda: made.num_held() == 0)  # threads let go of rings while the driver is there
     for cache in caches:
         cache.cache_clear()
 
