@@ -1,0 +1,45 @@
+"""Numbers that a process tells others: samples of counters, gauges and histograms. Pure.
+
+A member reads its counters about once a second, never per token; what must be observed at each
+event (a hop) goes into a Histogram, which costs a bisection and two additions.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Sample(NamedTuple):
+    """One series at one moment, named as Prometheus names it: `_total`, `_bucket`, `_sum`, .."""
+
+    name: str
+    labels: Labels
+    value: float
+
+
+class Histogram:
+    """Counts by upper bound. One thread observes; others may read a sample late, never torn."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """bounds: ascending, without infinity."""
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def samples(self, name: str, labels: Labels = ()) -> Iterator[Sample]:
+        """Cumulative, as Prometheus has them: `le` is an upper bound that belongs to its bucket."""
+        count = 0
+        for bound, number in zip((*self.bounds, "+Inf"), tuple(self.counts), strict=True):
+            count += number
+            yield Sample(f"{name}_bucket", (*labels, ("le", str(bound))), count)
+        yield Sample(f"{name}_sum", labels, self.total)
+        yield Sample(f"{name}_count", labels, count)
