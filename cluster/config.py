@@ -202,6 +202,19 @@ class Auth(_Section):
     """Let `shoal serve` listen beyond loopback without any key."""
 
 
+class Observability(_Section):
+    """What operators see."""
+
+    metrics: bool = True
+    """Numbers of every worker at /metrics, in Ray's own metrics and in /status."""
+    traces: bool = False
+    """OpenTelemetry spans of requests; the standard OTEL_* variables say where they go."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the log: one line an event either way."""
+    log_prompts: bool = False
+    """Have the log tell what clients wrote and what they got."""
+
+
 class ShoalConfig(_Section):
     """Everything that `shoal serve` can be told."""
 
@@ -223,6 +236,7 @@ class ShoalConfig(_Section):
     experts: ExpertTier = ExpertTier()
     listen: Listen = Listen()
     auth: Auth = Auth()
+    observability: Observability = Observability()
     enable_operations: bool | None = None
     """Routes that change the cluster (`shoal experts`, `shoal scale`). None turns them on where
     they need an API key, and where `shoal serve` listens on loopback itself."""
