@@ -20,6 +20,9 @@ HTTP_ACCESS: dict[str, Access] = {
     "/livez": "open",
     "/readyz": "open",
     "/health": "open",
+    "/": "open",
+    "/experts": "open",
+    "/assets/{name:path}": "open",
     "/v1/chat/completions": "inference",
     "/v1/completions": "inference",
     "/tokenize": "inference",
@@ -40,8 +43,12 @@ HTTP_ACCESS: dict[str, Access] = {
     "/v1/chaos": "admin",
 }
 """Every route of the application, as it is declared there, whatever the method."""
-_MODEL_ROUTE = "/v1/models/{name:path}"
-_MODEL_PREFIX = "/v1/models/"
+_REST = "{name:path}"
+_ACCESS_BY_PREFIX = {
+    route.removesuffix(_REST): access
+    for route, access in HTTP_ACCESS.items()
+    if route.endswith(_REST)
+}
 
 
 class Authorizer:
@@ -77,7 +84,10 @@ class Authorizer:
 def access_of(scope: Scope) -> Access | None:
     """What the path of a request needs; None: there is no such path."""
     path = _route_path(scope)
-    return HTTP_ACCESS.get(_MODEL_ROUTE if path.startswith(_MODEL_PREFIX) else path)
+    for prefix, access in _ACCESS_BY_PREFIX.items():
+        if path.startswith(prefix):
+            return access
+    return HTTP_ACCESS.get(path)
 
 
 def _route_path(scope: Scope) -> str:

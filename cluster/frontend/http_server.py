@@ -24,6 +24,7 @@ from cluster.frontend.operations import BODIES, Operations, add_operations
 from cluster.frontend.responses import Json
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.frontend.web import add_web
 
 
 def build_app(
@@ -58,6 +59,7 @@ def build_app(
     _add_tokens(app, service)
     _add_models(app, service)
     _add_state(app, service)
+    add_web(app)
     if loads is not None:
         add_expert_load(app, loads, service.limits)
     if operations is not None:

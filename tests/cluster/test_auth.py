@@ -187,9 +187,10 @@ REFUSED: dict[str, dict[str, int]] = {
 }
 
 
-def test_only_health_is_open() -> None:
+def test_only_health_and_the_pages_are_open() -> None:
     opened = {path for path, access in HTTP_ACCESS.items() if access == "open"}
-    assert opened == {"/livez", "/readyz", "/health"}
+    pages = {"/", "/experts", "/assets/{name:path}"}
+    assert opened == {"/livez", "/readyz", "/health"} | pages
 
 
 def test_a_route_that_nobody_declared_does_not_exist(ingress_app: FastAPI) -> None:
@@ -335,7 +336,9 @@ ROW_5: list[tuple[str, str, int]] = [
     ("/livez%00", "localhost", 404),
     ("/livez;/status", "localhost", 404),
     ("/LIVEZ", "localhost", 404),
-    ("/", "localhost", 404),
+    ("/assets", "localhost", 404),
+    ("//assets/common.js", "localhost", 404),
+    ("/experts/", "localhost", 404),
     ("/v1/models/..%2fscale", "localhost", 404),
     ("/v1%2fscale", "localhost", 403),
     ("/v1/scale?/livez", "localhost", 403),

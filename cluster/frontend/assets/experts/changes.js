@@ -1,0 +1,83 @@
+// What happened between two frames: who came and went, what moved. Pure.
+//
+// A change is {at_s, kind, text, worker?, cells?}; kinds: joined, left, drained, epoch, scale,
+// ready, alarm.
+
+import { count, tierOf } from "./frames.js";
+
+const MAX_NAMED = 3;
+const ROLES = { experts: "expert worker", attention: "attention worker", router: "router", ingress: "ingress" };
+
+/** Changes from one frame to a later one; either may lack load or status. */
+export function changesBetween(before, after) {
+  const changes = [];
+  if (before.status && after.status) changes.push(...ofMembers(before.status, after.status));
+  if (before.load && after.load) changes.push(...ofHolders(before.load, after.load));
+  if (before.status && after.status) changes.push(...ofTiers(before, after));
+  return changes.map((change) => ({ at_s: after.at_s, ...change }));
+}
+
+function* ofMembers(before, after) {
+  const old = new Map(before.workers.map((worker) => [worker.worker_id, worker]));
+  const now = new Map(after.workers.map((worker) => [worker.worker_id, worker]));
+  for (const [id, worker] of old) {
+    if (!now.has(id)) yield { kind: "left", worker, text: `${ROLES[worker.role]} ${id} left` };
+  }
+  for (const [id, worker] of now) {
+    if (!old.has(id)) {
+      yield { kind: "joined", worker, text: `${ROLES[worker.role]} ${id} joined` };
+    } else if (worker.drained && !old.get(id).drained) {
+      yield { kind: "drained", text: `${id} is drained: others take over its experts` };
+    }
+  }
+  if (before.ready !== after.ready) {
+    const text = after.ready ? "requests are served" : `not ready: ${after.stage}`;
+    yield { kind: after.ready ? "ready" : "alarm", text };
+  }
+}
+
+function* ofHolders(before, after) {
+  const isComparable = before.holders.length === after.holders.length;
+  if (before.holders === after.holders || !isComparable) return;
+  const cells = [];
+  const resized = [];
+  let added = 0;
+  let dropped = 0;
+  let orphans = 0;
+  for (let cell = 0; cell < after.holders.length; cell += 1) {
+    const old = before.holders[cell].map((worker) => before.workers[worker]);
+    const now = after.holders[cell].map((worker) => after.workers[worker]);
+    const gained = now.filter((id) => !old.includes(id)).length;
+    const lost = old.filter((id) => !now.includes(id)).length;
+    if (gained || lost) cells.push(cell);
+    if (old.length !== now.length) resized.push(cell);
+    if (old.length && !now.length) orphans += 1;
+    added += gained;
+    dropped += lost;
+  }
+  if (before.epoch !== after.epoch || cells.length) {
+    const what = [added && `${added} added`, dropped && `${dropped} dropped`].filter(Boolean);
+    const text = `epoch ${before.epoch} → ${after.epoch}`;
+    yield { kind: "epoch", cells, text: what.length ? `${text}: replicas ${what.join(", ")}` : text };
+  }
+  if (resized.length && resized.length <= MAX_NAMED) {
+    for (const cell of resized) yield { kind: "epoch", text: resizing(before, after, cell) };
+  }
+  if (orphans) yield { kind: "alarm", text: `${count(orphans, "expert")} held by nobody` };
+}
+
+function resizing(before, after, cell) {
+  const layer = after.layers[Math.floor(cell / after.numExperts)];
+  const name = `layer ${layer} expert ${cell % after.numExperts}`;
+  return `${name}: ${before.holders[cell].length} → ${count(after.holders[cell].length, "replica")}`;
+}
+
+function* ofTiers(before, after) {
+  for (const tier of ["experts", "attention"]) {
+    const old = tierOf(before, tier).wanted;
+    const now = tierOf(after, tier).wanted;
+    if (old !== null && now !== null && old !== now) {
+      yield { kind: "scale", text: `${tier}: ${count(now, "worker")} wanted, ${old} before` };
+    }
+  }
+}

@@ -1,0 +1,104 @@
+// One moment of the cluster, from what the server answers. Pure.
+//
+// A frame is {at_s, load, status, top}: `load` is null while the directory is away, `status` while
+// the server is. A cell is an expert of a layer: position of the layer x experts + expert.
+
+/** Load of all experts from GET /v1/experts/load?compact=true.
+ *
+ * rates [cells] rows/s of the last seconds; holders [cells] lists of positions in `workers`.
+ */
+export function readLoad(body) {
+  const numExperts = body.rows.length ? body.rows[0].length : 0;
+  const rates = new Float32Array(body.layers.length * numExperts);
+  const layerRates = body.recent_rows.map((rows, position) => {
+    let total = 0;
+    rows.forEach((count, expert) => {
+      rates[position * numExperts + expert] = count / body.recent_s;
+      total += count / body.recent_s;
+    });
+    return total;
+  });
+  return {
+    model: body.model,
+    epoch: body.epoch,
+    layers: body.layers,
+    numExperts,
+    workers: body.workers,
+    rates,
+    layerRates,
+    holders: body.holders.flat(),
+    balancedness: body.balancedness,
+    expertBalancedness: body.expert_balancedness,
+  };
+}
+
+/** `load` with the tables of `before` where they say the same, so that history shares them. */
+export function shareTables(load, before) {
+  const isSame =
+    before && before.epoch === load.epoch && before.workers.join() === load.workers.join();
+  return isSame ? { ...load, workers: before.workers, holders: before.holders } : load;
+}
+
+/** All that is known of one cell. */
+export function cellOf(load, cell) {
+  const position = Math.floor(cell / load.numExperts);
+  const rate = load.rates[cell];
+  const total = load.layerRates[position];
+  return {
+    layer: load.layers[position],
+    expert: cell % load.numExperts,
+    rate,
+    share: total > 0 ? rate / total : 0,
+    timesEven: total > 0 ? (rate * load.numExperts) / total : 0,
+    holders: load.holders[cell].map((worker) => load.workers[worker]),
+  };
+}
+
+/** A cell in one sentence, for those who hear the page. */
+export function cellText(load, cell) {
+  const { layer, expert, rate, share, timesEven, holders } = cellOf(load, cell);
+  return (
+    `Layer ${layer}, expert ${expert}: ${number(rate)} rows/s, ${percent(share)} of the layer, ` +
+    `${timesEven.toFixed(1)} times even; ${count(holders.length, "replica")}` +
+    (holders.length ? ` on ${holders.join(", ")}` : ", held by nobody")
+  );
+}
+
+/** Live workers of a role; `experts` with their rows/s where the server says so. */
+export function workersOf(frame, role) {
+  return (frame.status?.workers ?? []).filter((worker) => worker.role === role);
+}
+
+/** What a tier does on the whole: {wanted, present, busy} with null for what is not known. */
+export function tierOf(frame, tier) {
+  const present = frame.status ? workersOf(frame, tier).length : null;
+  const known = workersOf(frame, tier).map((worker) => worker.busy).filter((busy) => busy != null);
+  return {
+    wanted: frame.status?.tiers?.[tier]?.wanted ?? null,
+    present: frame.status?.tiers?.[tier]?.present ?? present,
+    busy: known.length ? known.reduce((sum, busy) => sum + busy, 0) / known.length : null,
+  };
+}
+
+/** A number for people: 0.4, 12, 1,230, 45.6k. */
+export function number(value) {
+  if (value == null) return "–";
+  if (value >= 10_000) {
+    const [short, unit] = value >= 1e6 ? [value / 1e6, "M"] : [value / 1e3, "k"];
+    return `${short.toFixed(short < 100 ? 1 : 0)}${unit}`;
+  }
+  if (value >= 10 || Number.isInteger(value)) return Math.round(value).toLocaleString("en");
+  return value.toFixed(1);
+}
+
+export function percent(share) {
+  return `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+}
+
+export function count(amount, thing) {
+  return `${amount} ${thing}${amount === 1 ? "" : "s"}`;
+}
+
+export function clock(at_s) {
+  return new Date(at_s * 1000).toLocaleTimeString("en-GB");
+}

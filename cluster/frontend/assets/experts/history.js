@@ -1,0 +1,53 @@
+// The last minutes, in memory: frames and changes, both bounded.
+
+import { changesBetween } from "./changes.js";
+import { roundUp } from "./colours.js";
+import { shareTables } from "./frames.js";
+
+export const KEPT_S = 300;
+const MAX_CHANGES = 500;
+const HALF_LIFE_S = 6; // of the scale's top once the load falls; it rises at once
+
+export class History {
+  constructor() {
+    this.frames = [];
+    this.changes = []; // newest last
+    this._peak = 0;
+    this._known = { load: null, status: null }; // the newest of each, however old
+  }
+
+  get newest() {
+    return this.frames.at(-1) ?? null;
+  }
+
+  /** Keep a moment; returns its frame. load, status: null while they are not to be had. */
+  add(at_s, load, status) {
+    const shared = load && shareTables(load, this._known.load);
+    const frame = { at_s, load: shared, status, top: this._topOf(at_s, shared) };
+    this.changes.push(...changesBetween(this._known, frame));
+    this.changes.splice(0, this.changes.length - MAX_CHANGES);
+    this._known = { load: shared ?? this._known.load, status: status ?? this._known.status };
+    this.frames.push(frame);
+    while (this.frames[0].at_s < at_s - KEPT_S) this.frames.shift();
+    return frame;
+  }
+
+  /** The frame at a moment: the newest that is not later, else the oldest. */
+  at(at_s) {
+    return this.frames.findLast((frame) => frame.at_s <= at_s) ?? this.frames[0] ?? null;
+  }
+
+  /** Changes of the `span_s` seconds before a moment. */
+  changesAt(at_s, span_s) {
+    return this.changes.filter((change) => change.at_s > at_s - span_s && change.at_s <= at_s);
+  }
+
+  _topOf(at_s, load) {
+    if (load) {
+      const passed_s = at_s - (this.newest?.at_s ?? at_s);
+      const busiest = load.rates.reduce((top, rate) => Math.max(top, rate), 0);
+      this._peak = Math.max(busiest, this._peak * 0.5 ** (passed_s / HALF_LIFE_S));
+    }
+    return roundUp(this._peak);
+  }
+}
