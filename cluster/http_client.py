@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,59 +40,57 @@ class ApiClient:
         self._timeout_s = timeout_s
 
     def get(self, path: str) -> tuple[int, Any]:
-        """Status and JSON body (None if it is none)."""
-        connection, response = self._request("GET", path, None)
-        with connection:
-            return response.status, _json(response.read())
+        """Status and JSON body (None if it is none). Raises ApiError."""
+        status, data = self._fetch("GET", path)
+        return status, _json(data)
 
     def read(self, path: str) -> Any:
-        """The JSON body of a GET that succeeds. Raises ApiError."""
+        """The JSON body of a GET that succeeds. Raises ApiError, RequestRefused."""
         return _checked(*self.get(path))
+
+    def read_text(self, path: str) -> str:
+        """The body of a GET that succeeds, as text. Raises ApiError, RequestRefused."""
+        status, data = self._fetch("GET", path)
+        if status != 200:
+            _checked(status, _json(data))
+        return data.decode(errors="replace")
 
     def post(self, path: str, body: Any) -> Any:
         """The JSON body of the answer. Raises ApiError, RequestRefused."""
-        connection, response = self._request("POST", path, body)
-        with connection:
-            return _checked(response.status, _json(response.read()))
+        status, data = self._fetch("POST", path, body)
+        return _checked(status, _json(data))
 
     def chat(self, messages: list[dict[str, str]], **params: Any) -> Iterator[str]:
         """Pieces of the answer's text as they come. Raises ApiError."""
         body = {"messages": messages, "stream": True, **params}
-        connection, response = self._request("POST", "/v1/chat/completions", body)
-        with connection:
+        with self._answer("POST", "/v1/chat/completions", body) as response:
             if response.status != 200:
                 raise ApiError(_message(_json(response.read()), response.status))
             for line in response:
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                     yield from _text_of(_json(line[6:]))
 
-    def _request(
-        self, method: str, path: str, body: Any
-    ) -> tuple[_Closing, http.client.HTTPResponse]:
+    def _fetch(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        with self._answer(method, path, body) as response:
+            return response.status, response.read()
+
+    @contextmanager
+    def _answer(self, method: str, path: str, body: Any) -> Iterator[http.client.HTTPResponse]:
+        """The beginning of an answer; what breaks then or while it is read becomes an ApiError."""
         connection = http.client.HTTPConnection(*self._address, timeout=self._timeout_s)
+        headers, data = self._headers, None
+        if body is not None:
+            headers, data = headers | {"Content-Type": "application/json"}, json.dumps(body)
         try:
-            headers, data = self._headers, None
-            if body is not None:
-                headers, data = headers | {"Content-Type": "application/json"}, json.dumps(body)
             connection.request(method, path, data, headers)
-            return _Closing(connection), connection.getresponse()
+            yield connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ApiError(
                 f"no Shoal at {self.url}: {reason}; start it with `shoal serve`"
             ) from None
-
-
-class _Closing:
-    def __init__(self, connection: http.client.HTTPConnection) -> None:
-        self._connection = connection
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        self._connection.close()
+        finally:
+            connection.close()
 
 
 def _json(data: bytes) -> Any:
