@@ -1,14 +1,14 @@
 """The outermost layer of the HTTP app: request ids, header bounds, API keys, unforeseen errors.
 
+What it refuses itself, which no service sees, it tells the observers.
+
 Pure ASGI. (Starlette's BaseHTTPMiddleware would hide a client's disconnect from the app.)
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -24,12 +24,13 @@ from cluster.errors import (
 )
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.limits import Limits
+from cluster.frontend.observer import RequestObserver
+from cluster.frontend.request_context import begin_request
 from cluster.frontend.streaming import ClientGone, to_json
 
 logger = logging.getLogger(__name__)
 _CLIENT_GONE = 499
 """Nobody reads it; proxies and logs know it as "client closed request"."""
-_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9_.:-]")
 
 
 def json_response(
@@ -53,12 +54,14 @@ class HttpGuard:
         limits: Callable[[], Limits],
         authorizer: Authorizer,
         echo_request_id: bool,
+        observers: Sequence[RequestObserver] = (),
     ) -> None:
         """`echo_request_id`: put X-Request-Id into answers; off behind a proxy that does it."""
         self._app = app
         self._limits = limits
         self._authorizer = authorizer
         self._echo_request_id = echo_request_id
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,7 +69,7 @@ class HttpGuard:
             return
         if scope["type"] != "http":  # nothing else is served, so nothing else can forget its keys
             raise ValueError(f"no {scope['type']} here")
-        request_id = _request_id(scope, self._limits().max_request_id_chars)
+        request_id = begin_request(_given_id(scope), self._limits().max_request_id_chars)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -78,8 +81,7 @@ class HttpGuard:
             await send(message)
 
         try:
-            self._check_headers(scope)
-            self._authorizer.check_http(scope)
+            self._admit(scope, request_id)
             await self._app(scope, receive, send_with_id)
         except ShoalError as error:
             await error_response(error)(scope, receive, send_with_id)
@@ -90,6 +92,15 @@ class HttpGuard:
             if not started:
                 unforeseen = InternalError("The server failed; its log has the details.")
                 await error_response(unforeseen)(scope, receive, send_with_id)
+
+    def _admit(self, scope: Scope, request_id: str) -> None:
+        try:
+            self._check_headers(scope)
+            self._authorizer.check_http(scope)
+        except ShoalError as error:
+            for observer in self._observers:
+                observer.on_refused(request_id, error.code)
+            raise
 
     def _check_headers(self, scope: Scope) -> None:
         limits = self._limits()
@@ -102,8 +113,7 @@ class HttpGuard:
             )
 
 
-def _request_id(scope: Scope, max_chars: int) -> str:
-    """The client's X-Request-Id without odd characters, or a fresh one."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    cleaned = _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:max_chars]
-    return cleaned or uuid.uuid4().hex
+def _given_id(scope: Scope) -> str:
+    """The client's X-Request-Id."""
+    given = (value for name, value in scope["headers"] if name == b"x-request-id")
+    return next(given, b"").decode("latin-1")
