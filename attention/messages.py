@@ -15,6 +15,7 @@ FinishReason = Literal["stop", "length", "abort", "error", "lost", "unavailable"
 """lost: the worker is gone, the request can be replayed on another. unavailable: experts
 that it needs stayed away past its deadline, or past the router's limit if it has none."""
 MAX_REQUEST_ID_LENGTH = 256
+TRACEPARENT = "^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$"
 MAX_LOGPROBS = 128
 """An upper bound of the wire; the front end's own limit is lower."""
 
@@ -69,6 +70,8 @@ class Submit(Message):
     """Seconds from arrival after which the request fails; None: no limit."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     """Prefix-cache blocks are shared only among requests of equal salt."""
+    traceparent: Annotated[str, Field(pattern=TRACEPARENT)] = ""
+    """W3C trace context of the span that the worker's spans belong to; "" for none."""
 
 
 class Abort(Message):
@@ -113,6 +116,16 @@ class TokenOutput(Message):
     and not when a request that has emitted_ids is replayed: adding them up counts each once."""
     renormalised: bool = False
     """Some expert of some layer was left out in this output's step, the others' weights scaled."""
+    queue_us: Annotated[int, Field(ge=0)] = 0
+    """In the first output with tokens: from its arrival to its first step."""
+    prefill_us: Annotated[int, Field(ge=0)] = 0
+    """In the same: from its first step to its first token."""
+    hop_us: Annotated[int, Field(ge=0)] = 0
+    """So far: what the steps it took part in spent on the way to routed experts and back."""
+    expert_us: Annotated[int, Field(ge=0)] = 0
+    """So far: its share, by tokens, of what expert workers computed for these steps."""
+    num_preemptions: Annotated[int, Field(ge=0)] = 0
+    """So far."""
 
 
 class StepOutputs(Message):

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NoReturn
 
 from attention.messages import TokenOutput
@@ -15,7 +14,9 @@ from cluster.frontend.admission import Admission
 from cluster.frontend.backend import EngineBackend, Readiness
 from cluster.frontend.choice import ChoiceText, Delta
 from cluster.frontend.ledger import RequestLedger
-from cluster.frontend.replay import SequenceRuns
+from cluster.frontend.observation import Observation, Outcome, Usage
+from cluster.frontend.observer import Timing
+from cluster.frontend.replay import Arrived, SequenceRuns
 from cluster.frontend.request import GenerateRequest
 from cluster.tokenizer import Tokenizer
 
@@ -26,20 +27,12 @@ RETRY_EXPERTS_S = 5
 """Starting an expert worker and loading its experts takes seconds."""
 
 
-@dataclass(slots=True)
-class Usage:
-    """Tokens of a request so far. n choices of one prompt count it once."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-
 class Generation:
     """Asynchronous iterator over the Deltas of all choices, in the order they come.
 
     Belongs to the event loop it was started on. The owner must call `close()`, also after an error
     and when it stops early: sequences still running are aborted at once. Closing twice is fine.
+    The observation is finished once, whatever happens.
     """
 
     def __init__(
@@ -49,6 +42,7 @@ class Generation:
         backend: EngineBackend,
         ledger: RequestLedger,
         admission: Admission,
+        observation: Observation,
         clock: Callable[[], float],
     ) -> None:
         """`admission` has counted the request's sequences; `close()` gives them back."""
@@ -56,35 +50,37 @@ class Generation:
         self.usage = Usage(prompt_tokens=sum(len(p.ids) for p in request.prompts))
         self.renormalised = False
         """Some expert was left out for a token so far."""
+        self.timing = Timing()
+        """Of the sequences that have ended."""
+        self.observation = observation
         self._backend = backend
         self._admission = admission
         self._clock = clock
-        self._runs = SequenceRuns(request, backend, ledger)
+        self._runs = SequenceRuns(request, backend, ledger, clock, observation.traceparent)
         self._ready: deque[Delta] = deque()
         self._choices = [ChoiceText(i, request, tokenizer) for i in range(request.num_sequences)]
         self._open = set(range(request.num_sequences))
+        self._finish_reasons: list[str] = []
         self._echo_due = set(self._open) if request.echo else set()
         self._renormalised_due: set[int] = set()  # choices whose next Delta has to tell it
 
     async def start(self) -> None:
         """Submit every sequence. Raises Unavailable, and then nothing is left running."""
+        self.observation.admit(self.request)
         try:
             for index in range(self.request.num_sequences):
                 self._runs.start(index)
                 await asyncio.sleep(0)  # hundreds of long prompts must not hold up other streams
         except OSError as error:
-            self.close()
             logger.warning("no worker took request %s: %s", self.request.request_id, error)
-            raise _no_worker() from None
+            self._fail(_no_worker())
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Abort what still runs and forget the request."""
-        for index in list(self._open):
-            self._end(index)
-            self._runs.abort(index)
+        self._close("cancelled")
 
     def __aiter__(self) -> Generation:
         return self
@@ -99,7 +95,7 @@ class Generation:
 
     # ---- from the engine
 
-    async def _next_output(self) -> tuple[int, TokenOutput]:
+    async def _next_output(self) -> Arrived:
         deadline = self.request.deadline
         if deadline is None:
             return await self._runs.next_output()
@@ -109,12 +105,12 @@ class Generation:
         except TimeoutError:
             self._fail(self._too_late())
 
-    def _handle(self, index: int, output: TokenOutput) -> None:
+    def _handle(self, index: int, output: TokenOutput, arrived_s: float) -> None:
         if output.finish_reason in ("error", "abort", "unavailable"):
             self._end(index)
             self._fail(self._error_of(output))
         choice = self._choices[index]
-        self._count(index, output)
+        self._count(index, output, arrived_s)
         if index in self._echo_due:
             self._echo_due.discard(index)
             prompt, _ = self.request.sequence(index)
@@ -125,11 +121,16 @@ class Generation:
             self._renormalised_due.discard(index)
             self._ready.append(delta)
         if choice.finished:
+            self._finish_reasons.append(delta.finish_reason or "")
             self._end(index)
             if output.finish_reason is None:  # a stop string, which the engine knows nothing of
                 self._runs.abort(index)
+            if not self._open:
+                self._close("ok")
 
-    def _count(self, index: int, output: TokenOutput) -> None:
+    def _count(self, index: int, output: TokenOutput, arrived_s: float) -> None:
+        if output.token_ids:
+            self.observation.tokens(index, len(output.token_ids), arrived_s)
         self.usage.completion_tokens += len(output.token_ids)
         if index % self.request.num_choices == 0:
             self.usage.cached_tokens += output.num_cached_tokens
@@ -141,12 +142,25 @@ class Generation:
 
     def _end(self, index: int) -> None:
         self._open.discard(index)
-        self._runs.end(index)
+        self.timing = self._runs.end(index).beside(self.timing)
         self._admission.leave(1)
 
     def _fail(self, error: ShoalError) -> NoReturn:
-        self.close()
-        raise error
+        self._close("error", error.code)
+        raise error from None
+
+    def _close(self, outcome: Outcome, code: str = "") -> None:
+        for index in list(self._open):
+            self._end(index)
+            self._runs.abort(index)
+        self.observation.finish(
+            outcome,
+            self.usage,
+            self.timing,
+            finish_reasons=self._finish_reasons,
+            num_replays=self._runs.num_replays,
+            code=code,
+        )
 
     def _error_of(self, output: TokenOutput) -> ShoalError:
         """What a sequence that did not finish means for the whole request."""

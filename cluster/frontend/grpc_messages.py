@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from cluster.frontend.choice import Delta, Likely, TokenText
 from cluster.frontend.expert_load import ExpertLoad
-from cluster.frontend.generation import Usage
+from cluster.frontend.observation import Usage
 from cluster.frontend.openai import (
     ChatCompletionRequest,
     CompletionRequest,

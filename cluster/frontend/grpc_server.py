@@ -34,6 +34,8 @@ from cluster.frontend.grpc_messages import (
 )
 from cluster.frontend.idempotency import HEADER as IDEMPOTENCY_HEADER
 from cluster.frontend.idempotency import IdempotentCall, idempotent_call
+from cluster.frontend.observation import Observation
+from cluster.frontend.observer import Origin
 from cluster.frontend.openai import SamplingFields
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
@@ -44,6 +46,7 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9_.:-]")
 HEALTH_SERVICES = ("", "shoal.v1.Inference")
 HEALTH_POLL_S = 1.0
 IDEMPOTENCY_KEY = IDEMPOTENCY_HEADER.lower()
+TRACEPARENT_KEY = "traceparent"
 
 
 class InferenceMethods:
@@ -57,9 +60,10 @@ class InferenceMethods:
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Continue a text or token ids."""
 
-        async def start() -> Generation:
+        async def start(observation: Observation) -> Generation:
             body = completion_body(request)
-            return await self.service.complete(body, call=self._call(grpc_context, body))
+            call = self._call(grpc_context, body)
+            return await self.service.complete(body, call=call, observation=observation)
 
         async with aclosing(
             self._stream(request, grpc_context, pb.GenerateResponse, start)
@@ -72,9 +76,10 @@ class InferenceMethods:
     ) -> AsyncIterator[pb.ChatResponse]:
         """Answer a conversation."""
 
-        async def start() -> Generation:
+        async def start(observation: Observation) -> Generation:
             body = chat_body(request)
-            return await self.service.chat(body, call=self._call(grpc_context, body))
+            call = self._call(grpc_context, body)
+            return await self.service.chat(body, call=call, observation=observation)
 
         async with aclosing(self._stream(request, grpc_context, pb.ChatResponse, start)) as events:
             async for event in events:
@@ -122,13 +127,15 @@ class InferenceMethods:
         request: Message,
         context: GrpcContext,
         response: Callable[..., ReplyT],
-        start: Callable[[], Awaitable[Generation]],
+        start: Callable[[Observation], Awaitable[Generation]],
     ) -> AsyncGenerator[ReplyT, None]:
         request_id = self._begin(context)
         try:
-            self._authorize(context)
-            self._check_size(request)
-            with closing(await start()) as generation:
+            with self.service.observe(self._origin(context, request_id)) as observation:
+                self._authorize(context)
+                self._check_size(request)
+                generation = await start(observation)
+            with closing(generation):
                 common = self._common(generation)
                 async for delta in generation:
                     yield response(
@@ -165,6 +172,12 @@ class InferenceMethods:
         request_id = given[: self.service.limits.max_request_id_chars] or uuid.uuid4().hex
         context.set_trailing_metadata([(REQUEST_ID_KEY, request_id)])
         return request_id
+
+    def _origin(self, context: GrpcContext, request_id: str) -> Origin:
+        metadata = context.invocation_metadata() or ()
+        traceparents = [str(value) for key, value in metadata if key == TRACEPARENT_KEY]
+        traceparent = traceparents[0] if len(traceparents) == 1 else ""
+        return Origin(request_id, "grpc", traceparent=traceparent)
 
     def _authorize(self, context: GrpcContext) -> None:
         self.service.authorizer.check_grpc(context.invocation_metadata())

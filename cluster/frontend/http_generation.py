@@ -18,6 +18,8 @@ from cluster.frontend.http_guard import json_response
 from cluster.frontend.idempotency import HEADER as IDEMPOTENCY_KEY
 from cluster.frontend.idempotency import IdempotentCall, idempotent_call
 from cluster.frontend.json_body import read_json
+from cluster.frontend.observation import Observation
+from cluster.frontend.observer import Origin
 from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest, SamplingFields
 from cluster.frontend.responses import CHAT, COMPLETION, Shape, whole_answer
 from cluster.frontend.schema_errors import SchemaT, parse_body
@@ -29,7 +31,7 @@ KEPT_HEADER = {"Idempotency-Replayed": "true"}
 """Marks an answer that was given before."""
 
 BodyT = TypeVar("BodyT", bound=SamplingFields)
-Start = Callable[[BodyT, float | None, IdempotentCall | None], Awaitable[Generation]]
+Start = Callable[[BodyT, float | None, IdempotentCall | None, Observation], Awaitable[Generation]]
 
 
 class GeneratingHandlers:
@@ -39,25 +41,25 @@ class GeneratingHandlers:
         self._service = service
 
     async def chat(self, request: Request) -> Response:
-        body = await self._read(request, ChatCompletionRequest)
-        return await self._answer(request, body, self._service.chat, CHAT)
+        return await self._answer(request, ChatCompletionRequest, self._service.chat, CHAT)
 
     async def completion(self, request: Request) -> Response:
-        body = await self._read(request, CompletionRequest)
-        return await self._answer(request, body, self._service.complete, COMPLETION)
+        return await self._answer(request, CompletionRequest, self._service.complete, COMPLETION)
 
     async def _read(self, request: Request, schema: type[SchemaT]) -> SchemaT:
         return parse_body(schema, await read_json(request, self._service.limits))
 
     async def _answer(
-        self, request: Request, body: BodyT, start: Start[BodyT], shape: Shape
+        self, request: Request, schema: type[BodyT], start: Start[BodyT], shape: Shape
     ) -> Response:
-        key = request.headers.get(IDEMPOTENCY_KEY)
-        call = idempotent_call(key, body, self._service.limits)
-        kept = self._service.keys.find(call) if call else None
-        if kept is not None:
-            return Response(kept, media_type="application/json", headers=KEPT_HEADER)
-        generation = await start(body, _timeout(request), call)
+        with self._service.observe(_origin(request)) as observation:
+            body = await self._read(request, schema)
+            key = request.headers.get(IDEMPOTENCY_KEY)
+            call = idempotent_call(key, body, self._service.limits)
+            kept = self._service.keys.find(call) if call else None
+            if kept is not None:
+                return Response(kept, media_type="application/json", headers=KEPT_HEADER)
+            generation = await start(body, _timeout(request), call, observation)
         if generation.request.stream:
             return await self._stream(request, generation, shape)
         return await self._whole(request, generation, shape, call)
@@ -103,6 +105,18 @@ class GeneratingHandlers:
             first.cancel()
             raise
         return first
+
+
+def _origin(request: Request) -> Origin:
+    """HttpGuard has left the id of the request and the name of its key in the scope."""
+    state = request.scope.get("state", {})
+    traceparents = request.headers.getlist("traceparent")
+    return Origin(
+        request_id=state.get("request_id", ""),
+        protocol="http",
+        key_name=state.get("key_name", ""),
+        traceparent=traceparents[0] if len(traceparents) == 1 else "",
+    )
 
 
 def _timeout(request: Request) -> float | None:

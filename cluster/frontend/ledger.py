@@ -23,6 +23,7 @@ class LedgerEntry:
     deadline: float | None
     """Moment on the ledger's clock at which the request fails; None: never."""
     cache_salt: str = ""
+    traceparent: str = ""
     emitted_ids: list[int] = field(default_factory=list)
 
     def submission(self, now: float) -> Submit:
@@ -35,6 +36,7 @@ class LedgerEntry:
             emitted_ids=list(self.emitted_ids),
             deadline_s=left_s,
             cache_salt=self.cache_salt,
+            traceparent=self.traceparent,
         )
 
 

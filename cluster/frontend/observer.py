@@ -5,27 +5,64 @@ Called on the event loop of the front end; an observer must be quick and must no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 Front = Literal["http", "grpc"]
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a front knows of a request before it reads its body."""
+
+    request_id: str
+    """The client's X-Request-Id, or a fresh one."""
+    protocol: Front
+    key_name: str = ""
+    """Of the API key, "" without keys."""
+    traceparent: str = ""
+    """As the client sent it: perhaps malformed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
-    """Where a request's time went, seconds; of several sequences the longest, costs added up."""
+    """Where a request's time went, seconds.
+
+    Queue, prefill and decode add up to the time from its submission to its last token; of several
+    sequences they are those of the last to end. Costs are added up.
+    """
 
     queue_s: float = 0.0
-    """From its arrival at an attention worker to its first step."""
+    """Until its first step, on the way to a worker too; with replays all time that gave no token
+    and was no prefill."""
     prefill_s: float = 0.0
     """From its first step to its first token."""
     decode_s: float = 0.0
     """From its first token to its last."""
     hop_s: float = 0.0
-    """Of the steps it took part in: time spent waiting for routed experts."""
+    """Of the steps it took part in: time spent on the way to the routed experts and back."""
     expert_ms: float = 0.0
     """Its cost: milliseconds that expert workers computed for it, by its share of each step."""
     num_preemptions: int = 0
+
+    def __add__(self, other: Timing) -> Timing:
+        """One after the other."""
+        return Timing(
+            self.queue_s + other.queue_s,
+            self.prefill_s + other.prefill_s,
+            self.decode_s + other.decode_s,
+            self.hop_s + other.hop_s,
+            self.expert_ms + other.expert_ms,
+            self.num_preemptions + other.num_preemptions,
+        )
+
+    def beside(self, earlier: Timing) -> Timing:
+        """Of two sequences of a request, this one the later to end."""
+        return replace(
+            self,
+            expert_ms=self.expert_ms + earlier.expert_ms,
+            num_preemptions=self.num_preemptions + earlier.num_preemptions,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +70,9 @@ class RequestRecord:
     """A request that ended, without any of its text."""
 
     request_id: str
+    """Of its Origin."""
+    answer_id: str
+    """"id" of the answer; those of its sequences at the workers are `{answer_id}-{index}`."""
     protocol: Front
     kind: Literal["chat", "completion"]
     model: str
@@ -54,11 +94,11 @@ class RequestRecord:
     key_name: str
     """Of the API key, "" without keys."""
     trace_id: str
-    """32 hex digits, "" without traces."""
+    """Of the trace that it belongs to, 32 hex digits; "" if to none."""
 
 
 class RequestObserver(Protocol):
-    """What the front end tells."""
+    """What the front end tells; request ids are those of Origin."""
 
     def on_started(self, request_id: str) -> None:
         """A request was admitted; its record follows, whatever happens."""

@@ -75,6 +75,8 @@ class SamplingFields(Schema):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    timing: bool = False
+    """Say in the answer where its time went."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     timeout: float | None = None

@@ -70,6 +70,9 @@ class GenerateRequest:
     include_usage: bool = False
     continuous_usage: bool = False
     return_token_ids: bool = False
+    is_chat: bool = False
+    timing: bool = False
+    """The answer says where its time went."""
     deadline: float | None = None
     """Moment on the service's clock."""
     ignored: tuple[str, ...] = ()
@@ -153,6 +156,8 @@ def build_request(
         include_usage=options.include_usage,
         continuous_usage=options.continuous_usage_stats,
         return_token_ids=body.return_token_ids,
+        is_chat=chat,
+        timing=body.timing,
         deadline=deadline,
         ignored=ignored,
     )

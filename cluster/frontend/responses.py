@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.frontend.choice import Delta, Likely, TokenText
-from cluster.frontend.generation import Generation, Usage
+from cluster.frontend.generation import Generation
+from cluster.frontend.observation import Usage
 from cluster.frontend.request import GenerateRequest
 
 Json = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, quote
 from cluster.field_names import nearest
@@ -23,6 +23,8 @@ from cluster.frontend.generation import Generation
 from cluster.frontend.idempotency import IdempotentCall, KeyStore
 from cluster.frontend.ledger import RequestLedger
 from cluster.frontend.limits import Limits
+from cluster.frontend.observation import Observation
+from cluster.frontend.observer import Origin, RequestObserver
 from cluster.frontend.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -58,6 +60,7 @@ class InferenceService:
         strict_params: bool = False,
         system_fingerprint: str | None = None,
         authorizer: Authorizer | None = None,
+        observers: Sequence[RequestObserver] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tokenizer = tokenizer
@@ -66,6 +69,7 @@ class InferenceService:
         self.system_fingerprint = system_fingerprint
         self.authorizer = authorizer or Authorizer()
         """Both fronts ask it before anything else."""
+        self._observers = tuple(observers)
         self._backend = backend
         self._strict_params = strict_params
         self._clock = clock
@@ -77,25 +81,40 @@ class InferenceService:
 
     # ---- generating
 
+    def observe(self, origin: Origin) -> Observation:
+        """What a front does with a generating request, up to its start, it does within this."""
+        return Observation(origin, self._observers, self._clock)
+
+    def on_refused(self, request_id: str, code: str) -> None:
+        """Tell the observers of a request that was refused before anybody knew what it was."""
+        for observer in self._observers:
+            observer.on_refused(request_id, code)
+
     async def chat(
         self,
         body: ChatCompletionRequest,
         timeout_s: float | None = None,
         call: IdempotentCall | None = None,
+        observation: Observation | None = None,
     ) -> Generation:
         """Start answering a conversation. `timeout_s`: a limit from outside the body."""
         deadline = self._admit(body, timeout_s)
         check_messages(body.messages, self.limits)
         check_chat_logprobs(body, self.limits)
         num_chars = sum(len(str(m.content)) for m in body.messages)
-        encode = self._encoder.conversation(body, body.messages)
-        return await self._run(body, 1, num_chars, lambda: [Prompt(encode())], deadline, call)
+        render = self._encoder.conversation(body, body.messages)
+
+        def encode() -> list[Prompt]:
+            return [Prompt(render())]
+
+        return await self._run(body, 1, num_chars, encode, deadline, call, observation)
 
     async def complete(
         self,
         body: CompletionRequest,
         timeout_s: float | None = None,
         call: IdempotentCall | None = None,
+        observation: Observation | None = None,
     ) -> Generation:
         """Start continuing one or more prompts."""
         deadline = self._admit(body, timeout_s)
@@ -111,7 +130,7 @@ class InferenceService:
                 for item in inputs
             ]
 
-        return await self._run(body, len(inputs), num_chars, encode, deadline, call)
+        return await self._run(body, len(inputs), num_chars, encode, deadline, call, observation)
 
     # ---- tokens
 
@@ -194,6 +213,7 @@ class InferenceService:
         encode: Callable[[], list[Prompt]],
         deadline: float | None,
         call: IdempotentCall | None,
+        observation: Observation | None,
     ) -> Generation:
         count = num_prompts * (body.n or 1)
         if count > self.limits.max_sequences:
@@ -224,7 +244,13 @@ class InferenceService:
             self._admission.leave(count)
             raise
         generation = Generation(
-            request, self.tokenizer, self._backend, self.ledger, self._admission, self._clock
+            request,
+            self.tokenizer,
+            self._backend,
+            self.ledger,
+            self._admission,
+            observation or self.observe(Origin(request.request_id, "http")),
+            self._clock,
         )
         await generation.start()
         return generation
