@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from cluster import machine_code, ray_messages, serve_proxy
 from cluster.config import GRPC_SERVICERS, SECRET_VARIABLE, ConfigError, ShoalConfig
 from cluster.gpus import divide_gpus
 from cluster.model_store import check_engine
+from cluster.observability.follow_logs import LogFollower
+from cluster.observability.logs import LogFormat
 from cluster.serve_start import run_application
 
 logger = logging.getLogger(__name__)
@@ -53,9 +56,12 @@ def free_port(host: str = "127.0.0.1") -> int:
 class LocalCluster:
     """Ray, Serve and one application at a time on this machine, to start and to stop."""
 
-    def __init__(self, config: ShoalConfig, dashboard: bool = True) -> None:
+    def __init__(self, config: ShoalConfig, dashboard: bool = True, show_log: bool = False) -> None:
+        """show_log: the replicas' lines on standard error too, not only in their files."""
         self._config = config
         self._dashboard = dashboard
+        self._show_log = show_log
+        self._follower: LogFollower | None = None
         self._sockets = Path(tempfile.mkdtemp(prefix="shoal-"))
         self._kernels = machine_code.Compilation()
         self.dashboard_url: str | None = None
@@ -98,6 +104,9 @@ class LocalCluster:
         )
         if self._dashboard and context.dashboard_url:
             self.dashboard_url = f"http://{context.dashboard_url}"
+        if self._show_log:
+            folder = Path(context.address_info["session_dir"], "logs", "serve")
+            self._follower = LogFollower(folder, sys.stderr)
         listen = self._config.listen
         self.stage = "starting Ray Serve"
         serve.start(
@@ -106,7 +115,7 @@ class LocalCluster:
             grpc_options=gRPCOptions(
                 port=listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)
             ),
-            logging_config=_quiet(),
+            logging_config=_serve_log(self._config.observability.log_format),
         )
 
     def deploy(self, config: ShoalConfig) -> None:
@@ -127,7 +136,8 @@ class LocalCluster:
         self.stage = "starting the workers"
         if config.runtime_dir is None:
             config = config.model_copy(update={"runtime_dir": self._sockets})
-        run_application(build_app(config), APP_NAME, _quiet())
+        log = _serve_log(config.observability.log_format)
+        run_application(build_app(config), APP_NAME, log)
 
     def undeploy(self) -> None:
         """Take the application down, Ray stays: requests in flight may finish first."""
@@ -151,10 +161,14 @@ class LocalCluster:
 
         self._kernels.stop()
         ray.shutdown()
+        if self._follower is not None:
+            self._follower.stop()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
 
-def _quiet() -> Any:
+def _serve_log(log_format: LogFormat) -> Any:
+    """Of Serve itself only warnings; who asked for what is in our own lines."""
     from ray.serve.schema import LoggingConfig
 
-    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+    encoding = "JSON" if log_format == "json" else "TEXT"
+    return LoggingConfig(encoding=encoding, log_level="WARNING", enable_access_log=False)

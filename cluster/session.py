@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from cluster.frontend.api_keys import open_keys
 from cluster.http_client import ApiClient, ApiError
 from cluster.launcher import LocalCluster, check_ports, free_port
 from cluster.model_store import check_engine, check_model
+from cluster.observability.logs import console_logs
 from experts.errors import CheckpointError
 
 READY_TIMEOUT_S = 1800.0
@@ -50,9 +52,10 @@ class RunningServer:
 
 @contextmanager
 def running(
-    config: ShoalConfig, inline: bool = False, dashboard: bool = True
+    config: ShoalConfig, inline: bool = False, dashboard: bool = True, show_log: bool = False
 ) -> Iterator[RunningServer]:
-    """Check, start, wait until ready, yield, drain, stop. Port 0 means any free one.
+    """Check, start, wait until ready, yield, drain, stop. Port 0 means any free one. The log of
+    this process goes to standard error: warnings, with `show_log` everything, of replicas too.
 
     Raises CheckpointError and ConfigError before anything starts, typer.Exit(130) when stopped by
     a signal on the way up.
@@ -62,8 +65,9 @@ def running(
     _check_keys(config)
     config = _to_serve_here(config)
     check_ports(config)
-    with stop_signals() as signals:
-        launch = _launch(config, inline, dashboard)
+    log, level = config.observability, logging.INFO if show_log else logging.WARNING
+    with stop_signals() as signals, console_logs(log.log_format, level, log.log_prompts):
+        launch = _launch(config, inline, dashboard, show_log)
         starter = _Starter(launch)
         try:
             _wait_until_ready(starter, config, signals)
@@ -75,12 +79,12 @@ def running(
             starter.release()
 
 
-def _launch(config: ShoalConfig, inline: bool, dashboard: bool) -> Launch:
+def _launch(config: ShoalConfig, inline: bool, dashboard: bool, show_log: bool) -> Launch:
     if inline:
         from cluster.inline_server import InlineServer
 
         return InlineServer(config)
-    return LocalCluster(config, dashboard=dashboard)
+    return LocalCluster(config, dashboard=dashboard, show_log=show_log)
 
 
 def _to_serve_here(config: ShoalConfig) -> ShoalConfig:

@@ -1,6 +1,6 @@
 """The outermost layer of the HTTP app: request ids, header bounds, API keys, unforeseen errors.
 
-What it refuses itself, which no service sees, it tells the observers.
+It leaves in the scope's `state` what it knows of a request: `request_id` and `key_name`.
 
 Pure ASGI. (Starlette's BaseHTTPMiddleware would hide a client's disconnect from the app.)
 """
@@ -8,7 +8,7 @@ Pure ASGI. (Starlette's BaseHTTPMiddleware would hide a client's disconnect from
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -24,8 +24,7 @@ from cluster.errors import (
 )
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.limits import Limits
-from cluster.frontend.observer import RequestObserver
-from cluster.frontend.request_context import begin_request
+from cluster.frontend.request_context import begin_request, key_name
 from cluster.frontend.streaming import ClientGone, to_json
 
 logger = logging.getLogger(__name__)
@@ -54,14 +53,16 @@ class HttpGuard:
         limits: Callable[[], Limits],
         authorizer: Authorizer,
         echo_request_id: bool,
-        observers: Sequence[RequestObserver] = (),
+        on_refused: Callable[[str, str], None] = lambda request_id, code: None,
     ) -> None:
-        """`echo_request_id`: put X-Request-Id into answers; off behind a proxy that does it."""
+        """`echo_request_id`: put X-Request-Id into answers; off behind a proxy that does it.
+        `on_refused`: told the id and the error's code of what is refused here, which nobody else
+        sees."""
         self._app = app
         self._limits = limits
         self._authorizer = authorizer
         self._echo_request_id = echo_request_id
-        self._observers = observers
+        self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -98,9 +99,9 @@ class HttpGuard:
             self._check_headers(scope)
             self._authorizer.check_http(scope)
         except ShoalError as error:
-            for observer in self._observers:
-                observer.on_refused(request_id, error.code)
+            self._on_refused(request_id, error.code)
             raise
+        scope.setdefault("state", {}).update(request_id=request_id, key_name=key_name.get())
 
     def _check_headers(self, scope: Scope) -> None:
         limits = self._limits()

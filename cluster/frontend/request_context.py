@@ -12,7 +12,7 @@ from contextvars import ContextVar
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """As the client knows it, X-Request-Id; "" outside of requests."""
 key_name: ContextVar[str] = ContextVar("key_name", default="")
-"""Of the API key, never the key itself; "" without keys."""
+"""Of the API key, set by the authoriser; "" without keys. Never the key itself."""
 
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9_.:-]")
 

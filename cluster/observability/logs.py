@@ -69,9 +69,9 @@ class LineFormatter(logging.Formatter):
 @contextmanager
 def console_logs(
     log_format: LogFormat,
-    level: int = logging.WARNING,
-    stream: IO[str] | None = None,
+    level: int = logging.INFO,
     log_prompts: bool = False,
+    stream: IO[str] | None = None,
 ) -> Iterator[None]:
     """Lines of this process at `level` and above on `stream` (standard error) for the block."""
     handler = logging.StreamHandler(stream or sys.stderr)
