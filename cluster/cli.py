@@ -26,6 +26,8 @@ from cluster.deploy.plan_cli import plan
 from cluster.http_client import ApiClient
 from cluster.key_cli import key_app
 from cluster.operations_cli import chaos_app, experts_app, scale
+from cluster.plot_cli import plot_app
+from cluster.top_cli import top
 
 app = typer.Typer(
     name="shoal",
@@ -38,6 +40,8 @@ model_app = typer.Typer(help="Make and check checkpoints.", no_args_is_help=True
 app.add_typer(model_app, name="model")
 app.add_typer(experts_app, name="experts")
 app.command()(scale)
+app.command()(top)
+app.add_typer(plot_app, name="plot")
 app.add_typer(chaos_app, name="chaos")
 app.add_typer(key_app, name="key")
 app.command()(plan)

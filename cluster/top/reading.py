@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from queue import SimpleQueue
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from cluster.http_client import ApiClient, ApiError
 
 STATUS_PATH = "/status"
+STATUS_FIELDS = ("model", "ready", "stage", "epoch", "workers")
+"""Without these nothing is shown; further ones may be missing or null."""
 LOAD_PATH = "/v1/experts/load?compact=true"
 
 
@@ -36,8 +38,14 @@ class Load:
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> Load:
-        """From the body of GET LOAD_PATH, whose further fields are not needed here."""
-        return cls(**{field.name: body[field.name] for field in fields(cls)})
+        """From the body of GET LOAD_PATH, whose further fields are not needed. Raises ApiError."""
+        names = [field.name for field in fields(cls)]
+        _check(body, names, LOAD_PATH)
+        return cls(**{name: body[name] for name in names})
+
+    def per_s(self, recent_rows: int) -> float:
+        """Rows a second, from rows within recent_s."""
+        return recent_rows / self.recent_s if self.recent_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,18 @@ class Reading:
 def read(client: ApiClient, clock: Callable[[], float] = time.time) -> Reading:
     """What the server says now. Raises ApiError when it does not answer."""
     status = client.read(STATUS_PATH)
+    _check(status, STATUS_FIELDS, STATUS_PATH)
     try:
         return Reading(clock(), status, Load.of(client.read(LOAD_PATH)))
     except ApiError as error:
         return Reading(clock(), status, None, str(error))
+
+
+def _check(body: Any, names: Iterable[str], path: str) -> None:
+    missing = [name for name in names if not isinstance(body, dict) or name not in body]
+    if missing:
+        what = f"{path} answers without {', '.join(missing)}"
+        raise ApiError(f"{what}: the server is none of this version of Shoal")
 
 
 def read_or_away(client: ApiClient, clock: Callable[[], float] = time.time) -> Reading:

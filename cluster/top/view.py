@@ -1,0 +1,253 @@
+"""One screen, or one line, of what a server does. Pure: readings in, text out."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from cluster.top.heat_map import BARS, heat_map, level_of
+from cluster.top.history import History, rates_of
+from cluster.top.reading import Load, Reading
+
+NUM_HOTTEST = 8
+NUM_EVENTS = 5
+MIN_LINES = 3
+NUM_FIXED_LINES = 11
+"""One of title, five of numbers, two above the heat map, two heads of lists, one of keys."""
+NUM_RATES = 24
+BAR_WIDTH = 10
+BUSY, VERY_BUSY = 0.5, 0.85
+WORKING_ROLES = ("experts", "attention", "router")
+KEYS = "q quit   up, down, PgUp, PgDn, Home, End: layers"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many lines each part of a screen has."""
+
+    layers: int
+    rows: int
+    """Of the hottest experts, beside the workers."""
+    events: int
+
+    @classmethod
+    def of(cls, reading: Reading, height: int | None) -> Sizes:
+        """Of a screen of `height` lines; None: of as many as everything needs."""
+        num_layers = len(reading.load.layers) if reading.load else 0
+        num_rows = max(NUM_HOTTEST, len(_workers(reading)))
+        if height is None:
+            return cls(num_layers, num_rows, NUM_EVENTS)
+        free = max(height - NUM_FIXED_LINES, 0)
+        layers = min(num_layers, max(free // 2, MIN_LINES))
+        rows = min(num_rows, max((free - layers) * 2 // 3, MIN_LINES))
+        return cls(layers, rows, max(free - layers - rows, 0))
+
+
+@dataclass(frozen=True)
+class Scroll:
+    """Which layer may be the topmost one."""
+
+    page: int
+    """Layers shown at once."""
+    last: int
+    """The position from which on the last layers are shown."""
+
+    @classmethod
+    def of(cls, reading: Reading, height: int) -> Scroll:
+        """On a screen of `height` lines."""
+        page = Sizes.of(reading, height).layers
+        return cls(page, len(reading.load.layers) - page if reading.load else 0)
+
+    def to(self, position: int) -> int:
+        """The nearest position there is."""
+        return min(max(position, 0), self.last)
+
+    def step(self, key: str) -> int:
+        """By how much a key moves."""
+        steps = {"up": -1, "down": 1, "page up": -self.page, "page down": self.page}
+        return {**steps, "home": -self.last, "end": self.last}.get(key, 0)
+
+
+def screen(history: History, width: int, height: int | None = None, first_layer: int = 0) -> Group:
+    """Everything, `width` columns wide. first_layer: position of the topmost layer shown."""
+    reading = history.answered
+    sizes = Sizes.of(reading, height)
+    lines = [_title(history), *_numbers(history)]
+    if reading.load is not None:
+        lines += heat_map(reading.load, width, first_layer, sizes.layers)
+    else:
+        lines += [Text("experts", "bold"), Text(f"not known: {reading.error}", "yellow")]
+    below = [Text("events", "bold"), *_events(history, sizes.events)]
+    if height is not None:
+        below.append(Text(KEYS, "dim"))
+    for line in (*lines, *below):
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(*lines, _lists(reading, sizes.rows), *below)
+
+
+def line(history: History, happened: list[str]) -> str:
+    """The newest reading on one line, and what happened since the one before."""
+    newest, status = history.newest, history.newest.status
+    parts = [time.strftime("%H:%M:%S", time.localtime(newest.at_s))]
+    if status is None:
+        parts.append(f"away for {history.away_s:.0f} s: {newest.error}")
+        return "  ".join(parts)
+    rates = rates_of(newest)
+    parts += [
+        f"{status['model']}: {status['stage']}",
+        f"epoch {status['epoch']}",
+        f"{_number(rates.get('generated_tokens_per_s'))} tokens/s",
+        _requests(rates),
+        _latency(rates),
+        _replicas(status),
+    ]
+    if newest.load is not None:
+        parts += [f"hottest {text}" for text in _hottest(newest.load, 1)]
+    return "  ".join([*parts, *happened])
+
+
+# ---- above the heat map
+
+
+def _title(history: History) -> Text:
+    status = history.answered.status or {}
+    title = Text(f"{status['model']}: ", "bold")
+    title.append(status["stage"], "green" if status["ready"] else "yellow")
+    title.append(f", epoch {status['epoch']}")
+    if history.away_s is not None:
+        text = f" no answer for {history.away_s:.0f} s, trying again: {history.newest.error} "
+        title.append("  ").append(text, "bold white on red")
+    return title
+
+
+def _numbers(history: History) -> Iterator[Text]:
+    status, rates = history.answered.status or {}, rates_of(history.answered)
+    tokens = f"{_number(rates.get('generated_tokens_per_s'))}/s"
+    prompt = f"prompt tokens {_number(rates.get('prompt_tokens_per_s'))}/s"
+    yield _labelled("tokens", f"{tokens:9} {_trend(history):{NUM_RATES}}  {prompt}")
+    yield _labelled("requests", f"{_number(rates.get('requests_per_s'))}/s  {_requests(rates)}")
+    window = f"  (p50, p99 of {_number(rates.get('window_s'))} s)"
+    yield _labelled("latency", _latency(rates) + window)
+    yield _labelled("replicas", _replicas(status))
+    counters = {name: rates.get(name) for name in ("refused", "cancelled")}
+    counters |= status.get("counters") or {}
+    yield _labelled("so far", "  ".join(f"{name} {_number(n)}" for name, n in counters.items()))
+
+
+def _labelled(label: str, text: str) -> Text:
+    return Text.assemble((f"{label:9}", "bold"), text)
+
+
+def _trend(history: History) -> str:
+    rates = list(history.tokens_per_s)[-NUM_RATES:]
+    highest = max(rates, default=0.0)
+    return "".join(BARS[level_of(rate, highest)] for rate in rates)
+
+
+def _requests(rates: dict[str, Any]) -> str:
+    running, waiting = (_number(rates.get(f"requests_{what}")) for what in ("running", "waiting"))
+    return f"{running} running, {waiting} waiting"
+
+
+def _latency(rates: dict[str, Any]) -> str:
+    return f"TTFT {_quantiles(rates.get('ttft_s'))}  ITL {_quantiles(rates.get('itl_s'))}"
+
+
+def _quantiles(seconds: dict[str, float] | None) -> str:
+    if not seconds:
+        return "-"
+    return ", ".join(_duration(seconds[name]) for name in ("p50", "p99"))
+
+
+def _replicas(status: dict[str, Any]) -> str:
+    """ "experts 2/3": two are there of three that are wanted."""
+    return "  ".join(
+        f"{tier} {_number(size.get('present'))}/{_number(size.get('wanted'))}"
+        for tier, size in (status.get("tiers") or {}).items()
+    )
+
+
+# ---- below it
+
+
+def _lists(reading: Reading, num_rows: int) -> Table:
+    """The hottest experts beside the workers."""
+    lists = Table.grid(padding=(0, 2), expand=True)
+    for ratio in (4, 5):
+        lists.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
+    lists.add_row(Text("hottest experts", "bold"), Text("workers", "bold"))
+    hottest = _hottest(reading.load, min(num_rows, NUM_HOTTEST)) if reading.load else ()
+    workers = [_worker(worker) for worker in _workers(reading)]
+    if len(workers) > num_rows:
+        more = Text(f"and {len(workers) - num_rows + 1} more", "dim")
+        workers = [*workers[: num_rows - 1], more]
+    padding = ("" for _ in range(num_rows))
+    for _, expert, worker in zip_longest(padding, hottest, workers, fillvalue=""):
+        lists.add_row(expert, worker)
+    return lists
+
+
+def _hottest(load: Load, number: int) -> Iterator[str]:
+    """ "3:12 830/s 25% experts-0 experts-1": layer 3, expert 12, its share, its holders."""
+    found = (
+        (rows, -position, -expert)
+        for position, layer in enumerate(load.recent_rows)
+        for expert, rows in enumerate(layer)
+        if rows
+    )
+    for rows, position, expert in heapq.nlargest(number, found):
+        layer, holders = load.layers[-position], load.holders[-position][-expert]
+        share = rows / sum(load.recent_rows[-position])
+        names = " ".join(load.workers[holder] for holder in holders)
+        yield f"{layer}:{-expert} {load.per_s(rows):.3g}/s {share:.0%} {names}"
+
+
+def _workers(reading: Reading) -> list[dict[str, Any]]:
+    workers = [w for w in (reading.status or {})["workers"] if w["role"] in WORKING_ROLES]
+    return sorted(workers, key=lambda w: (WORKING_ROLES.index(w["role"]), w["worker_id"]))
+
+
+def _worker(worker: dict[str, Any]) -> Text:
+    busy = worker.get("busy")
+    text = Text(f"{worker['worker_id']:14} ")
+    filled = round((busy or 0.0) * BAR_WIDTH)
+    colour = "green" if not busy or busy < BUSY else "yellow" if busy < VERY_BUSY else "red"
+    text.append("█" * filled, colour).append("░" * (BAR_WIDTH - filled), "dim")
+    text.append(" -  " if busy is None else f" {busy:4.0%}")
+    text.append(f" queue {_number(worker.get('queue'))}")
+    if worker.get("rows_per_s") is not None:
+        text.append(f" {_number(worker['rows_per_s'])} rows/s")
+    return text.append(" drained", "yellow") if worker.get("drained") else text
+
+
+def _events(history: History, number: int) -> list[Text]:
+    """The newest, newest first, always `number` lines."""
+    newest = list(history.events)[::-1][:number]
+    lines = [
+        Text(f"{time.strftime('%H:%M:%S', time.localtime(at_s))} {what}") for at_s, what in newest
+    ]
+    return lines + [Text()] * (number - len(lines))
+
+
+# ---- numbers
+
+
+def _number(value: float | None) -> str:
+    """With three digits, or all of an integer; "-" for what is not known."""
+    if value is None:
+        return "-"
+    return (
+        str(value) if isinstance(value, int) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{_number(seconds)} s" if seconds >= 1 else f"{_number(seconds * 1000)} ms"
