@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["counter", "gauge", "histogram"]
-MemberRole = Literal["placement", "experts", "router", "attention", "ingress"]
+from cluster.errors import TABLE
 
-MAX_SAMPLES = 512
-"""Of a member."""
+Kind = Literal["counter", "gauge", "histogram"]
+MemberRole = Literal["placement", "experts", "router", "attention", "ingress", "controller"]
+Bounds = tuple[float, ...]
+
 MAX_LAYERS = 128
 TOP_EXPERTS = 16
 OTHER = "other"
@@ -22,6 +23,19 @@ OTHER = "other"
 
 HOP_PARTS = ("queue", "compute", "wire", "total")
 FINISHED_REASONS = ("stop", "length", "abort", "error")
+
+ERROR_CODES = frozenset(
+    (
+        *(error.default_code for error in TABLE),
+        *("context_length_exceeded", "directory_unreachable", "draining", "duplicate_key"),
+        *("empty_array", "experts_unavailable", "invalid_api_key", "invalid_json", "invalid_type"),
+        *("invalid_unicode", "missing_required_parameter", "model_not_found", "no_worker"),
+        *("refused", "too_deep", "unknown_parameter", "unknown_service"),
+        *("unsupported_content_encoding", "unsupported_content_type", "unsupported_parameter"),
+        "worker_not_found",
+    )
+)
+"""Of the classes of cluster/errors.py, and those that the front end gives them."""
 
 HOP_BOUNDS = tuple(m * 10.0**e for e in range(-5, 1) for m in (1.0, 2.5, 5.0)) + (10.0,)
 STEP_BOUNDS = tuple(b for b in HOP_BOUNDS if b >= 1e-4)
@@ -53,205 +67,135 @@ class Metric:
     kind: Kind
     help: str
     roles: tuple[MemberRole, ...]
-    """Whose samples have it."""
+    """Whose samples have it. controller: Serve's, which tells Ray alone."""
     labels: tuple[str, ...] = ()
-    bounds: tuple[float, ...] = ()
+    bounds: Bounds = ()
     """Of a histogram."""
 
 
-def _of_attention(name: str, kind: Kind, text: str) -> Metric:
-    return Metric(f"vllm_{name}", kind, text, ("attention",), ("model_name",))
+class _Of:
+    """Makes metrics that members of these roles tell."""
+
+    def __init__(self, *roles: MemberRole, prefix: str, labels: tuple[str, ...] = ()) -> None:
+        self._roles = roles
+        self._prefix = prefix
+        self._labels = labels
+
+    def _make(self, kind: Kind, name: str, text: str, *labels: str, bounds: Bounds = ()) -> Metric:
+        all_labels = (*self._labels, *labels)
+        return Metric(f"{self._prefix}_{name}", kind, text, self._roles, all_labels, bounds)
+
+    def counter(self, name: str, text: str, *labels: str) -> Metric:
+        return self._make("counter", f"{name}_total", text, *labels)
+
+    def gauge(self, name: str, text: str, *labels: str) -> Metric:
+        return self._make("gauge", name, text, *labels)
+
+    def histogram(self, name: str, text: str, bounds: Bounds, *labels: str) -> Metric:
+        return self._make("histogram", name, text, *labels, bounds=bounds)
 
 
-def _of_requests(
-    name: str, text: str, bounds: tuple[float, ...], labels: tuple[str, ...] = ()
-) -> Metric:
-    kind: Kind = "histogram" if bounds else "counter"
-    return Metric(f"vllm_{name}", kind, text, ("ingress",), ("model_name", *labels), bounds)
-
-
-_COMPUTING: tuple[MemberRole, ...] = ("experts", "attention")
-_ROUTING: tuple[MemberRole, ...] = ("router", "attention")
+_engines = _Of("attention", prefix="vllm", labels=("model_name",))
+_requests = _Of("ingress", prefix="vllm", labels=("model_name",))
+_ingress = _Of("ingress", prefix="shoal")
+_computing = _Of("experts", "attention", prefix="shoal")
+_serving = _Of("experts", "router", prefix="shoal")
+_experts = _Of("experts", prefix="shoal")
+_attention = _Of("attention", prefix="shoal")
+_routing = _Of("router", "attention", prefix="shoal")
 """Attention workers route themselves where no router is deployed."""
+_placement = _Of("placement", prefix="shoal")
+_controller = _Of("controller", prefix="shoal")
 
 METRICS: tuple[Metric, ...] = (
     # vLLM's, of the engines
-    _of_attention("num_requests_running", "gauge", "Sequences in the running batch."),
-    _of_attention("num_requests_waiting", "gauge", "Sequences that wait for their first step."),
-    _of_attention("num_requests_swapped", "gauge", "Always 0: preempted sequences recompute."),
-    _of_attention("kv_cache_usage_perc", "gauge", "Part of the cache blocks in use, 0 to 1."),
-    _of_attention("prompt_tokens_total", "counter", "Prompt tokens, those of shared blocks too."),
-    _of_attention("generation_tokens_total", "counter", "Tokens generated."),
-    _of_attention("prefix_cache_queries_total", "counter", "Tokens looked up in the prefix cache."),
-    _of_attention("prefix_cache_hits_total", "counter", "Tokens found in the prefix cache."),
-    _of_attention("num_preemptions_total", "counter", "Sequences preempted for lack of blocks."),
+    _engines.gauge("num_requests_running", "Sequences in the running batch."),
+    _engines.gauge("num_requests_waiting", "Sequences that wait for their first step."),
+    _engines.gauge("num_requests_swapped", "Always 0: what is preempted is computed again."),
+    _engines.gauge("kv_cache_usage_perc", "Part of the cache blocks in use, 0 to 1."),
+    _engines.counter("prompt_tokens", "Prompt tokens, those of shared blocks included."),
+    _engines.counter("generation_tokens", "Tokens generated."),
+    _engines.counter("prefix_cache_queries", "Tokens looked up in the prefix cache."),
+    _engines.counter("prefix_cache_hits", "Tokens found in the prefix cache."),
+    _engines.counter("num_preemptions", "Sequences preempted for lack of blocks."),
     # vLLM's, of the requests
-    _of_requests("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BOUNDS),
-    _of_requests(
-        "inter_token_latency_seconds", "Between outputs of a sequence.", TOKEN_TIME_BOUNDS
+    _requests.histogram("time_to_first_token_seconds", "To the first token.", TTFT_BOUNDS),
+    _requests.histogram(
+        "inter_token_latency_seconds", "Between two outputs of a sequence.", TOKEN_TIME_BOUNDS
     ),
-    _of_requests(
-        "request_time_per_output_token_seconds",
-        "Mean time between a request's tokens after its first.",
-        TOKEN_TIME_BOUNDS,
+    _requests.histogram(
+        "request_time_per_output_token_seconds", "Mean after the first.", TOKEN_TIME_BOUNDS
     ),
-    _of_requests("e2e_request_latency_seconds", "From arrival to the end.", REQUEST_TIME_BOUNDS),
-    _of_requests(
-        "request_queue_time_seconds", "In an attention worker's queue.", REQUEST_TIME_BOUNDS
-    ),
-    _of_requests(
+    _requests.histogram("e2e_request_latency_seconds", "To the end.", REQUEST_TIME_BOUNDS),
+    _requests.histogram("request_queue_time_seconds", "Not computing.", REQUEST_TIME_BOUNDS),
+    _requests.histogram(
         "request_prefill_time_seconds", "From first step to first token.", REQUEST_TIME_BOUNDS
     ),
-    _of_requests("request_decode_time_seconds", "From first token to last.", REQUEST_TIME_BOUNDS),
-    _of_requests("request_prompt_tokens", "Prompt tokens of a request.", NUM_TOKENS_BOUNDS),
-    _of_requests("request_generation_tokens", "Tokens made for a request.", NUM_TOKENS_BOUNDS),
-    _of_requests("request_success_total", "Sequences that ended.", (), ("finished_reason",)),
+    _requests.histogram(
+        "request_decode_time_seconds", "From first token to last.", REQUEST_TIME_BOUNDS
+    ),
+    _requests.histogram("request_prompt_tokens", "Tokens of prompts.", NUM_TOKENS_BOUNDS),
+    _requests.histogram("request_generation_tokens", "Tokens of answers.", NUM_TOKENS_BOUNDS),
+    _requests.counter("request_success", "Sequences that ended.", "finished_reason"),
     # requests, ours
-    Metric(
-        "shoal_requests_replayed_total", "counter", "Sequences continued elsewhere.", ("ingress",)
-    ),
-    Metric(
-        "shoal_requests_parked",
-        "gauge",
-        "Sequences that wait for an attention worker.",
-        ("ingress",),
-    ),
-    Metric(
-        "shoal_requests_refused_total", "counter", "Requests not admitted.", ("ingress",), ("code",)
-    ),
-    Metric(
-        "shoal_requests_failed_total",
-        "counter",
-        "Admitted requests that failed.",
-        ("ingress",),
-        ("code",),
-    ),
-    Metric(
-        "shoal_requests_cancelled_total",
-        "counter",
-        "Requests whose client went away.",
-        ("ingress",),
-    ),
-    Metric(
-        "shoal_request_expert_seconds_total",
-        "counter",
-        "What requests cost: time that expert workers computed for them.",
-        ("ingress",),
+    _ingress.counter("requests_replayed", "Sequences continued on another attention worker."),
+    _ingress.gauge("requests_parked", "Sequences that wait for an attention worker."),
+    _ingress.counter("requests_refused", "Requests that were not admitted.", "code"),
+    _ingress.counter("requests_failed", "Admitted requests that ended in an error.", "code"),
+    _ingress.counter("requests_cancelled", "Requests whose client went away."),
+    _ingress.counter(
+        "request_expert_seconds", "What requests cost: time that experts computed for them."
     ),
     # workers
-    Metric("shoal_worker_busy", "gauge", "Part of the time spent computing, 0 to 1.", _COMPUTING),
-    Metric("shoal_worker_rows_total", "counter", "Token rows computed.", ("experts",)),
-    Metric("shoal_worker_rows_per_s", "gauge", "Token rows computed a second.", ("experts",)),
-    Metric("shoal_worker_batches_total", "counter", "Batches computed.", ("experts",)),
-    Metric(
-        "shoal_worker_waiting_batches", "gauge", "Batches that wait for their turn.", ("experts",)
-    ),
-    Metric(
-        "shoal_worker_queue_seconds",
-        "histogram",
-        "How long batches waited for their turn.",
-        ("experts",),
-        bounds=QUEUE_BOUNDS,
-    ),
-    Metric(
-        "shoal_worker_refusals_total",
-        "counter",
-        "Batches not computed: overloaded or draining (refused), without the expert (not_here).",
-        ("experts",),
-        ("reason",),
-    ),
-    Metric(
-        "shoal_experts_held", "gauge", "(layer, expert) pairs that can be computed.", ("experts",)
-    ),
-    Metric(
-        "shoal_step_seconds",
-        "histogram",
-        "Steps of the engine.",
-        ("attention",),
-        bounds=STEP_BOUNDS,
-    ),
-    Metric("shoal_step_errors_total", "counter", "Steps that failed.", ("attention",)),
+    _computing.gauge("worker_busy", "Part of the time spent computing, 0 to 1."),
+    _experts.counter("worker_rows", "Token rows computed."),
+    _experts.gauge("worker_rows_per_s", "Token rows computed a second."),
+    _experts.counter("worker_batches", "Batches computed."),
+    _serving.gauge("worker_waiting_batches", "Batches that wait for their turn."),
+    _experts.histogram("worker_queue_seconds", "Batches' waits for their turn.", QUEUE_BOUNDS),
+    _experts.counter("worker_refusals", "Batches not computed.", "reason"),
+    _experts.gauge("experts_held", "(layer, expert) pairs that can be computed."),
+    _attention.histogram("step_seconds", "Steps of the engine.", STEP_BOUNDS),
+    _attention.counter("step_errors", "Steps that failed."),
     # hops
-    Metric(
-        "shoal_hop_seconds",
-        "histogram",
-        "Hops to expert workers: in the worker's queue, computing, on the wire, in all.",
-        _ROUTING,
-        ("part",),
-        HOP_BOUNDS,
+    _routing.histogram(
+        "hop_seconds", "Hops to expert workers: in its queue, computing, else.", HOP_BOUNDS, "part"
     ),
-    Metric(
-        "shoal_hop_faults_total", "counter", "Hops without a usable answer.", _ROUTING, ("fault",)
-    ),
-    Metric("shoal_hedges_total", "counter", "Batches sent to another holder as well.", _ROUTING),
-    Metric("shoal_resent_pairs_total", "counter", "(token, expert) pairs sent again.", _ROUTING),
-    Metric("shoal_holder_waits_total", "counter", "Waits for an expert nobody held.", _ROUTING),
-    Metric("shoal_router_failovers_total", "counter", "Changes of the router.", ("attention",)),
-    Metric(
-        "shoal_frame_errors_total",
-        "counter",
-        "Frames refused, by the field at fault.",
-        ("experts", "router"),
-        ("field",),
-    ),
-    Metric(
-        "shoal_channel_bytes_total",
-        "counter",
-        "Bytes received (in) and sent (out).",
-        ("experts", "router"),
-        ("direction",),
-    ),
+    _routing.counter("hop_faults", "Hops without a usable answer.", "fault"),
+    _routing.counter("hedges", "Batches sent to another holder as well."),
+    _routing.counter("resent_pairs", "(token, expert) pairs sent again."),
+    _routing.counter("holder_waits", "Waits for an expert that nobody held."),
+    _attention.counter("router_failovers", "Changes of the router."),
+    _serving.counter("frame_errors", "Frames refused, by the field at fault.", "field"),
+    _serving.counter("channel_bytes", "Bytes of the data plane, in and out.", "direction"),
     # the cluster
-    Metric(
-        "shoal_replicas_wanted",
-        "gauge",
-        "Workers that a tier shall have.",
-        ("placement",),
-        ("tier",),
+    _placement.gauge("replicas_wanted", "Workers that a tier shall have.", "tier"),
+    _placement.gauge("replicas_present", "Workers that a tier has.", "tier"),
+    _placement.gauge("placement_epoch", "Grows when the holders of experts change."),
+    _placement.gauge("placement_ready", "1 while all is there that requests need."),
+    _placement.counter("expert_moves", "Slots changed by rebalancing."),
+    _placement.counter("worker_deaths", "Workers gone unasked.", "role"),
+    _placement.gauge(
+        "layer_imbalance", "Rows of a layer's busiest worker over their mean; 1 is even.", "layer"
     ),
-    Metric(
-        "shoal_replicas_present", "gauge", "Workers that a tier has.", ("placement",), ("tier",)
-    ),
-    Metric(
-        "shoal_placement_epoch",
-        "gauge",
-        "Grows when the holders of experts change.",
-        ("placement",),
-    ),
-    Metric("shoal_placement_ready", "gauge", "1 while every expert has a holder.", ("placement",)),
-    Metric("shoal_expert_moves_total", "counter", "Slots changed by rebalancing.", ("placement",)),
-    Metric(
-        "shoal_worker_deaths_total", "counter", "Workers gone unasked.", ("placement",), ("role",)
-    ),
-    Metric(
-        "shoal_layer_imbalance",
-        "gauge",
-        "Rows of a layer's busiest worker over their mean; 1 is even.",
-        ("placement",),
-        ("layer",),
-    ),
-    Metric(
-        "shoal_expert_rows_per_s",
-        "gauge",
-        "Rows a second of the busiest experts; rank 1 is the busiest. Which it is now:"
-        " shoal_expert_rank_layer and _id.",
-        ("placement",),
-        ("rank",),
-    ),
-    Metric(
-        "shoal_expert_rank_layer",
-        "gauge",
-        "Layer of the expert of a rank.",
-        ("placement",),
-        ("rank",),
-    ),
-    Metric(
-        "shoal_expert_rank_id",
-        "gauge",
-        "Number of the expert of a rank.",
-        ("placement",),
-        ("rank",),
+    _placement.gauge("expert_rows_per_s", "Rows a second of the busiest experts.", "rank"),
+    _placement.gauge("expert_rank_layer", "Layer of the expert of a rank, -1: none.", "rank"),
+    _placement.gauge("expert_rank_expert", "Id of the expert of a rank, -1: none.", "rank"),
+    # told by Serve's controller, to Ray only
+    _controller.counter(
+        "scaling_decisions", "Decisions of the autoscaling policies.", "deployment", "cause"
     ),
 )
 
 BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def series_of(metric: Metric) -> tuple[str, ...]:
+    """The names that its samples have."""
+    if metric.kind == "histogram":
+        return tuple(f"{metric.name}_{part}" for part in ("bucket", "sum", "count"))
+    return (metric.name,)
+
+
+METRIC_OF = {name: metric for metric in METRICS for name in series_of(metric)}
+"""By the name of a sample."""

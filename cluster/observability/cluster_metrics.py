@@ -1,0 +1,76 @@
+"""The newest samples of every live worker, for /metrics and /status of an ingress."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from experts.messages import MetricsReply
+from experts.metrics import Sample
+
+logger = logging.getLogger(__name__)
+
+SHARED_S = 0.5
+"""So long an answer of the directory serves all who ask. Members report once a second."""
+
+Samples = Mapping[str, Sequence[Sample]]
+"""By worker id."""
+
+
+class ClusterMetrics:
+    """Asks the directory for whoever reads. Any thread."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        own: Callable[[], Sequence[Sample]],
+        ask: Callable[[], MetricsReply],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """own: the samples of this worker, always fresh. `ask` blocks and raises OSError."""
+        self._worker_id = worker_id
+        self._own = own
+        self._ask = ask
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._asked_s = -math.inf
+        self._others: Samples = {}
+
+    def read(self) -> Samples:
+        """Of all workers; while the directory is away, this one's. Blocks for seconds at most."""
+        with self._lock:
+            if self._clock() - self._asked_s >= SHARED_S:
+                self._others = self._ask_all()
+                self._asked_s = self._clock()
+            return {**self._others, self._worker_id: self._own()}
+
+    def _ask_all(self) -> Samples:
+        try:
+            return {worker.worker_id: worker.samples for worker in self._ask().workers}
+        except OSError as error:
+            logger.info("metrics of the workers: %s", error)
+            return {}
+
+
+def value_of(samples: Sequence[Sample], name: str) -> float | None:
+    """Of the first series of that name; None without one."""
+    return next((sample.value for sample in samples if sample.name == name), None)
+
+
+def sum_of(workers: Samples, name: str) -> float:
+    """Over all workers and labels."""
+    return sum(s.value for samples in workers.values() for s in samples if s.name == name)
+
+
+def by_label(workers: Samples, name: str, label: str) -> dict[str, float]:
+    """Label value -> sum over the workers."""
+    found: dict[str, float] = {}
+    for samples in workers.values():
+        for sample in samples:
+            if sample.name == name:
+                key = dict(sample.labels).get(label, "")
+                found[key] = found.get(key, 0.0) + sample.value
+    return found

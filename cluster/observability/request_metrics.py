@@ -1,0 +1,113 @@
+"""What requests were, for metrics: vLLM's histograms and our counts, kept by each ingress."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from cluster.frontend.observer import RequestRecord
+from cluster.observability.catalog import (
+    ERROR_CODES,
+    FINISHED_REASONS,
+    METRICS,
+    OTHER,
+)
+from experts.metrics import Histogram, Labels, Sample
+
+
+class RequestMetrics:
+    """A RequestObserver. Its event loop writes, other threads read.
+
+    Whatever clients send, the series stay those of the catalogue.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.num_requests = 0
+        """Admitted."""
+        self.prompt_tokens = self.generated_tokens = 0
+        self.refused = Counter(dict.fromkeys(sorted(ERROR_CODES), 0))
+        self.cancelled = 0
+        self._model: Labels = (("model_name", model),)
+        self._failed = self.refused.copy()
+        self._finished = Counter(dict.fromkeys(FINISHED_REASONS, 0))
+        self._expert_s = 0.0
+        self._histograms = {
+            metric.name: Histogram(metric.bounds)
+            for metric in METRICS
+            if metric.kind == "histogram" and metric.roles == ("ingress",)
+        }
+        self.time_to_first_token = self._histograms["vllm_time_to_first_token_seconds"]
+        self.inter_token_latency = self._histograms["vllm_inter_token_latency_seconds"]
+
+    # ---- as RequestObserver
+
+    def on_started(self, request_id: str) -> None:
+        self.num_requests += 1
+
+    def on_refused(self, request_id: str, code: str) -> None:
+        self.refused[_known(code)] += 1
+
+    def on_tokens(self, num_tokens: int, gap_s: float | None) -> None:
+        self.generated_tokens += num_tokens
+        if gap_s is not None:
+            self.inter_token_latency.observe(gap_s)
+
+    def on_finished(self, record: RequestRecord) -> None:
+        self.prompt_tokens += record.prompt_tokens
+        self._expert_s += record.timing.expert_ms / 1e3
+        self._count_end(record)
+        self._observe(record)
+
+    # ---- for others
+
+    def samples(self) -> Iterator[Sample]:
+        """All series."""
+        for name, histogram in self._histograms.items():
+            yield from histogram.samples(name, self._model)
+        for reason, count in self._finished.items():
+            labels = (*self._model, ("finished_reason", reason))
+            yield Sample("vllm_request_success_total", labels, count)
+        yield from _by_code("shoal_requests_refused_total", self.refused)
+        yield from _by_code("shoal_requests_failed_total", self._failed)
+        yield Sample("shoal_requests_cancelled_total", (), self.cancelled)
+        yield Sample("shoal_request_expert_seconds_total", (), self._expert_s)
+
+    # ---- inside
+
+    def _count_end(self, record: RequestRecord) -> None:
+        for reason in record.finish_reasons:
+            self._finished[reason if reason in FINISHED_REASONS else "error"] += 1
+        unfinished = record.num_sequences - len(record.finish_reasons)
+        if record.outcome == "cancelled":
+            self.cancelled += 1
+            self._finished["abort"] += unfinished
+        elif record.outcome == "error":
+            self._failed[_known(record.code)] += 1
+            self._finished["error"] += unfinished
+
+    def _observe(self, record: RequestRecord) -> None:
+        timing = record.timing
+        self._see("e2e_request_latency_seconds", record.e2e_s)
+        self._see("request_prompt_tokens", record.prompt_tokens)
+        self._see("request_generation_tokens", record.completion_tokens)
+        if record.ttft_s is None:
+            return
+        self._see("time_to_first_token_seconds", record.ttft_s)
+        self._see("request_queue_time_seconds", timing.queue_s)
+        self._see("request_prefill_time_seconds", timing.prefill_s)
+        self._see("request_decode_time_seconds", timing.decode_s)
+        later_tokens = record.completion_tokens / record.num_sequences - 1
+        if later_tokens > 0:
+            per_token_s = timing.decode_s / later_tokens
+            self._see("request_time_per_output_token_seconds", per_token_s)
+
+    def _see(self, name: str, value: float) -> None:
+        self._histograms[f"vllm_{name}"].observe(value)
+
+
+def _known(code: str) -> str:
+    return code if code in ERROR_CODES else OTHER
+
+
+def _by_code(name: str, counts: Counter[str]) -> Iterable[Sample]:
+    return [Sample(name, (("code", code),), count) for code, count in tuple(counts.items())]
