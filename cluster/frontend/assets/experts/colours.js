@@ -1,18 +1,16 @@
 // Colours of the heat map. Sequential scales go through OKLab, so equal steps look equal and
 // lightness alone tells them apart: nobody needs to see hues. Both begin near the page's ground.
 
-const RAMPS = {
-  light: ["#edf3f3", "#c3e3d6", "#7cc7c3", "#3a9dbb", "#2468a6", "#232f7c", "#170f3f"],
-  dark: ["#16202b", "#173f5c", "#14687e", "#1f9487", "#6abd72", "#c6dd5a", "#fdf7b0"],
-};
+const LIGHT = ["#edf3f3", "#c3e3d6", "#7cc7c3", "#3a9dbb", "#2468a6", "#232f7c", "#170f3f"];
+const DARK = ["#1d2a35", "#173f5c", "#14687e", "#1f9487", "#6abd72", "#c6dd5a", "#fdf7b0"];
 // Okabe and Ito's, which the colour blind tell apart; further workers get lighter, darker turns.
 const WORKERS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#8a6fc2"];
 const TURNS = [0, 0.13, -0.13, 0.22, -0.22];
 const NUM_STEPS = 256;
 
-/** 256 packed pixels from nothing to the top of the scale. theme: "light" | "dark". */
-export function ramp(theme) {
-  const stops = RAMPS[theme].map(toLab);
+/** Packed pixels from nothing to the top of a scale. */
+export function rampOf(isDark) {
+  const stops = (isDark ? DARK : LIGHT).map(toLab);
   return Uint32Array.from({ length: NUM_STEPS }, (_, step) => {
     const place = (step / (NUM_STEPS - 1)) * (stops.length - 1);
     const low = Math.min(Math.floor(place), stops.length - 2);
@@ -37,10 +35,9 @@ export function css(packed) {
   return `rgb(${packed & 255} ${(packed >> 8) & 255} ${(packed >> 16) & 255})`;
 }
 
-/** The packed pixel of "#rrggbb". */
-export function hexPixel(hex) {
-  const [red, green, blue] = channels(hex);
-  return pack(red, green, blue);
+/** The packed pixel of "rgb(r, g, b)". */
+export function pixelOf(colour) {
+  return pack(...colour.match(/\d+/g).slice(0, 3).map(Number));
 }
 
 /** `share` of the way from one packed pixel to another. */

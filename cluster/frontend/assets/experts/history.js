@@ -14,6 +14,7 @@ export class History {
     this.changes = []; // newest last
     this._peak = 0;
     this._known = { load: null, status: null }; // the newest of each, however old
+    this._seats = new Map(); // worker id -> position among all there were: keeps its colour
   }
 
   get newest() {
@@ -22,7 +23,7 @@ export class History {
 
   /** Keep a moment; returns its frame. load, status: null while they are not to be had. */
   add(at_s, load, status) {
-    const shared = load && shareTables(load, this._known.load);
+    const shared = load && this._seated(shareTables(load, this._known.load));
     const frame = { at_s, load: shared, status, top: this._topOf(at_s, shared) };
     this.changes.push(...changesBetween(this._known, frame));
     this.changes.splice(0, this.changes.length - MAX_CHANGES);
@@ -37,9 +38,19 @@ export class History {
     return this.frames.findLast((frame) => frame.at_s <= at_s) ?? this.frames[0] ?? null;
   }
 
+  /** The newest frame up to a moment that has a load, or null. */
+  loadAt(at_s) {
+    return this.frames.findLast((frame) => frame.load && frame.at_s <= at_s) ?? null;
+  }
+
   /** Changes of the `span_s` seconds before a moment. */
   changesAt(at_s, span_s) {
     return this.changes.filter((change) => change.at_s > at_s - span_s && change.at_s <= at_s);
+  }
+
+  _seated(load) {
+    for (const id of load.workers) if (!this._seats.has(id)) this._seats.set(id, this._seats.size);
+    return { ...load, seats: load.workers.map((id) => this._seats.get(id)) };
   }
 
   _topOf(at_s, load) {

@@ -2,7 +2,8 @@
 //
 // To assistive technology it is a grid of which only the cell in focus exists, inside the canvas.
 
-import { css, hexPixel, ramp } from "./colours.js";
+import { colour, isDark } from "../common.js";
+import { pixelOf, rampOf } from "./colours.js";
 import { cellText } from "./frames.js";
 import { STRIPES, labelStep, layoutOf, paintCells } from "./paint.js";
 
@@ -10,31 +11,36 @@ const EASE_MS = 350;
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class HeatMap {
-  /** onPoint(cell or null, box in CSS pixels of the canvas): what the user looks at. */
+  /** onPoint(cell or null, its box in CSS pixels of the canvas): what the user looks at. */
   constructor(canvas, onPoint) {
+    this.drawn_ms = 0; // what the newest picture took
+    this.load = null;
     this._canvas = canvas;
     this._context = canvas.getContext("2d");
     this._cells = new OffscreenCanvas(1, 1);
     this._onPoint = onPoint;
-    this._load = null;
-    this._shown = new Float32Array(0); // rates as painted, on their way to the newest
+    this._look = { mode: "rate", top: 1, worker: null, changed: new Set(), isLive: true };
+    this._shown = null; // rates as painted, on their way to those of the load
     this._focus = 0;
     this._hover = null;
-    this._look = { mode: "rate", theme: "light", top: 1, worker: null, changed: new Set(), isLive: true };
-    this.draw_ms = 0; // what the newest picture took
+    this._request = 0;
+    this.readTheme();
     this._listen();
   }
 
-  /** Show the load of a frame; look: see the constructor. */
+  /** Show a load. look: {mode: "rate" | "replicas" | "worker", top of the scale in rows/s, worker:
+   * id of the only one to see or null, changed: cells to frame, isLive: ease over to it}. */
   show(load, look) {
-    const isOther = this._load?.rates.length !== load.rates.length;
-    this._look = { ...this._look, ...look };
-    this._load = load;
+    const isSameMap = this.load?.rates.length === load.rates.length;
+    const eases = look.isLive && isSameMap && !still.matches;
+    this._from = eases ? this._shown : load.rates;
+    if (!isSameMap) this._shown = load.rates;
+    this.load = load;
+    this._look = look;
     this._focus = Math.min(this._focus, load.rates.length - 1);
-    this._from = isOther || !this._look.isLive || still.matches ? load.rates : this._shown;
     this._since = performance.now();
     this._describe();
-    if (!this._pending) this._pending = requestAnimationFrame((now) => this._step(now));
+    this._request ||= requestAnimationFrame((now) => this._ease(now));
   }
 
   /** The cell that the user looks at, or null. */
@@ -44,101 +50,192 @@ export class HeatMap {
 
   /** Box of a cell in CSS pixels of the canvas. */
   boxOf(cell) {
-    const { left, top, across, down } = this._layout;
-    const ratio = devicePixelRatio;
+    const { left, top, across, down, ratio } = this._layout;
     return {
-      x: (left + (cell % this._load.numExperts) * across) / ratio,
-      y: (top + Math.floor(cell / this._load.numExperts) * down) / ratio,
+      x: (left + (cell % this.load.numExperts) * across) / ratio,
+      y: (top + Math.floor(cell / this.load.numExperts) * down) / ratio,
       width: across / ratio,
       height: down / ratio,
     };
   }
 
+  /** Take over the colours of the page. */
+  readTheme() {
+    this._ink = colour("--ink");
+    this._muted = colour("--muted");
+    this._accent = colour("--accent");
+    this._ground = colour("--surface");
+    this._alarm = colour("--bad");
+    this.ramp = rampOf(isDark());
+    this._draw();
+  }
+
   _listen() {
-    new ResizeObserver(() => this._load && this.show(this._load, {})).observe(this._canvas.parentElement);
-    this._canvas.addEventListener("pointermove", (event) => this._point(this._cellAt(event)));
-    this._canvas.addEventListener("pointerleave", () => this._point(null));
-    this._canvas.addEventListener("click", (event) => this._moveTo(this._cellAt(event) ?? this._focus));
-    this._canvas.addEventListener("keydown", (event) => this._onKey(event));
-    this._canvas.addEventListener("focus", () => this._point(null));
-    this._canvas.addEventListener("blur", () => this._point(null));
+    const canvas = this._canvas;
+    new ResizeObserver(() => this._draw()).observe(canvas.parentElement);
+    canvas.addEventListener("pointermove", (event) => this._hoverOver(this._cellAt(event)));
+    canvas.addEventListener("pointerleave", () => this._hoverOver(null));
+    canvas.addEventListener("click", (event) => this._moveTo(this._cellAt(event) ?? this._focus));
+    canvas.addEventListener("keydown", (event) => this._onKey(event));
+    canvas.addEventListener("focus", () => this._draw());
+    canvas.addEventListener("blur", () => this._draw());
   }
 
   _onKey(event) {
-    if (!this._load) return;
-    const { numExperts, layers } = this._load;
+    if (!this.load) return;
+    const { numExperts, layers } = this.load;
     const column = this._focus % numExperts;
-    const bottom = (layers.length - 1) * numExperts;
+    const row = Math.floor(this._focus / numExperts);
+    const [lastColumn, lastRow] = [numExperts - 1, layers.length - 1];
     const target = {
-      ArrowLeft: column > 0 ? this._focus - 1 : this._focus,
-      ArrowRight: column < numExperts - 1 ? this._focus + 1 : this._focus,
-      ArrowUp: this._focus >= numExperts ? this._focus - numExperts : this._focus,
-      ArrowDown: this._focus < bottom ? this._focus + numExperts : this._focus,
-      Home: event.ctrlKey ? 0 : this._focus - column,
-      End: event.ctrlKey ? bottom + numExperts - 1 : this._focus - column + numExperts - 1,
-      PageUp: column,
-      PageDown: bottom + column,
+      ArrowLeft: [row, Math.max(column - 1, 0)],
+      ArrowRight: [row, Math.min(column + 1, lastColumn)],
+      ArrowUp: [Math.max(row - 1, 0), column],
+      ArrowDown: [Math.min(row + 1, lastRow), column],
+      Home: [event.ctrlKey ? 0 : row, 0],
+      End: [event.ctrlKey ? lastRow : row, lastColumn],
+      PageUp: [0, column],
+      PageDown: [lastRow, column],
     }[event.key];
-    if (target === undefined) return;
+    if (!target) return;
     event.preventDefault();
     this._hover = null;
-    this._moveTo(target);
+    this._moveTo(target[0] * numExperts + target[1]);
   }
 
   _moveTo(cell) {
+    if (!this.load) return;
     this._focus = cell;
     this._describe();
     this._draw();
   }
 
-  _point(cell) {
+  _hoverOver(cell) {
+    if (cell === this._hover) return;
     this._hover = cell;
-    if (this._load) this._moveTo(this._focus);
+    this._draw();
   }
 
   _cellAt({ offsetX, offsetY }) {
     if (!this._layout) return null;
-    const { left, top, across, down } = this._layout;
-    const column = Math.floor((offsetX * devicePixelRatio - left) / across);
-    const row = Math.floor((offsetY * devicePixelRatio - top) / down);
-    const { numExperts, layers } = this._load;
+    const { left, top, across, down, ratio } = this._layout;
+    const column = Math.floor((offsetX * ratio - left) / across);
+    const row = Math.floor((offsetY * ratio - top) / down);
+    const { numExperts, layers } = this.load;
     const isInside = column >= 0 && column < numExperts && row >= 0 && row < layers.length;
     return isInside ? row * numExperts + column : null;
   }
 
-  /** Tell assistive technology of the cell in focus, and the page of the one looked at. */
+  /** Tell assistive technology about the cell in focus. */
   _describe() {
-    const { numExperts, layers } = this._load;
+    const { numExperts, layers } = this.load;
     const [row] = this._canvas.children;
     const [cell] = row.children;
-    this._canvas.setAttribute("aria-rowcount", layers.length);
-    this._canvas.setAttribute("aria-colcount", numExperts);
-    row.setAttribute("aria-rowindex", Math.floor(this._focus / numExperts) + 1);
-    cell.setAttribute("aria-colindex", (this._focus % numExperts) + 1);
-    cell.textContent = cellText(this._load, this._focus);
+    this._canvas.ariaRowCount = layers.length;
+    this._canvas.ariaColCount = numExperts;
+    row.ariaRowIndex = Math.floor(this._focus / numExperts) + 1;
+    cell.ariaColIndex = (this._focus % numExperts) + 1;
+    cell.textContent = cellText(this.load, this._focus);
   }
 
-  _step(now) {
-    const share = Math.min(1, (now - this._since) / EASE_MS);
-    const { rates } = this._load;
-    this._shown =
-      share === 1 || this._from === rates
-        ? rates
-        : rates.map((rate, cell) => this._from[cell] + (rate - this._from[cell]) * share * (2 - share));
+  _ease(now) {
+    const passed = Math.min(1, Math.max(0, (now - this._since) / EASE_MS));
+    const { rates } = this.load;
+    const [from, share] = [this._from, passed * (2 - passed)];
+    const isThere = passed === 1 || from === rates;
+    this._shown = isThere ? rates : rates.map((rate, i) => from[i] + (rate - from[i]) * share);
+    this._request = isThere ? 0 : requestAnimationFrame((later) => this._ease(later));
     this._draw();
-    const isThere = this._shown === rates;
-    this._pending = isThere ? 0 : requestAnimationFrame((later) => this._step(later));
   }
 
   _draw() {
-    if (!this._load) return;
+    if (!this._shown) return;
     const started = performance.now();
     this._resize();
     this._drawCells();
+    this._drawGaps();
     this._drawLabels();
-    for (const cell of this._look.changed) this._outline(cell, this._style("--accent"), 2);
-    if (this.pointed !== null) this._outline(this.pointed, this._style("--ink"), 2);
-    this.draw_ms = performance.now() - started;
+    for (const cell of this._look.changed) this._frame(cell, this._accent);
+    if (this.pointed !== null) this._frame(this.pointed, this._ink);
+    this.drawn_ms = performance.now() - started;
     this._onPoint(this.pointed, this.pointed === null ? null : this.boxOf(this.pointed));
+  }
+
+  _resize() {
+    const { layers, numExperts } = this.load;
+    const ratio = devicePixelRatio;
+    const width = Math.floor(this._canvas.parentElement.clientWidth * ratio);
+    const layout = layoutOf(width, layers.length, numExperts, ratio);
+    this._layout = layout;
+    if (this._canvas.width !== layout.width || this._canvas.height !== layout.height) {
+      this._canvas.width = layout.width;
+      this._canvas.height = layout.height;
+      this._canvas.style.width = `${layout.width / ratio}px`;
+      this._canvas.style.height = `${layout.height / ratio}px`;
+    } else {
+      this._context.clearRect(0, 0, layout.width, layout.height);
+    }
+  }
+
+  _drawCells() {
+    const { layers, numExperts, workers } = this.load;
+    const { left, top, across, down } = this._layout;
+    const width = numExperts * STRIPES;
+    if (this._cells.width !== width || this._cells.height !== layers.length) {
+      this._cells = new OffscreenCanvas(width, layers.length);
+    }
+    const painted = paintCells(this.load, this._shown, {
+      mode: this._look.mode,
+      ramp: this.ramp,
+      top: this._look.top,
+      alarm: pixelOf(this._alarm),
+      ground: pixelOf(this._ground),
+      only: this._look.worker === null ? -1 : workers.indexOf(this._look.worker),
+    });
+    const image = new ImageData(new Uint8ClampedArray(painted.buffer), width, layers.length);
+    this._cells.getContext("2d").putImageData(image, 0, 0);
+    this._context.imageSmoothingEnabled = false;
+    this._context.drawImage(this._cells, left, top, numExperts * across, layers.length * down);
+  }
+
+  _drawGaps() {
+    const { layers, numExperts } = this.load;
+    const { left, top, across, down, gap, width, height } = this._layout;
+    this._context.fillStyle = this._ground;
+    for (let i = 1; gap.across && i <= numExperts; i += 1) {
+      this._context.fillRect(left + i * across - gap.across, top, gap.across, height - top);
+    }
+    for (let i = 1; i <= layers.length; i += 1) {
+      this._context.fillRect(left, top + i * down - gap.down, width - left, gap.down);
+    }
+  }
+
+  _drawLabels() {
+    const { layers, numExperts } = this.load;
+    const { left, top, across, down, gap, ratio } = this._layout;
+    const context = this._context;
+    context.fillStyle = this._muted;
+    context.font = `${11 * ratio}px system-ui, sans-serif`;
+    context.textBaseline = "middle";
+    context.textAlign = "center";
+    for (let expert = 0; expert < numExperts; expert += labelStep(across, 26 * ratio)) {
+      context.fillText(expert, left + expert * across + (across - gap.across) / 2, top / 2);
+    }
+    context.textAlign = "right";
+    for (let row = 0; row < layers.length; row += labelStep(down, 13 * ratio)) {
+      context.fillText(layers[row], left - 8 * ratio, top + row * down + (down - gap.down) / 2);
+    }
+  }
+
+  _frame(cell, style) {
+    const { left, top, across, down, gap, ratio } = this._layout;
+    const x = left + (cell % this.load.numExperts) * across;
+    const y = top + Math.floor(cell / this.load.numExperts) * down;
+    const line = Math.max(1, Math.round(1.5 * ratio));
+    this._context.strokeStyle = style;
+    this._context.lineWidth = line;
+    this._context.strokeRect(
+      x - line / 2, y - line / 2, across - gap.across + line, down - gap.down + line,
+    );
   }
 }
