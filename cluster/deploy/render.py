@@ -32,7 +32,7 @@ PARTS: dict[str, Callable[[DeployConfig, Sizing], list[Manifest]]] = {
 COMPONENTS: dict[str, Callable[[DeployConfig], list[Manifest]]] = {
     "networkpolicy": network.policies,
     "gcs-redis": redis.objects,
-    "monitoring": monitoring.monitors,
+    "monitoring": monitoring.objects,
     "gateway": gateway.routes,
 }
 """What it may have besides. gcs-redis also changes the RayService."""

@@ -17,6 +17,8 @@ Pods = Annotated[int, Field(ge=1, le=1024)]
 Cpus = Annotated[float, Field(gt=0, le=1024)]
 Gib = Annotated[float, Field(gt=0, le=1 << 16)]
 INCREMENTAL = "NewClusterWithIncrementalUpgrade"
+PositiveSeconds = Annotated[float, Field(gt=0, le=3600)]
+HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/:]+(:\d{1,5})?(/\S*)?$", max_length=500)]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\s]*$")]
 
 
@@ -222,14 +224,31 @@ class Times(Section):
     """A pod that is told to go may take so long; a drained worker takes up to 90 s."""
 
 
+class AlertLimits(Section):
+    """What is too slow, in the slowest hundredth over ten minutes."""
+
+    first_token_s: PositiveSeconds = 10.0
+    token_gap_s: PositiveSeconds = 0.5
+    hop_s: PositiveSeconds = 0.1
+
+
 class Monitoring(Section):
-    """For the Prometheus operator."""
+    """For the Prometheus operator, and for Grafana."""
 
     enabled: bool = False
     namespace: DnsLabel = "monitoring"
-    """Where Prometheus runs."""
+    """Where Prometheus and Grafana run."""
     labels: dict[str, str] = {"release": "prometheus"}
     """By which Prometheus selects its PodMonitors and PrometheusRules."""
+    dashboard_labels: dict[str, str] = {"grafana_dashboard": "1"}
+    """By which Grafana's sidecar selects ConfigMaps with dashboards."""
+    alerts: AlertLimits = AlertLimits()
+    prometheus_url: HttpUrl | None = None
+    """Where Ray's dashboard asks, http://prometheus.monitoring:9090; None: it shows no metrics."""
+    grafana_url: HttpUrl | None = None
+    """Where Ray's dashboard finds Grafana."""
+    grafana_browser_url: HttpUrl | None = None
+    """The same for the browser, which loads panels from there; None: as grafana_url."""
 
 
 class NetworkRules(Section):

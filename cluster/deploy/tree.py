@@ -11,17 +11,18 @@ from typing import Any
 
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.manifest import Manifest, dump, dump_one
-from cluster.deploy.manifests import redis
+from cluster.deploy.manifests import monitoring, redis
+from cluster.deploy.manifests.boards import WRITTEN_BY
 from cluster.deploy.render import COMPONENTS, PARTS, enabled_components
 from cluster.deploy.sections import GcsRedis
 from cluster.deploy.sizing import size
 
-HEADER = "# Written by tools/generate_k8s.py from cluster/deploy: change that, then run it.\n"
+HEADER = f"# {WRITTEN_BY}\n"
 API_VERSIONS = {
     "Kustomization": "kustomize.config.k8s.io/v1beta1",
     "Component": "kustomize.config.k8s.io/v1alpha1",
 }
-REDIS_COMPONENT = "gcs-redis"
+REDIS_COMPONENT, MONITORING_COMPONENT = "gcs-redis", "monitoring"
 Parts = dict[str, list[Manifest]]
 
 
@@ -40,7 +41,12 @@ def tree(configs: Mapping[str, DeployConfig]) -> dict[str, str]:
         used = [f"../../components/{name}" for name in enabled_components(config)]
         more = {"components": used} if used else {}
         files |= _folder(f"overlays/{overlay}", own, more, ["../../base"])
-    return {path: HEADER + text for path, text in files.items()}
+    return {path: _with_header(path, text) for path, text in files.items()}
+
+
+def _with_header(path: str, text: str) -> str:
+    """JSON has no comments; the dashboards say it in their description."""
+    return text if path.endswith(".json") else HEADER + text
 
 
 def _parts(config: DeployConfig) -> Parts:
@@ -57,6 +63,8 @@ def _shared(overlays: Mapping[str, Parts]) -> Parts:
 
 
 def _component(name: str, config: DeployConfig) -> dict[str, str]:
+    if name == MONITORING_COMPONENT:
+        return _monitoring(config)
     more = {}
     if name == REDIS_COMPONENT:
         # JSON6902: a strategic merge would replace whole lists of a custom resource.
@@ -66,6 +74,32 @@ def _component(name: str, config: DeployConfig) -> dict[str, str]:
         more = {"patches": [{"target": target, "patch": dump_one(patch)}]}
     parts = {name: COMPONENTS[name](config)}
     return _folder(f"components/{name}", parts, more, kind="Component")
+
+
+def _monitoring(config: DeployConfig) -> dict[str, str]:
+    """Dashboards are files of their own, for people who load them by hand; so are the settings of
+    a Prometheus without an operator."""
+    folder = f"components/{MONITORING_COMPONENT}"
+    made = COMPONENTS[MONITORING_COMPONENT](config)
+    boards = [object_ for object_ in made if object_["kind"] == "ConfigMap"]
+    others = [object_ for object_ in made if object_["kind"] != "ConfigMap"]
+    more = {"configMapGenerator": [_generator(board) for board in boards]}
+    files = _folder(folder, {MONITORING_COMPONENT: others}, more, kind="Component")
+    for board in boards:
+        files |= {f"{folder}/dashboards/{name}": text for name, text in board["data"].items()}
+    by_hand = monitoring.by_hand()
+    return files | {f"{folder}/prometheus/{name}": text for name, text in by_hand.items()}
+
+
+def _generator(board: Manifest) -> dict[str, Any]:
+    """What makes Kustomize read a ConfigMap from files. Its name stays: nothing refers to it."""
+    metadata = board["metadata"]
+    return {
+        "name": metadata["name"],
+        "namespace": metadata["namespace"],
+        "files": [f"dashboards/{name}" for name in board["data"]],
+        "options": {"disableNameSuffixHash": True, "labels": metadata["labels"]},
+    }
 
 
 def _folder(

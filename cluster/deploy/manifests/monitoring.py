@@ -1,30 +1,72 @@
-"""For the Prometheus operator: whom to scrape, and when to call somebody."""
+"""For the Prometheus operator and Grafana: whom to scrape, when to call somebody, what to show.
+
+The same for a Prometheus that is run by hand beside a Ray without Kubernetes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cluster.deploy.config import DeployConfig
-from cluster.deploy.manifest import Manifest
+from cluster.deploy.manifest import Manifest, dump_one
+from cluster.deploy.manifests.alerts import Scope, rule_groups
+from cluster.deploy.manifests.boards import BOARDS, TAG
+from cluster.deploy.manifests.grafana import dump
 from cluster.deploy.manifests.names import METRICS_PORTS, labels, manifest, selector
+from cluster.deploy.sections import AlertLimits
 
 API_VERSION = "monitoring.coreos.com/v1"
-APPLICATION = 'application="shoal"'
+TARGET_LABELS = {"ray_io_cluster": "ray_io_cluster", "pod_tier": "app_kubernetes_io_component"}
+"""Label of every series -> the pod's label that it is. None is a label of a metric of ours."""
+RAY_JOB = "ray"
+"""Of the targets in the file that Ray writes."""
+DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S108 - Ray's place
 
 
-def monitors(config: DeployConfig) -> list[Manifest]:
-    """Ray's own metrics and the counters of our scaling policies."""
+def objects(config: DeployConfig) -> list[Manifest]:
+    """Ray's agents serve our metrics beside Ray's own."""
     spec = {
         "selector": selector(labels(config)),
         "podMetricsEndpoints": [
             {"port": port, "relabelings": _relabelings()} for port in METRICS_PORTS
         ],
     }
-    rules = {"groups": [{"name": config.name, "rules": _rules(config)}]}
+    job = f"{config.namespace}/{config.name}"
+    scope = Scope(job, f'job="{job}",pod_tier="head"')
+    rules = rule_groups(config.name, scope, config.monitoring.alerts)
     return [
+        *(_dashboard(config, uid, text) for uid, text in dashboards().items()),
         _selected(config, manifest(API_VERSION, "PodMonitor", config, config.name, spec=spec)),
         _selected(config, manifest(API_VERSION, "PrometheusRule", config, config.name, spec=rules)),
     ]
+
+
+def dashboards() -> dict[str, str]:
+    """uid -> JSON."""
+    return {board.uid: dump(board, TAG) for board in BOARDS}
+
+
+def by_hand() -> dict[str, str]:
+    """File -> text: settings and rules of a Prometheus on the machine of Ray's head."""
+    scope = Scope(RAY_JOB, f'job="{RAY_JOB}"')
+    scrape = {
+        "job_name": RAY_JOB,
+        "file_sd_configs": [{"files": [DISCOVERY_FILE], "refresh_interval": "10s"}],
+    }
+    settings = {
+        "global": {"scrape_interval": "10s", "evaluation_interval": "10s"},
+        "rule_files": ["alerts.yml"],
+        "scrape_configs": [scrape],
+    }
+    rules = rule_groups("shoal", scope, AlertLimits())
+    return {"prometheus.yml": dump_one(settings), "alerts.yml": dump_one(rules)}
+
+
+def _dashboard(config: DeployConfig, uid: str, text: str) -> Manifest:
+    """Grafana's sidecar loads it wherever it lies."""
+    object_ = manifest("v1", "ConfigMap", config, uid, data={f"{uid}.json": text})
+    object_["metadata"]["labels"] |= config.monitoring.dashboard_labels
+    return object_
 
 
 def _selected(config: DeployConfig, object_: Manifest) -> Manifest:
@@ -35,48 +77,7 @@ def _selected(config: DeployConfig, object_: Manifest) -> Manifest:
 
 def _relabelings() -> list[dict[str, Any]]:
     """Which Ray cluster and which tier a series is of."""
-    names = {"ray_io_cluster": "ray_io_cluster", "tier": "app_kubernetes_io_component"}
     return [
         {"sourceLabels": [f"__meta_kubernetes_pod_label_{label}"], "targetLabel": target}
-        for target, label in names.items()
+        for target, label in TARGET_LABELS.items()
     ]
-
-
-def _rules(config: DeployConfig) -> list[dict[str, Any]]:
-    job = f'job="{config.namespace}/{config.name}"'
-    causes = 'cause=~"error|unknown"'
-    return [
-        _alert(
-            "ShoalHeadDown",
-            f'absent(up{{{job},tier="head"}} == 1)',
-            "5m",
-            "critical",
-            "Ray's head does not answer: nothing is scaled or replaced until it is back.",
-        ),
-        _alert(
-            "ShoalTierEmpty",
-            "sum by (deployment) "
-            f"(ray_serve_deployment_replica_healthy{{{job},{APPLICATION}}}) == 0",
-            "2m",
-            "critical",
-            "{{ $labels.deployment }} has no healthy replica: requests wait, then fail.",
-        ),
-        _alert(
-            "ShoalScalingBlind",
-            "sum by (deployment) "
-            f"(increase(ray_shoal_scaling_decisions_total{{{job},{causes}}}[15m])) > 0",
-            "15m",
-            "warning",
-            "{{ $labels.deployment }} keeps its size: its workers do not report their load.",
-        ),
-    ]
-
-
-def _alert(name: str, expr: str, wait: str, severity: str, description: str) -> dict[str, Any]:
-    return {
-        "alert": name,
-        "expr": expr,
-        "for": wait,
-        "labels": {"severity": severity},
-        "annotations": {"description": description},
-    }

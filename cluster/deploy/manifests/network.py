@@ -33,7 +33,7 @@ def policies(config: DeployConfig) -> list[Manifest]:
             f"{config.name}-head",
             labels(config, "head"),
             [_from_operator(config)],
-            [{"ports": _tcp(*API_SERVER_PORTS)}],  # Ray's autoscaler
+            _egress_of_head(config),
         ),
     ]
 
@@ -72,6 +72,14 @@ def _ingress(config: DeployConfig) -> list[dict[str, Any]]:
 def _egress(config: DeployConfig) -> list[dict[str, Any]]:
     dns = [{"protocol": protocol, "port": DNS_PORT} for protocol in ("UDP", "TCP")]
     return [{"to": [_each_other(config)]}, {"ports": dns}]
+
+
+def _egress_of_head(config: DeployConfig) -> list[dict[str, Any]]:
+    """To the API server for Ray's autoscaler, to Prometheus and Grafana for Ray's dashboard."""
+    monitoring = config.monitoring
+    asked = monitoring.prometheus_url or monitoring.grafana_url
+    pages = [{"to": [_namespace(monitoring.namespace)]}] if asked else []
+    return [{"ports": _tcp(*API_SERVER_PORTS)}, *pages]
 
 
 def _from_operator(config: DeployConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from cluster.deploy.manifests.names import (
     worker_account,
 )
 from cluster.deploy.manifests.volumes import Volume, api_keys, model, quantity, shared_memory
-from cluster.deploy.sections import Pod, Toleration, WorkerGroup
+from cluster.deploy.sections import Monitoring, Pod, Toleration, WorkerGroup
 from cluster.deploy.sizing import GIB
 
 USER_ID = 1000
@@ -50,6 +50,7 @@ def head_template(config: DeployConfig) -> dict[str, Any]:
     memory = round(config.head.memory_gib * GIB)
     container = _container(config, "ray-head", ports, [shared_memory()])
     container["resources"] = resources(config, config.head, memory)
+    container["env"] += _metrics_pages(config.monitoring)
     spec = _pod(config, config.head, "control", [container], [shared_memory()])
     spec["terminationGracePeriodSeconds"] = HEAD_TERMINATION_S
     return _template(config, "head", spec)
@@ -127,6 +128,17 @@ def _environment(config: DeployConfig) -> list[dict[str, Any]]:
         {"name": SECRET_VARIABLE, "valueFrom": {"secretKeyRef": reference}},
         *({"name": name, "value": value} for name, value in plain.items()),
     ]
+
+
+def _metrics_pages(monitoring: Monitoring) -> list[dict[str, str]]:
+    """For Ray's dashboard: whom it asks, and what the browser embeds."""
+    browser_url = monitoring.grafana_browser_url or monitoring.grafana_url
+    urls = {
+        "RAY_PROMETHEUS_HOST": monitoring.prometheus_url,
+        "RAY_GRAFANA_HOST": monitoring.grafana_url,
+        "RAY_GRAFANA_IFRAME_HOST": browser_url,
+    }
+    return [{"name": name, "value": url} for name, url in urls.items() if url is not None]
 
 
 def _pod(

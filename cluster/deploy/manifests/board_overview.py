@@ -1,0 +1,206 @@
+"""The board that one looks at first: requests, latencies, tokens, capacity."""
+
+from __future__ import annotations
+
+from cluster.deploy.manifests.grafana import Line, Panel, Row
+from cluster.deploy.manifests.promql import Queries, or_zero
+
+TITLE = "Shoal: overview"
+DESCRIPTION = "How fast it answers, how much it does and what room it has left."
+
+
+def rows(q: Queries) -> tuple[Row, ...]:
+    """Top to bottom."""
+    return (
+        Row("Now", _now(q)),
+        Row("Requests", _requests(q)),
+        Row("Tokens", _tokens(q)),
+        Row("Capacity", _capacity(q)),
+    )
+
+
+def percentiles(q: Queries, name: str, shares: tuple[float, ...] = (0.5, 0.9, 0.99)) -> list[Line]:
+    """Of what a histogram observed: p50, p90, ..."""
+    return [Line(q.quantile(share, name), f"p{share * 100:g}") for share in shares]
+
+
+def _now(q: Queries) -> tuple[Panel, ...]:
+    return (
+        Panel(
+            "Running",
+            "short",
+            (Line(q.sum("vllm_num_requests_running"), "running"),),
+            "Sequences in the steps of all attention workers.",
+            "stat",
+        ),
+        Panel(
+            "Waiting",
+            "short",
+            (Line(q.sum("vllm_num_requests_waiting"), "waiting"),),
+            "Sequences that wait for room in the cache or in a step.",
+            "stat",
+        ),
+        Panel(
+            "Generated",
+            "short",
+            (Line(q.rate("vllm_generation_tokens_total"), "tokens/s"),),
+            "New tokens a second.",
+            "stat",
+        ),
+        Panel(
+            "First token, p99",
+            "s",
+            (Line(q.quantile(0.99, "vllm_time_to_first_token_seconds"), "p99"),),
+            "From a request's arrival to its first token.",
+            "stat",
+        ),
+        Panel(
+            "Cache in use",
+            "percentunit",
+            (Line(q.max("vllm_kv_cache_usage_perc"), "fullest"),),
+            "Of the KV cache of the fullest attention worker.",
+            "stat",
+        ),
+        Panel(
+            "Every expert has a holder",
+            "bool_yes_no",
+            (Line(q.max("shoal_placement_ready"), "ready"),),
+            "What readiness waits for: each expert is on a worker that lives.",
+            "stat",
+        ),
+    )
+
+
+def _requests(q: Queries) -> tuple[Panel, ...]:
+    ended = Line(q.rate("vllm_request_success_total", "finished_reason"), "{{finished_reason}}")
+    refused = Line(or_zero(q.rate("shoal_requests_refused_total")), "refused")
+    cancelled = Line(or_zero(q.rate("shoal_requests_cancelled_total")), "cancelled")
+    parts = ("queue", "prefill", "decode")
+    return (
+        Panel(
+            "Requests",
+            "reqps",
+            (ended, refused, cancelled),
+            "By how they ended: at a stop, at their length, cancelled by the client, or refused.",
+        ),
+        Panel(
+            "Time to the first token",
+            "s",
+            tuple(percentiles(q, "vllm_time_to_first_token_seconds")),
+            "From arrival to the first token: queue and prompt.",
+        ),
+        Panel(
+            "Time between tokens",
+            "s",
+            tuple(percentiles(q, "vllm_inter_token_latency_seconds")),
+            "Of each sequence, token by token: what a reader of a stream feels.",
+        ),
+        Panel(
+            "Whole request",
+            "s",
+            tuple(percentiles(q, "vllm_e2e_request_latency_seconds")),
+            "From arrival to the last token; grows with the length of answers.",
+        ),
+        Panel(
+            "Where a request's time goes",
+            "s",
+            tuple(Line(q.average(f"vllm_request_{part}_time_seconds"), part) for part in parts),
+            "Means. A long queue asks for attention workers or cache, a long decode for experts.",
+        ),
+        Panel(
+            "Cost of a request",
+            "s",
+            (
+                Line(
+                    f"{q.rate('shoal_request_expert_seconds_total')}"
+                    f" / {q.count('vllm_e2e_request_latency_seconds')}",
+                    "expert seconds",
+                ),
+            ),
+            "Time that expert workers computed for a request, on average.",
+        ),
+    )
+
+
+def _tokens(q: Queries) -> tuple[Panel, ...]:
+    lengths = {"prompt": "vllm_request_prompt_tokens", "answer": "vllm_request_generation_tokens"}
+    return (
+        Panel(
+            "Tokens",
+            "ops",
+            (
+                Line(q.rate("vllm_prompt_tokens_total"), "prompt"),
+                Line(q.rate("vllm_generation_tokens_total"), "generated"),
+            ),
+            "A second, of all workers.",
+        ),
+        Panel(
+            "Length of requests",
+            "short",
+            tuple(
+                Line(q.quantile(share, name), f"{what} p{share * 100:g}")
+                for what, name in lengths.items()
+                for share in (0.5, 0.99)
+            ),
+            "Tokens of prompts and of answers.",
+        ),
+        Panel(
+            "Prompts found in the cache",
+            "percentunit",
+            (
+                Line(
+                    f"{q.rate('vllm_prefix_cache_hits_total')}"
+                    f" / {q.rate('vllm_prefix_cache_queries_total')}",
+                    "hits",
+                ),
+            ),
+            "Share of prompt tokens that an earlier request left in the KV cache.",
+        ),
+    )
+
+
+def _capacity(q: Queries) -> tuple[Panel, ...]:
+    return (
+        Panel(
+            "Sequences",
+            "short",
+            (
+                Line(q.sum("vllm_num_requests_running"), "running"),
+                Line(q.sum("vllm_num_requests_waiting"), "waiting"),
+            ),
+            "Of all attention workers.",
+        ),
+        Panel(
+            "KV cache",
+            "percentunit",
+            (Line(q.max("vllm_kv_cache_usage_perc", "replica"), "{{replica}}"),),
+            "Share of its blocks that each attention worker uses.",
+        ),
+        Panel(
+            "Preemptions",
+            "ops",
+            (Line(or_zero(q.rate("vllm_num_preemptions_total")), "preempted"),),
+            "Sequences that gave their cache to others and are computed again.",
+        ),
+        Panel(
+            "Busy",
+            "percentunit",
+            (Line(q.max("shoal_worker_busy", "replica"), "{{replica}}"),),
+            "Share of its time that a worker computes; its tier scales by it.",
+        ),
+        Panel(
+            "Workers",
+            "short",
+            (
+                Line(q.max("shoal_replicas_wanted", "tier"), "{{tier}} wanted"),
+                Line(q.max("shoal_replicas_present", "tier"), "{{tier}} present"),
+            ),
+            "Of each tier.",
+        ),
+        Panel(
+            "Steps",
+            "s",
+            tuple(percentiles(q, "shoal_step_seconds")),
+            "Of the engines: one step gives every running sequence a token.",
+        ),
+    )
