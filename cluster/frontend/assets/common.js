@@ -1,12 +1,12 @@
-// What all pages share: the API with its key, event streams, the top of the page, the theme, toasts.
-// Text from outside goes in through textContent only; pages have no inline script or style.
+// What all pages share: the API with its key, event streams, theme, toasts, the top of the page.
+// Text from outside goes in as text only; pages have no inline script or style, and no innerHTML.
 
 /** Where the server's paths begin, whatever prefix a proxy puts before them. */
 export const root = new URL("..", import.meta.url);
 
 // ---- elements
 
-/** `element("p", { className: "muted" }, "text", child)`; properties, or attributes by their name. */
+/** `element("p", { className: "muted" }, "text", child)`: properties, or else attributes. */
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -34,7 +34,7 @@ export class ApiError extends Error {
 /** The API key, kept until the tab closes. */
 export const apiKey = {
   get: () => sessionStorage.getItem("shoal.key") ?? "",
-  set: (key) => (key ? sessionStorage.setItem("shoal.key", key) : sessionStorage.removeItem("shoal.key")),
+  set: (key) => sessionStorage.setItem("shoal.key", key),
 };
 
 /**
@@ -120,7 +120,7 @@ export function isDark() {
   return chosen ? chosen === "dark" : darkSystem.matches;
 }
 
-/** A colour of common.css as canvases take it: `colour("--accent")`; event shoal:theme: read again. */
+/** A colour of common.css as canvases take it: `colour("--accent")`. Changes at shoal:theme. */
 export function colour(name) {
   const probe = element("span", { hidden: true });
   probe.style.color = `var(${name})`;
@@ -141,17 +141,33 @@ const tellTheme = () => document.dispatchEvent(new CustomEvent("shoal:theme"));
 
 // ---- toasts
 
-/** A message in the corner that somebody closes or that goes by itself. */
-export function toast(message) {
-  const shown = element("div", { className: "toast card" }, element("p", {}, message));
+/** A message in the corner that somebody closes or that goes by itself; kind: "bad" or "good". */
+export function toast(message, kind = "bad") {
+  const shown = element("div", { className: `toast card ${kind}` }, element("p", {}, message));
   const close = element("button", { className: "quiet", ariaLabel: "Close" }, "✕");
   close.onclick = () => shown.remove();
   shown.append(close);
   toasts.append(shown);
-  setTimeout(() => shown.remove(), 8000);
+  setTimeout(() => shown.remove(), kind === "good" ? 2000 : 8000);
 }
 
 const toasts = element("div", { className: "toasts", role: "alert" });
+
+// ---- clipboard
+
+/** Copy, also where the page came over plain HTTP and browsers hide their clipboard. */
+export async function copyText(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+  } else {
+    const field = element("textarea", { value: text, className: "unseen" });
+    (document.querySelector(":modal") ?? document.body).append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+  toast("Copied.", "good");
+}
 
 // ---- the top of the page
 
@@ -202,7 +218,7 @@ function keyForm() {
     element("p", { className: "small muted" }, "Kept in this tab only, until it is closed."),
     element("div", { className: "row" }, save, forget),
   );
-  const popover = element("div", { className: "key-form card", id: "key-form", popover: "auto" }, form);
+  const popover = element("div", { className: "key-form card", popover: "auto" }, form);
   const opener = element("button", { className: "quiet", popoverTargetElement: popover }, "Key");
   const show = () => (opener.textContent = apiKey.get() ? "Key ✓" : "Key");
   const use = (key) => {
