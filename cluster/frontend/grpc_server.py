@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, closing
@@ -37,12 +36,12 @@ from cluster.frontend.idempotency import IdempotentCall, idempotent_call
 from cluster.frontend.observation import Observation
 from cluster.frontend.observer import Origin
 from cluster.frontend.openai import SamplingFields
+from cluster.frontend.request_context import begin_request
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
 ReplyT = TypeVar("ReplyT", bound=Message)
-_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9_.:-]")
 HEALTH_SERVICES = ("", "shoal.v1.Inference")
 HEALTH_POLL_S = 1.0
 IDEMPOTENCY_KEY = IDEMPOTENCY_HEADER.lower()
@@ -168,8 +167,8 @@ class InferenceMethods:
     def _begin(self, context: GrpcContext) -> str:
         """The request's id, which every answer carries."""
         metadata = dict(context.invocation_metadata() or ())
-        given = _NOT_IN_REQUEST_ID.sub("", str(metadata.get(REQUEST_ID_KEY, "")))
-        request_id = given[: self.service.limits.max_request_id_chars] or uuid.uuid4().hex
+        given = str(metadata.get(REQUEST_ID_KEY, ""))
+        request_id = begin_request(given, self.service.limits.max_request_id_chars)
         context.set_trailing_metadata([(REQUEST_ID_KEY, request_id)])
         return request_id
 
