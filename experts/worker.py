@@ -73,6 +73,7 @@ class WorkerCounters:
     not_here: int = 0
     refused: int = 0
     busy_s: float = 0.0
+    queue_us: int = 0  # that batches waited for their turn, all together
     queue_us_buckets: list[int] = field(default_factory=lambda: [0] * 33)
     """Batches by the bit length of the microseconds that they waited for their turn."""
 
@@ -182,6 +183,11 @@ class ExpertWorker:
         while self.counters.batches != seen and time.monotonic() < until_s:
             seen = self.counters.batches
             time.sleep(quiet_s)
+
+    @property
+    def num_waiting(self) -> int:
+        """Batches that wait for their turn."""
+        return self._turns.num_waiting
 
     def drain(self) -> None:
         """Refuse new batches with DRAINING; those in the queue are still computed."""
@@ -293,6 +299,7 @@ class ExpertWorker:
                 queue_us = int((begun_s - batch.request.received_s) * 1e6)
                 batch.reply.queue_us = min(max(0, queue_us), _U32)
                 batch.reply.compute_us = min(compute_us, _U32)
+                self.counters.queue_us += batch.reply.queue_us
                 self.counters.queue_us_buckets[batch.reply.queue_us.bit_length()] += 1
 
     def _emulate(self, batches: Sequence[_Batch], begun_s: float) -> None:
