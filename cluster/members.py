@@ -21,6 +21,7 @@ from starlette.responses import Response
 from attention.memory import context_length
 from attention.worker import AttentionWorker
 from cluster import chaos
+from cluster.autoscaling.settings import Scaling
 from cluster.autoscaling.stats import (
     UNKNOWN,
     AttentionMeter,
@@ -143,6 +144,21 @@ def redundancy(config: ShoalConfig, space: ExpertSpace) -> int:
     return -(-space.num_total // (8 * space.unit_size)) * space.unit_size
 
 
+def tier_bounds(config: ShoalConfig) -> dict[Role, tuple[int, int]]:
+    """Least and most workers of each tier while no command sets their number."""
+
+    def bounds(scaling: Scaling | None, num_workers: int) -> tuple[int, int]:
+        if scaling is None or not scaling.follows_load:
+            return num_workers, num_workers
+        return scaling.min_workers, scaling.max_workers
+
+    return {
+        "experts": bounds(config.experts.scaling, config.experts.num_workers),
+        "attention": bounds(config.attention.scaling, config.attention.num_workers),
+        "router": bounds(None, config.router.num_workers * (config.router.mode == "deployment")),
+    }
+
+
 def model_info(config: ShoalConfig) -> ModelInfo:
     """What requests are checked against: the model's files and the engine's cache."""
     model = ModelConfig.load(config.model)
@@ -172,6 +188,7 @@ class PlacementMember:
                 "experts": config.experts.max_workers,
                 "attention": config.attention.max_workers,
             },
+            tier_bounds=tier_bounds(config),
         )
         self.directory = Directory(rules, enable_chaos=config.enable_chaos)
         self.directory.start(endpoint, secret)
@@ -230,7 +247,10 @@ class ExpertMember:
     def _load(self) -> LoadReport:
         counter = self.worker.load_counter
         return LoadReport(
-            window_s=counter.window_s, rows=tuple(map(tuple, counter.totals().values()))
+            window_s=counter.window_s,
+            rows=tuple(map(tuple, counter.totals().values())),
+            recent_s=counter.recent_s,
+            recent_rows=tuple(map(tuple, counter.recent().values())),
         )
 
     def close(self, hand_over: bool = True) -> None:

@@ -5,7 +5,6 @@ A worker counts (LoadCounter), the directory keeps each worker's newest counts a
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -16,48 +15,64 @@ import numpy.typing as npt
 from experts.placement.eplb import balancedness
 
 WINDOW_S = 60.0
+RECENT_S = 5.0
+NUM_SLICES = 60
 Counts = npt.NDArray[np.int64]
 
 
 class LoadCounter:
-    """Rows by (layer, expert) over a sliding window, kept in `num_buckets` slices of time."""
+    """Rows by (layer, expert) over a sliding window, kept in NUM_SLICES slices of time.
+
+    The window is what placement goes by. Its newest complete slices, `recent_s` in all (about
+    RECENT_S, less if the window is shorter), are for people who watch.
+    """
 
     def __init__(
         self,
         layers: Iterable[int],
         num_experts: int,
         window_s: float = WINDOW_S,
-        num_buckets: int = 12,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._layers = {layer: i for i, layer in enumerate(layers)}
-        self._num_experts = num_experts
         self.window_s = window_s
-        self._bucket_s = window_s / num_buckets
+        self._slice_s = window_s / NUM_SLICES
+        self._num_recent = min(max(1, round(RECENT_S / self._slice_s)), NUM_SLICES - 1)
+        self.recent_s = self._num_recent * self._slice_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._buckets: deque[tuple[int, Counts]] = deque(maxlen=num_buckets)  # (slice, [L, E])
+        # V3: 7 MB. Slice n is at n % NUM_SLICES until NUM_SLICES later ones have begun.
+        self._slices = np.zeros((NUM_SLICES, len(self._layers), num_experts), np.int64)
+        self._now = int(clock() / self._slice_s)
 
     def add(self, layer: int, expert_ids: npt.NDArray[np.int32]) -> None:
         """One row for each entry of expert_ids [P]; an id may repeat."""
-        now = int(self._clock() / self._bucket_s)
         with self._lock:
-            if not self._buckets or self._buckets[-1][0] != now:
-                empty = np.zeros((len(self._layers), self._num_experts), np.int64)
-                self._buckets.append((now, empty))
-            np.add.at(self._buckets[-1][1][self._layers[layer]], expert_ids, 1)
+            self._begin_slice()
+            np.add.at(self._slices[self._now % NUM_SLICES, self._layers[layer]], expert_ids, 1)
 
     def totals(self) -> dict[int, list[int]]:
         """layer -> rows of each expert [E] within the window."""
-        oldest = int(self._clock() / self._bucket_s) - (self._buckets.maxlen or 0) + 1
         with self._lock:
-            recent = [counts for slice_, counts in self._buckets if slice_ >= oldest]
-            total = np.sum(recent, axis=0) if recent else None
-        nothing = [0] * self._num_experts
-        return {
-            layer: nothing[:] if total is None else total[i].tolist()
-            for layer, i in self._layers.items()
-        }
+            self._begin_slice()
+            return self._by_layer(self._slices.sum(axis=0))
+
+    def recent(self) -> dict[int, list[int]]:
+        """layer -> rows of each expert [E] within the `recent_s` before the slice of now."""
+        with self._lock:
+            self._begin_slice()
+            numbers = np.arange(self._now - self._num_recent, self._now) % NUM_SLICES
+            return self._by_layer(self._slices[numbers].sum(axis=0))
+
+    def _begin_slice(self) -> None:
+        """Clear what has left the window. Caller holds the lock."""
+        now = int(self._clock() / self._slice_s)
+        for number in range(max(self._now + 1, now - NUM_SLICES + 1), now + 1):
+            self._slices[number % NUM_SLICES] = 0
+        self._now = now
+
+    def _by_layer(self, rows: Counts) -> dict[int, list[int]]:
+        return dict(zip(self._layers, rows.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,10 +85,14 @@ class ClusterLoad:
 
 
 class LoadBoard:
-    """The newest counts of each live worker; its callers see to locking."""
+    """The newest counts of each live worker; its callers see to locking.
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    `window_s`: what `total` tells while no worker has said anything.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, window_s: float = WINDOW_S) -> None:
         self._shape = (num_layers, num_experts)
+        self._window_s = window_s
         self._newest: dict[str, tuple[float, Counts]] = {}  # worker_id -> window_s, [L, E]
 
     def put(self, worker_id: str, window_s: float, rows: Sequence[Sequence[int]]) -> None:
@@ -93,7 +112,7 @@ class LoadBoard:
         nothing = np.zeros(self._shape, np.int64)
         counts = {worker: self._newest.get(worker, (0.0, nothing)) for worker in workers}
         return ClusterLoad(
-            max((window_s for window_s, _ in counts.values()), default=0.0) or WINDOW_S,
+            max((window_s for window_s, _ in counts.values()), default=0.0) or self._window_s,
             sum((rows for _, rows in counts.values()), start=nothing),
             {worker: rows.sum(axis=1) for worker, (_, rows) in counts.items()},
         )

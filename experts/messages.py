@@ -1,10 +1,11 @@
 """Control messages between the workers and the directory: JSON bodies of CONTROL frames.
 
     worker    -> directory   Register (first), Holding (after a load), Ping, LoadReport (expert
-                             workers, about once a second while it changes), LoadRequest, Leave
+                             workers) and MetricsReport (both about once a second while they
+                             change), LoadRequest, MetricsRequest, Leave
     directory -> worker      Assign (expert workers only), Snapshot (at every change), Pong,
-                             ClusterLoadReply (to each LoadRequest, with its request id), Released
-                             (to each Leave, in time), Signal
+                             ClusterLoadReply and MetricsReply (to each request, with its id),
+                             Released (to each Leave, in time), Signal
     any member -> directory  a Command: Drain, Replicate, Rebalance, Scale, Chaos; answered with its
                              request id by Done, or by status FAILED and one line that says why
 
@@ -18,9 +19,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from experts.channel.frame import Frame, Kind
+from experts.metrics import Sample
 
 MAX_EXPERTS_PER_MESSAGE = 1 << 18  # Kimi-K2 has 23,040 (60 layers of 384)
 MAX_WORKERS = 4096
+MAX_SAMPLES = 512  # of one member
 
 Role = Literal["attention", "router", "experts", "ingress"]
 Tier = Literal["experts", "attention"]  # what can be scaled
@@ -37,7 +40,10 @@ ExpertKeys = Annotated[tuple[ExpertKey, ...], Field(max_length=MAX_EXPERTS_PER_M
 HoldersOfExpert = Annotated[tuple[WorkerId, ...], Field(max_length=MAX_WORKERS)]
 RowCount = Annotated[int, Field(ge=0, lt=1 << 40)]  # sums over all workers and experts fit int64
 RowsOfLayer = Annotated[tuple[RowCount, ...], Field(max_length=1 << 16)]
+RowsOfLayers = Annotated[tuple[RowsOfLayer, ...], Field(max_length=1 << 16)]
 SumOfRows = Annotated[tuple[Count, ...], Field(max_length=1 << 16)]
+SumsOfRows = Annotated[tuple[SumOfRows, ...], Field(max_length=1 << 16)]
+Samples = Annotated[tuple[Sample, ...], Field(max_length=MAX_SAMPLES)]
 WindowS = Annotated[float, Field(gt=0, le=86_400.0, allow_inf_nan=False)]
 NumWorkers = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
 Targets = dict[Role, Count]  # workers wanted of a role
@@ -147,15 +153,17 @@ class Pong(_Message):
 
 
 class LoadReport(_Message):
-    """Rows that an expert worker computed within its window; of one worker the newest counts.
+    """Rows that an expert worker computed within its window, and in its newest part, `recent`.
 
-    `rows` [L][E]: by position of the layer among the model's MoE layers and by expert id. V3: 58 x
-    256, at most 0.1 MB while a count has 6 digits.
+    Of one worker the newest report counts. Rows [L][E]: by position of the layer among the model's
+    MoE layers and by expert id. V3: 58 x 256, at most 0.2 MB while a count has 6 digits.
     """
 
     type: Literal["load_report"] = "load_report"
     window_s: WindowS
-    rows: Annotated[tuple[RowsOfLayer, ...], Field(max_length=1 << 16)]
+    rows: RowsOfLayers
+    recent_s: WindowS
+    recent_rows: RowsOfLayers
 
 
 class LoadRequest(_Message):
@@ -169,25 +177,56 @@ class WorkerRows(_Message):
 
     worker_id: WorkerId
     rows: SumOfRows
+    recent_rows: SumOfRows
 
 
 class ClusterLoadReply(_Message):
     """The newest reports of the live expert workers, added up.
 
-    `rows` [L][E] and each worker's rows [L] go by position in `layers`; a worker that has not
+    Rows [L][E] and each worker's rows [L] go by position in `layers`; a worker that has not
     reported yet has zeros. `epoch` is that of the published holders.
     """
 
     type: Literal["cluster_load"] = "cluster_load"
     epoch: Count
     window_s: WindowS
+    recent_s: WindowS
     layers: Annotated[tuple[LayerId, ...], Field(max_length=1 << 16)]
-    rows: Annotated[tuple[SumOfRows, ...], Field(max_length=1 << 16)]
+    rows: SumsOfRows
+    recent_rows: SumsOfRows
     workers: Annotated[tuple[WorkerRows, ...], Field(max_length=MAX_WORKERS)]
 
 
+class MetricsReport(_Message):
+    """What a member tells of itself in numbers; of one member the newest report counts."""
+
+    type: Literal["metrics_report"] = "metrics_report"
+    samples: Samples
+
+
+class MetricsRequest(_Message):
+    """Any member asks for the numbers of all; answered by a MetricsReply."""
+
+    type: Literal["metrics_request"] = "metrics_request"
+
+
+class WorkerSamples(_Message):
+    """The newest of one live member, or of the directory itself; () before its first report."""
+
+    worker_id: WorkerId
+    role: Role | Literal["placement"]
+    samples: Samples
+
+
+class MetricsReply(_Message):
+    """The directory's own samples, then those of the members by id."""
+
+    type: Literal["metrics"] = "metrics"
+    workers: Annotated[tuple[WorkerSamples, ...], Field(max_length=MAX_WORKERS + 1)]
+
+
 class Leave(_Message):
-    """An expert worker wants to stop: others shall take over what it alone holds."""
+    """A worker wants to stop: others shall take over the experts that it alone holds."""
 
     type: Literal["leave"] = "leave"
 
@@ -267,6 +306,9 @@ Message = (
     | LoadReport
     | LoadRequest
     | ClusterLoadReply
+    | MetricsReport
+    | MetricsRequest
+    | MetricsReply
     | Leave
     | Released
     | Command

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-Labels = tuple[tuple[str, str], ...]
+from pydantic import Field
+
+SampleName = Annotated[str, Field(pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$")]
+LabelName = Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]
+LabelValue = Annotated[str, Field(max_length=128)]
+Labels = Annotated[tuple[tuple[LabelName, LabelValue], ...], Field(max_length=8)]
 
 
 class Sample(NamedTuple):
-    """One series at one moment, named as Prometheus names it: `_total`, `_bucket`, `_sum`, .."""
+    """One series at one moment, named as Prometheus names it: `_total`, `_bucket`, `_sum`, ..
 
-    name: str
+    The bounds are checked where a sample crosses to another process (experts/messages.py).
+    """
+
+    name: SampleName
     labels: Labels
-    value: float
+    value: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Histogram:

@@ -41,7 +41,7 @@ class NoCounter:
     """In the place of a LoadCounter: as if nothing were computed, so nothing is reported either."""
 
     def __init__(self, counter: LoadCounter) -> None:
-        self.window_s = counter.window_s
+        self.window_s, self.recent_s = counter.window_s, counter.recent_s
         self._totals = {layer: [0] * len(rows) for layer, rows in counter.totals().items()}
 
     def add(self, layer: int, expert_ids: npt.NDArray[np.int32]) -> None:
@@ -50,6 +50,8 @@ class NoCounter:
     def totals(self) -> Mapping[int, list[int]]:
         """Zeros."""
         return self._totals
+
+    recent = totals
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,15 @@ def report_us(counter: LoadCounter) -> float:
 
     def report() -> None:
         rows = tuple(map(tuple, counter.totals().values()))
-        encode(LoadReport(window_s=counter.window_s, rows=rows))
+        recent_rows = tuple(map(tuple, counter.recent().values()))
+        encode(
+            LoadReport(
+                window_s=counter.window_s,
+                rows=rows,
+                recent_s=counter.recent_s,
+                recent_rows=recent_rows,
+            )
+        )
 
     return median_us(report)
 

@@ -12,9 +12,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -62,33 +63,72 @@ class ExpertLoad:
         """By position of the layer."""
         return layer_balance(self.reply.rows, [worker.rows for worker in self.reply.workers])
 
+    def holders(self, position: int) -> Sequence[tuple[str, ...]]:
+        """Worker ids by expert [E] of the layer at a position; () where none is known."""
+        num_experts = len(self.reply.rows[position])
+        known = self.snapshot.holders_of(self.reply.layers[position])[:num_experts]
+        return (*known, *[()] * (num_experts - len(known)))
+
     def experts(self, position: int) -> Iterator[tuple[int, int, tuple[str, ...]]]:
         """(expert, rows, worker ids of its holders) of the layer at a position."""
-        holders = self.snapshot.holders_of(self.reply.layers[position])
-        for expert, rows in enumerate(self.reply.rows[position]):
-            yield expert, rows, holders[expert] if expert < len(holders) else ()
+        rows = self.reply.rows[position]
+        yield from zip(range(len(rows)), rows, self.holders(position), strict=True)
 
     @cached_property
     def body(self) -> bytes:
         """As JSON. Layer by layer, so that the event loop gets its turn (V3: 15,000 experts)."""
         layers = b",".join(to_json(self._layer(i)) for i in range(len(self.reply.layers)))
-        workers = [{"worker_id": w.worker_id, "rows": sum(w.rows)} for w in self.reply.workers]
-        head: Json = {
+        workers = [
+            {"worker_id": w.worker_id, "rows": sum(w.rows), "recent_rows": sum(w.recent_rows)}
+            for w in self.reply.workers
+        ]
+        head = to_json({**self._head, "workers": workers})
+        return head[:-1] + b',"layers":[' + layers + b"]}"
+
+    @cached_property
+    def compact_body(self) -> bytes:
+        """The same as matrices, for views that draw them; a holder is an index into `workers`."""
+        layers = range(len(self.reply.layers))
+        holders = [self.holders(i) for i in layers]
+        present = (worker.worker_id for worker in self.reply.workers)
+        known = (name for layer in holders for names in layer for name in names)
+        index = {name: i for i, name in enumerate(dict.fromkeys(chain(present, known)))}
+        return to_json(
+            {
+                **self._head,
+                "layers": self.reply.layers,
+                "workers": list(index),
+                "rows": self.reply.rows,
+                "recent_rows": self.reply.recent_rows,
+                "holders": [[[index[n] for n in names] for names in layer] for layer in holders],
+                "balancedness": [balance.workers for balance in self.balance],
+                "expert_balancedness": [balance.experts for balance in self.balance],
+            }
+        )
+
+    @property
+    def _head(self) -> Json:
+        return {
             "model": self.model,
             "epoch": self.epoch,
             "window_s": self.reply.window_s,
-            "workers": workers,
+            "recent_s": self.reply.recent_s,
         }
-        return to_json(head)[:-1] + b',"layers":[' + layers + b"]}"
 
     def _layer(self, position: int) -> Json:
-        balance = self.balance[position]
+        balance, recent_rows = self.balance[position], self.reply.recent_rows[position]
         return {
             "layer": self.reply.layers[position],
             "balancedness": balance.workers,
             "expert_balancedness": balance.experts,
             "experts": [
-                {"expert": expert, "rows": rows, "replicas": len(holders), "holders": holders}
+                {
+                    "expert": expert,
+                    "rows": rows,
+                    "recent_rows": recent_rows[expert],
+                    "replicas": len(holders),
+                    "holders": holders,
+                }
                 for expert, rows, holders in self.experts(position)
             ],
         }
@@ -163,28 +203,40 @@ class LoadWatch:
                 code="directory_unreachable",
                 retry_after_s=_RETRY_S,
             )
-        load = ExpertLoad(self._model, reply, snapshot)
-        load.body  # noqa: B018  made here, in the thread
-        return load
+        return ExpertLoad(self._model, reply, snapshot)
 
 
 def add_expert_load(app: FastAPI, loads: LoadWatch, limits: Limits) -> None:
     """The two routes."""
 
-    @app.get("/v1/experts/load")
-    async def expert_load() -> Response:
-        """Rows of every expert within the window, its replicas and holders; how even layers are."""
-        load = await loads.read()
-        return Response(load.body, media_type="application/json")
+    @app.get("/v1/experts/load", openapi_extra={"parameters": [_COMPACT]})
+    async def expert_load(request: Request) -> Response:
+        """Rows of every expert within the window and recently, its replicas and holders; how even
+        the layers are."""
+        compact = _compact(request)
+        body = await _body(await loads.read(), compact)
+        return Response(body, media_type="application/json")
 
-    @app.get("/v1/experts/load/stream", openapi_extra={"parameters": [_INTERVAL]})
+    @app.get("/v1/experts/load/stream", openapi_extra={"parameters": [_INTERVAL, _COMPACT]})
     async def expert_load_stream(request: Request) -> Response:
         """The same every `interval_s` seconds, as server-sent events."""
-        watch = loads.watch(_interval(request))
+        compact, watch = _compact(request), loads.watch(_interval(request))
         first = await anext(watch)  # what goes wrong now still gets its HTTP status
-        return EventStream(_events(first, watch), limits, "load of the experts")
+        return EventStream(_events(first, watch, compact), limits, "load of the experts")
 
 
+async def _body(load: ExpertLoad, compact: bool) -> bytes:
+    """Made in a thread, once for all who read the same load."""
+    return await asyncio.to_thread(lambda: load.compact_body if compact else load.body)
+
+
+_COMPACT = {
+    "name": "compact",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "boolean", "default": False},
+    "description": "Matrices [layer][expert] in place of one object for each expert.",
+}
 _INTERVAL = {
     "name": "interval_s",
     "in": "query",
@@ -212,12 +264,25 @@ def _interval(request: Request) -> float | None:
         ) from None
 
 
-async def _events(first: ExpertLoad, watch: AsyncIterator[ExpertLoad]) -> AsyncIterator[bytes]:
+def _compact(request: Request) -> bool:
+    given = request.query_params.get("compact", "false")
+    if given not in ("true", "false"):
+        raise InvalidRequest(
+            f"Invalid 'compact': it should be true or false, not {quote(given)}.",
+            param="compact",
+            code="invalid_type",
+        )
+    return given == "true"
+
+
+async def _events(
+    first: ExpertLoad, watch: AsyncIterator[ExpertLoad], compact: bool
+) -> AsyncIterator[bytes]:
     """An error ends the stream with an error event and without [DONE]."""
     try:
-        yield _event(first.body)
+        yield _event(await _body(first, compact))
         async for load in watch:
-            yield _event(load.body)
+            yield _event(await _body(load, compact))
     except ShoalError as error:
         yield _event(to_json(error_body(error)))
         return

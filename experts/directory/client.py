@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -36,6 +36,9 @@ from experts.messages import (
     LoadRequest,
     Message,
     MessageError,
+    MetricsReply,
+    MetricsReport,
+    MetricsRequest,
     Ping,
     Pong,
     Register,
@@ -45,9 +48,11 @@ from experts.messages import (
     decode,
     encode,
 )
+from experts.metrics import Sample
 from experts.placement.space import ExpertKey
 
-Answer = TypeVar("Answer", ClusterLoadReply, Done)
+Answer = TypeVar("Answer", ClusterLoadReply, MetricsReply, Done)
+Report = LoadReport | MetricsReport
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +61,7 @@ MAX_PAUSE_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
 SEND_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
-LOAD_TIMEOUT_S = 2.0
+ASK_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 15.0
 NO_LINE_LIMIT_S = 2.0  # a worker that leaves waits no longer for a directory that is away
 MISSED_PINGS = 3
@@ -70,7 +75,9 @@ class DirectoryClient:
     `on_assign(assign)` runs in a thread of its own, one at a time; of several that came meanwhile
     only the newest is run, and one that raises is run again after `retry_assign_s`. It should load
     and then call `report_holding`; during a long load also about once a second.
-    `load_source()` gives an expert worker's load; with each ping it is told if it has changed.
+    `load_source()` gives an expert worker's load, `metrics_source()` any member's samples; with
+    each ping they are told if they have changed. Both must be quick. Samples that cannot be had or
+    told are left out: they cost no membership.
     `on_signal(signal)` carries out chaos, in the client's thread; without it signals are ignored.
     """
 
@@ -84,6 +91,7 @@ class DirectoryClient:
         load_source: Callable[[], LoadReport] | None = None,
         *,
         on_signal: Callable[[Signal], None] | None = None,
+        metrics_source: Callable[[], Sequence[Sample]] | None = None,
         ping_interval_s: float = 1.0,
         retry_assign_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
@@ -95,6 +103,7 @@ class DirectoryClient:
         self._on_assign = on_assign
         self._load_source = load_source
         self._on_signal = on_signal
+        self._metrics_source = metrics_source
         self._ping_interval_s = ping_interval_s
         self._retry_assign_s = retry_assign_s
         self._clock = clock
@@ -112,6 +121,7 @@ class DirectoryClient:
         self._closing = threading.Event()
         self._last_error = ""
         self._last_failure = ""  # of on_assign
+        self._last_metrics_error = ""
         self._threads = [threading.Thread(target=self._run, name="directory-client", daemon=True)]
         if on_assign is not None:
             self._threads.append(
@@ -124,12 +134,18 @@ class DirectoryClient:
             thread.start()
 
     def close(self) -> None:
-        """Leave the cluster: the directory sees the connection end."""
+        """Leave the cluster: the directory sees the connection end.
+
+        It takes that for a death unless it was told: by an expert worker's `leave`, by others here.
+        """
         self._closing.set()
         with self._changed:
             self._changed.notify_all()
         with self._line_lock:
             if self._line is not None:
+                if self._register.role != "experts":
+                    with contextlib.suppress(ChannelError):
+                        self._line.send(encode(Leave()), SEND_TIMEOUT_S)
                 self._line.close()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
@@ -166,12 +182,16 @@ class DirectoryClient:
                     message = Holding(epoch=epoch, experts=self._holds)
                     self._line.send(encode(message), SEND_TIMEOUT_S)
 
-    def ask_load(self, timeout_s: float = LOAD_TIMEOUT_S) -> ClusterLoadReply:
+    def ask_load(self, timeout_s: float = ASK_TIMEOUT_S) -> ClusterLoadReply:
         """What all expert workers computed lately. Raises ChannelError without an answer in time.
 
         Not from `on_snapshot`, whose thread receives the answer.
         """
         return self._ask(LoadRequest(), ClusterLoadReply, timeout_s)
+
+    def ask_metrics(self, timeout_s: float = ASK_TIMEOUT_S) -> MetricsReply:
+        """The newest samples of all live members and of the directory. As `ask_load`."""
+        return self._ask(MetricsRequest(), MetricsReply, timeout_s)
 
     def command(self, message: Command, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Have the directory do something; returns its one line of text.
@@ -284,12 +304,12 @@ class DirectoryClient:
         """Receive and ping until the line breaks, which raises."""
         last_heard_s = self._clock()
         next_ping_s = last_heard_s
-        told: LoadReport | None = None
+        told: dict[str, Report] = {}
         while not self._closing.is_set():
             now_s = self._clock()
             if now_s >= next_ping_s:
                 line.send(encode(Ping()), SEND_TIMEOUT_S)
-                told = self._tell_load(line, told)
+                self._tell_news(line, told)
                 next_ping_s = now_s + self._ping_interval_s
             try:
                 frame = line.receive(timeout_s=max(0.0, next_ping_s - now_s))
@@ -300,13 +320,28 @@ class DirectoryClient:
             last_heard_s = self._clock()
             self._take(frame)
 
-    def _tell_load(self, line: Connection, told: LoadReport | None) -> LoadReport | None:
-        """Send the load unless it is the one that this line was `told`; returns it."""
-        if self._load_source is None:
+    def _tell_news(self, line: Connection, told: dict[str, Report]) -> None:
+        """Send the reports that differ from those that this line was `told`, by type."""
+        for report in (self._load_report(), self._metrics_report()):
+            if report is not None and told.get(report.type) != report:
+                line.send(encode(report), SEND_TIMEOUT_S)
+                told[report.type] = report
+
+    def _load_report(self) -> LoadReport | None:
+        return None if self._load_source is None else self._load_source()
+
+    def _metrics_report(self) -> MetricsReport | None:
+        """None without samples; a failure is logged, once while it repeats."""
+        if self._metrics_source is None:
             return None
-        report = self._load_source()
-        if report != told:
-            line.send(encode(report), SEND_TIMEOUT_S)
+        try:
+            report = MetricsReport(samples=tuple(self._metrics_source()))
+        except Exception as error:  # the owner's bug must not cost the membership
+            if str(error) != self._last_metrics_error:
+                logger.exception("samples cannot be told")
+            self._last_metrics_error = str(error)
+            return None
+        self._last_metrics_error = ""
         return report
 
     def _take(self, frame: Frame) -> None:
@@ -320,7 +355,7 @@ class DirectoryClient:
             self._take_snapshot(message)
         elif isinstance(message, Assign):
             self._take_assign(message)
-        elif isinstance(message, ClusterLoadReply | Done):
+        elif isinstance(message, ClusterLoadReply | MetricsReply | Done):
             self._questions.answer(frame.request_id, message)
         elif isinstance(message, Released):
             with self._changed:

@@ -23,11 +23,12 @@ again when the others' slots, spare ones included, cannot hold every expert.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from experts.directory.journal import Journal
 from experts.directory.member import Exit, Member
 from experts.directory.publication import Seen, holders_of, num_held
-from experts.messages import Assign, Register, Released, Snapshot, Tier
+from experts.messages import Assign, Register, Released, Role, Snapshot, Tier
 from experts.placement.rebalance import RebalanceRules
 from experts.placement.replan import Aims, check_slots, replan
 from experts.placement.space import ExpertKey, ExpertSpace, PlacementError, Table, Unit
@@ -43,7 +44,8 @@ class RosterRules:
     Placement waits for `expected_experts` workers; once `grace_s` have passed since the first one,
     for as many as can hold everything. `redundancy`: slots of the pool that take replicas. What a
     worker has not loaded after `load_limit_s` without progress goes to another one. `max_workers`:
-    most that a command may ask for, by tier; absent: any number.
+    most that a command may ask for, by tier; absent: any number. `tier_bounds`: least and most
+    workers that a tier shall have while no command sets their number, for those who watch.
     """
 
     space: ExpertSpace
@@ -54,20 +56,22 @@ class RosterRules:
     load_limit_s: float = 60.0
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
     max_workers: Mapping[Tier, int] = field(default_factory=dict)
+    tier_bounds: Mapping[Role, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class PoolCounters:
-    """Since the start; workers are expert workers.
+    """Since the start; but for `deaths` of expert workers only.
 
-    `leaves`: asked to leave, or drained. `deaths`: gone without being released. `replans`: plans
-    that changed what anybody shall hold. `steps`, `moves`: of rebalancing; slots that changed.
+    `leaves`: asked to leave, or drained. `deaths`: gone without being released, by role.
+    `replans`: plans that changed what anybody shall hold. `steps`, `moves`: of rebalancing; slots
+    that changed.
     """
 
     joins: int = 0
     leaves: int = 0
     released: int = 0
-    deaths: int = 0
+    deaths: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(get_args(Role), 0))
     replans: int = 0
     steps: int = 0
     moves: int = 0
@@ -128,9 +132,8 @@ class Roster:
         member = self._members.pop(worker_id)
         self._journal.gone(member, how)
         self._joiners.discard(worker_id)
-        if member.info.role == "experts":
-            self.counters.deaths += not (member.released and member.exit == "leave")
-            self._must_replan = True
+        self.counters.deaths[member.info.role] += not (member.released and member.exit == "leave")
+        self._must_replan |= member.info.role == "experts"
 
     def hold(self, worker_id: str, experts: Iterable[ExpertKey], epoch: int) -> None:
         """The worker can compute these and no others, after the Assign of this epoch."""
@@ -144,9 +147,13 @@ class Roster:
         self._moving |= not member.rests
 
     def hand_over(self, worker_id: str, reason: Exit) -> None:
-        """The expert worker shall not be needed any more."""
+        """The expert worker shall not be needed any more; one of another role need not wait."""
         member = self._members[worker_id]
         if member.exit in (reason, "leave"):
+            return
+        if member.info.role != "experts":
+            member.begin_exit(reason)
+            member.release()
             return
         self._touch()
         self.counters.leaves += member.exit is None

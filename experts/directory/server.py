@@ -27,8 +27,10 @@ from experts.channel.frame import Frame, Status, reply_to
 from experts.directory.commands import carry_out, target_of
 from experts.directory.member_line import MemberLine
 from experts.directory.rebalancer import Rebalancer
+from experts.directory.reports import Reports, load_reply, metrics_reply
 from experts.directory.roster import PoolCounters, Roster, RosterRules
-from experts.load import LoadBoard
+from experts.directory.samples import placement_samples
+from experts.load import ClusterLoad
 from experts.messages import (
     Chaos,
     ClusterLoadReply,
@@ -41,6 +43,9 @@ from experts.messages import (
     LoadReport,
     LoadRequest,
     MessageError,
+    MetricsReply,
+    MetricsReport,
+    MetricsRequest,
     Ping,
     Pong,
     Rebalance,
@@ -49,10 +54,10 @@ from experts.messages import (
     Scale,
     Signal,
     Snapshot,
-    WorkerRows,
     decode,
     encode,
 )
+from experts.metrics import Sample
 from experts.placement.space import Loads, Unit, unit_loads
 
 logger = logging.getLogger(__name__)
@@ -79,7 +84,7 @@ class Directory:
         self._roster = Roster(rules, self._unit_loads)
         self._rebalancer = Rebalancer(self._roster, self._layer_loads, clock())
         self._space = rules.space
-        self._loads = LoadBoard(len(rules.space.moe_layers), rules.space.num_experts)
+        self._reports = Reports(rules.space)
         self._published = self._roster.snapshot
         self._members: dict[Connection, MemberLine] = {}
         self._last_tick_s = clock()
@@ -96,6 +101,11 @@ class Directory:
     def counters(self) -> PoolCounters:
         """Of joins, leaves, deaths and moves since the start."""
         return self._roster.counters
+
+    def samples(self) -> list[Sample]:
+        """Its own numbers: the pool, how even it is, the busiest experts."""
+        with self._lock:
+            return self._samples()
 
     @property
     def endpoint(self) -> str:
@@ -182,10 +192,14 @@ class Directory:
             self._hold(message, connection)
         elif isinstance(message, LoadReport):
             self._take_load(message, connection)
+        elif isinstance(message, MetricsReport):
+            self._take_metrics(message, connection)
         elif isinstance(message, Leave):
             self._leave(connection)
         elif isinstance(message, LoadRequest):
             return encode(self._cluster_load(connection), frame.request_id)
+        elif isinstance(message, MetricsRequest):
+            return encode(self._metrics(connection), frame.request_id)
         elif isinstance(message, Command):
             return encode(Done(text=self._command(message, connection)), frame.request_id)
         else:
@@ -199,7 +213,7 @@ class Directory:
             older = [m for m in self._members.values() if m.worker_id == register.worker_id]
             for member in older:  # its connection is dead, we just have not noticed
                 del self._members[member.connection]
-            self._loads.drop(register.worker_id)
+            self._reports.drop(register.worker_id)
             now_s = self._clock()
             newcomer = MemberLine(register.worker_id, connection, now_s)
             self._members[connection] = newcomer
@@ -218,8 +232,6 @@ class Directory:
     def _leave(self, connection: Connection) -> None:
         with self._lock:
             member = self._member_of(connection, "leave")
-            if member.worker_id not in self._roster.experts():
-                raise MessageError("control message: leave: for expert workers only")
             self._roster.hand_over(member.worker_id, "leave")
             self._settle()
 
@@ -264,40 +276,46 @@ class Directory:
 
     def _layer_loads(self) -> Loads:
         """Rows by layer within the window, {} if there are none. Caller holds the lock."""
-        rows = self._loads.total(self._roster.experts()).rows
-        if not rows.any():
-            return {}
-        return dict(zip(self._space.moe_layers, rows.tolist(), strict=True))
+        return self._reports.layer_loads(self._roster.experts())
 
     def _unit_loads(self) -> Mapping[Unit, float]:
         """The same by unit."""
         loads = self._layer_loads()
         return unit_loads(self._space, loads) if loads else {}
 
+    def _cluster_loads(self) -> tuple[ClusterLoad, ClusterLoad]:
+        """Of the published workers, within the window and recently. Caller holds the lock."""
+        workers = self._published.workers_of("experts")
+        return self._reports.cluster_loads([worker.worker_id for worker in workers])
+
+    def _samples(self) -> list[Sample]:
+        """Caller holds the lock."""
+        return placement_samples(self._roster, *self._cluster_loads())
+
     def _take_load(self, report: LoadReport, connection: Connection) -> None:
         with self._lock:
             member = self._member_of(connection, report.type)
             try:
-                self._loads.put(member.worker_id, report.window_s, report.rows)
+                self._reports.take_load(member.worker_id, report)
             except ValueError as error:
                 raise MessageError(f"control message: {report.type}: {error}") from None
+
+    def _take_metrics(self, report: MetricsReport, connection: Connection) -> None:
+        with self._lock:
+            member = self._member_of(connection, report.type)
+            self._reports.take_samples(member.worker_id, report.samples)
 
     def _cluster_load(self, connection: Connection) -> ClusterLoadReply:
         with self._lock:
             self._member_of(connection, "load_request")
-            snapshot = self._published
-            live = [worker.worker_id for worker in snapshot.workers_of("experts")]
-            load = self._loads.total(live)
-        return ClusterLoadReply(
-            epoch=snapshot.epoch,
-            window_s=load.window_s,
-            layers=self._space.moe_layers,
-            rows=tuple(map(tuple, load.rows.tolist())),
-            workers=tuple(
-                WorkerRows(worker_id=worker, rows=tuple(rows.tolist()))
-                for worker, rows in load.rows_by_worker.items()
-            ),
-        )
+            epoch, loads = self._published.epoch, self._cluster_loads()
+        return load_reply(epoch, self._space.moe_layers, *loads)
+
+    def _metrics(self, connection: Connection) -> MetricsReply:
+        with self._lock:
+            self._member_of(connection, "metrics_request")
+            own, members = self._samples(), self._reports.samples(self._published)
+        return metrics_reply(own, members)
 
     def _member_of(self, connection: Connection, message: str) -> MemberLine:
         """Caller holds the lock."""
@@ -313,7 +331,7 @@ class Directory:
         member = self._members.pop(connection, None)
         if member is not None:
             self._roster.remove(member.worker_id, how)
-            self._loads.drop(member.worker_id)
+            self._reports.drop(member.worker_id)
         return member
 
     def _forgive(self, now_s: float) -> None:

@@ -73,7 +73,15 @@ class World:
         self.health = health_pb2_grpc.HealthStub(channel)
 
     def _load(self) -> ClusterLoadReply:
-        return ClusterLoadReply(epoch=1, window_s=60.0, layers=(), rows=(), workers=())
+        return ClusterLoadReply(
+            epoch=1,
+            window_s=60.0,
+            recent_s=5.0,
+            layers=(),
+            rows=(),
+            recent_rows=(),
+            workers=(),
+        )
 
     def _command(self, command: Command) -> str:
         self.commands.append(command)

@@ -35,11 +35,13 @@ LOAD, STREAM = "/v1/experts/load", "/v1/experts/load/stream"
 REPLY = ClusterLoadReply(
     epoch=6,
     window_s=60.0,
+    recent_s=5.0,
     layers=(1, 2),
     rows=((30, 10), (0, 0)),
+    recent_rows=((2, 1), (0, 0)),
     workers=(
-        WorkerRows(worker_id="a", rows=(10, 0)),
-        WorkerRows(worker_id="b", rows=(30, 0)),
+        WorkerRows(worker_id="a", rows=(10, 0), recent_rows=(0, 0)),
+        WorkerRows(worker_id="b", rows=(30, 0), recent_rows=(3, 0)),
     ),
 )
 SNAPSHOT = Snapshot(
@@ -53,15 +55,19 @@ BODY = {
     "model": "tiny",
     "epoch": 5,
     "window_s": 60.0,
-    "workers": [{"worker_id": "a", "rows": 10}, {"worker_id": "b", "rows": 30}],
+    "recent_s": 5.0,
+    "workers": [
+        {"worker_id": "a", "rows": 10, "recent_rows": 0},
+        {"worker_id": "b", "rows": 30, "recent_rows": 3},
+    ],
     "layers": [
         {
             "layer": 1,
             "balancedness": 20 / 30,
             "expert_balancedness": 20 / 30,
             "experts": [
-                {"expert": 0, "rows": 30, "replicas": 2, "holders": ["a", "b"]},
-                {"expert": 1, "rows": 10, "replicas": 1, "holders": ["b"]},
+                {"expert": 0, "rows": 30, "recent_rows": 2, "replicas": 2, "holders": ["a", "b"]},
+                {"expert": 1, "rows": 10, "recent_rows": 1, "replicas": 1, "holders": ["b"]},
             ],
         },
         {
@@ -69,8 +75,8 @@ BODY = {
             "balancedness": 1.0,
             "expert_balancedness": 1.0,
             "experts": [
-                {"expert": 0, "rows": 0, "replicas": 0, "holders": []},
-                {"expert": 1, "rows": 0, "replicas": 1, "holders": ["a"]},
+                {"expert": 0, "rows": 0, "recent_rows": 0, "replicas": 0, "holders": []},
+                {"expert": 1, "rows": 0, "recent_rows": 0, "replicas": 1, "holders": ["a"]},
             ],
         },
     ],
@@ -187,7 +193,7 @@ def test_holders_of_an_expert_that_the_snapshot_lacks() -> None:
     """The ingress may hear of the load before it hears of who holds what."""
     before = Snapshot(version=1, epoch=0, ready=False, stage="loading")
     layer = json.loads(ExpertLoad("tiny", REPLY, before).body)["layers"][0]
-    assert layer["experts"][0] == {"expert": 0, "rows": 30, "replicas": 0, "holders": []}
+    assert (layer["experts"][0]["replicas"], layer["experts"][0]["holders"]) == (0, [])
 
 
 # ---- HTTP
@@ -278,7 +284,7 @@ def test_client_that_leaves_ends_its_watch(world: World) -> None:
 
 def test_openapi_describes_the_interval(world: World) -> None:
     paths = httpx.get(world.url() + "/openapi.json", timeout=TIMEOUT_S).json()["paths"]
-    (parameter,) = paths[STREAM]["get"]["parameters"]
+    parameter, _ = paths[STREAM]["get"]["parameters"]
     assert (parameter["name"], parameter["schema"]["minimum"]) == ("interval_s", 0.2)
     assert LOAD in paths
 

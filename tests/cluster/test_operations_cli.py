@@ -39,9 +39,14 @@ from tests.serving import EOS, http_server, make_service
 REPLY = ClusterLoadReply(
     epoch=6,
     window_s=60.0,
+    recent_s=5.0,
     layers=(1, 2),
     rows=((30, 10), (0, 0)),
-    workers=(WorkerRows(worker_id="e0", rows=(10, 0)), WorkerRows(worker_id="e1", rows=(30, 0))),
+    recent_rows=((3, 1), (0, 0)),
+    workers=(
+        WorkerRows(worker_id="e0", rows=(10, 0), recent_rows=(1, 0)),
+        WorkerRows(worker_id="e1", rows=(30, 0), recent_rows=(3, 0)),
+    ),
 )
 WORKERS = tuple(
     WorkerInfo(worker_id=name, role=role, endpoint="", pid=1, node="n")  # type: ignore[arg-type]

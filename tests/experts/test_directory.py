@@ -29,6 +29,8 @@ from experts.messages import (
     LoadReport,
     LoadRequest,
     Message,
+    MetricsReport,
+    MetricsRequest,
     Ping,
     Pong,
     Register,
@@ -54,6 +56,22 @@ def register(worker_id: str, role: Role = "experts", slots: int = 4) -> Register
         pid=os.getpid(),
         node="n",
         num_slots=slots if role == "experts" else 0,
+    )
+
+
+def report(
+    first: list[int],
+    second: list[int],
+    recent: list[int] | None = None,
+    window_s: float = 60.0,
+    recent_s: float = 5.0,
+) -> LoadReport:
+    """Rows of both layers; `recent`: of the first one, none were of the second."""
+    return LoadReport(
+        window_s=window_s,
+        rows=(tuple(first), tuple(second)),
+        recent_s=recent_s,
+        recent_rows=(tuple(recent or [0] * 4), (0,) * 4),
     )
 
 
@@ -188,7 +206,9 @@ def test_newcomer_of_the_same_id_takes_the_place(world: World) -> None:
         (Holding(epoch=0, experts=[]), "register first"),
         (Pong(), "pong is for workers only"),
         (LoadRequest(), "load_request: register first"),
-        (LoadReport(window_s=60.0, rows=[[0] * 4] * 2), "load_report: register first"),
+        (MetricsRequest(), "metrics_request: register first"),
+        (MetricsReport(samples=()), "metrics_report: register first"),
+        (report([0] * 4, [0] * 4), "load_report: register first"),
     ],
 )
 def test_messages_out_of_place_are_refused(world: World, message: Message, words: str) -> None:
@@ -210,10 +230,6 @@ def test_garbage_is_refused_and_costs_nothing(world: World) -> None:
     assert world.members() == ["a"]
 
 
-def report(first: list[int], second: list[int], window_s: float = 60.0) -> LoadReport:
-    return LoadReport(window_s=window_s, rows=(tuple(first), tuple(second)))
-
-
 def load_of(world: World, asker: FakeConnection) -> ClusterLoadReply:
     reply = world.directory.handle(encode(LoadRequest(), 77), asker)
     assert reply is not None and reply.request_id == 77
@@ -225,17 +241,19 @@ def load_of(world: World, asker: FakeConnection) -> ClusterLoadReply:
 def test_loads_of_the_live_workers_are_added_up(world: World) -> None:
     a, b, asker = world.join("a"), world.join("b"), world.join("i", "ingress")
     assert world.say(a, report([9, 9, 9, 9], [9, 9, 9, 9])) is None
-    world.say(a, report([1, 0, 0, 2], [0, 5, 0, 0]))  # the newest counts
+    world.say(a, report([1, 0, 0, 2], [0, 5, 0, 0], recent=[1, 0, 0, 1]))  # the newest counts
     assert load_of(world, asker).workers[1].rows == (0, 0)  # b has said nothing yet
-    world.say(b, report([10, 0, 0, 0], [0, 0, 0, 1], window_s=30.0))
+    world.say(b, report([10, 0, 0, 0], [0, 0, 0, 1], [3, 0, 0, 0], window_s=30.0, recent_s=4.0))
     load = load_of(world, asker)
     assert load.layers == SPACE.moe_layers
     assert load.rows == ((11, 0, 0, 2), (0, 5, 0, 1))
     assert load.workers == (
-        WorkerRows(worker_id="a", rows=(3, 5)),
-        WorkerRows(worker_id="b", rows=(10, 1)),
+        WorkerRows(worker_id="a", rows=(3, 5), recent_rows=(2, 0)),
+        WorkerRows(worker_id="b", rows=(10, 1), recent_rows=(3, 0)),
     )
-    assert (load.window_s, load.epoch) == (60.0, world.directory.snapshot.epoch)
+    assert load.recent_rows == ((4, 0, 0, 1), (0, 0, 0, 0))
+    assert (load.window_s, load.recent_s) == (60.0, 5.0)
+    assert load.epoch == world.directory.snapshot.epoch
 
 
 def test_load_of_a_worker_goes_with_it(world: World) -> None:
@@ -263,7 +281,8 @@ def test_load_of_a_silent_worker_is_dropped(world: World) -> None:
 @pytest.mark.parametrize("rows", [[], [[0] * 4], [[0] * 4, [0] * 5], [[0] * 4] * 3])
 def test_load_of_another_shape_is_refused(world: World, rows: list[list[int]]) -> None:
     worker = world.join("a")
-    reply = world.say(worker, LoadReport(window_s=60.0, rows=rows))
+    message = LoadReport(window_s=60.0, rows=rows, recent_s=5.0, recent_rows=rows)
+    reply = world.say(worker, message)
     assert reply is not None and reply.status is Status.FAILED
     assert "load_report: rows of" in reply.text and "not (2, 4)" in reply.text
     assert world.members() == ["a"]

@@ -112,6 +112,10 @@ class World:
         return done.text
 
 
+def load(rows: tuple[int, ...]) -> LoadReport:
+    return LoadReport(window_s=60.0, rows=(rows,), recent_s=5.0, recent_rows=(rows,))
+
+
 @contextlib.contextmanager
 def world(workers: str = "ab", slots: int = 3, **options: object) -> Iterator[World]:
     rules = options.pop("rules", None) or RosterRules(SPACE, len(workers), needs_router=False)
@@ -140,14 +144,12 @@ def test_a_leaver_is_released_after_the_snapshot_without_it() -> None:
         assert (counters.joins, counters.leaves, counters.released) == (2, 1, 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("att", "leave: for expert workers only"), ("x", "leave: register first")]
-)
-def test_leave_of_a_stranger_is_refused(name: str, words: str) -> None:
+def test_leave_of_a_stranger_is_refused() -> None:
     with world() as it:
-        it.desks.setdefault("x", Desk())
-        reply = it.say(name, Leave())
-        assert reply is not None and reply.status is Status.FAILED and words in reply.text
+        it.desks["x"] = Desk()
+        reply = it.say("x", Leave())
+        assert reply is not None and reply.status is Status.FAILED
+        assert "leave: register first" in reply.text
 
 
 def test_what_is_to_be_dropped_is_unpublished_before_it_is_dropped() -> None:
@@ -197,8 +199,8 @@ def test_rebalancing_by_command_and_by_the_clock() -> None:
     with world(rules=rules) as it:
         assert it.directory.snapshot.holders_of(1) == (("a",), ("b",), ("a",), ("b",))
         assert it.command(Rebalance()) == "nothing moved: no load has been reported yet"
-        it.say("a", LoadReport(window_s=60.0, rows=((50, 0, 50, 0),)))
-        it.say("b", LoadReport(window_s=60.0, rows=((0, 1, 0, 1),)))
+        it.say("a", load((50, 0, 50, 0)))
+        it.say("b", load((0, 1, 0, 1)))
         it.now_s += 9.9
         it.directory.tick()
         assert it.directory.counters.steps == 0
@@ -213,7 +215,7 @@ def test_rebalancing_by_command_and_by_the_clock() -> None:
 
 def test_the_lock_is_free_while_a_step_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     with world() as it:
-        it.say("a", LoadReport(window_s=60.0, rows=((50, 0, 50, 0),)))
+        it.say("a", load((50, 0, 50, 0)))
         planning, go_on, texts = threading.Event(), threading.Event(), []
         from experts.directory import rebalancer
 

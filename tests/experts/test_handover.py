@@ -81,12 +81,12 @@ def test_a_leaver_that_is_killed_dies_like_any_other() -> None:
     cluster.die("a")
     cluster.run()
     assert cluster.num_held() == {"b": 2, "c": 2}
-    assert (cluster.roster.counters.deaths, cluster.roster.counters.released) == (1, 0)
+    assert (cluster.roster.counters.deaths["experts"], cluster.roster.counters.released) == (1, 0)
     cluster = pool(FOUR, "ab", 4)
     cluster.leave("a")
     cluster.run()
     cluster.die("a")
-    assert (cluster.roster.counters.deaths, cluster.roster.counters.released) == (0, 1)
+    assert (cluster.roster.counters.deaths["experts"], cluster.roster.counters.released) == (0, 1)
 
 
 def test_what_nobody_holds_is_healed_before_what_a_leaver_holds() -> None:

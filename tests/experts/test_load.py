@@ -29,7 +29,7 @@ def test_rows_are_counted_by_layer_and_expert() -> None:
 
 def test_what_is_older_than_the_window_no_longer_counts() -> None:
     clock = Clock()
-    counter = LoadCounter([0], num_experts=2, window_s=10.0, num_buckets=5, clock=clock)
+    counter = LoadCounter([0], num_experts=2, window_s=10.0, clock=clock)
     counter.add(0, ids(0))
     clock.now_s = 6.0
     counter.add(0, ids(1))

@@ -15,6 +15,9 @@ from experts.messages import (
     LoadReport,
     LoadRequest,
     MessageError,
+    MetricsReply,
+    MetricsReport,
+    MetricsRequest,
     Ping,
     Pong,
     Rebalance,
@@ -26,9 +29,11 @@ from experts.messages import (
     Snapshot,
     WorkerInfo,
     WorkerRows,
+    WorkerSamples,
     decode,
     encode,
 )
+from experts.metrics import Sample
 
 INFO = {"worker_id": "experts-0", "role": "experts", "endpoint": "unix:/tmp/e0", "pid": 7}
 REGISTER = Register(**INFO, node="n1", num_slots=4, holds=[(1, 0)], seen_epoch=3, seen_version=9)
@@ -40,6 +45,7 @@ SNAPSHOT = Snapshot(
     workers=[REGISTER.info],
     holders={"1": [["experts-0"], []]},
 )
+SAMPLE = Sample("shoal_hop_seconds_bucket", (("part", "wire"), ("le", "0.001")), 2.5)
 EVERY_KIND = [
     REGISTER,
     Assign(epoch=1, experts=[(1, 0), (1, 1)]),
@@ -47,14 +53,26 @@ EVERY_KIND = [
     SNAPSHOT,
     Ping(),
     Pong(),
-    LoadReport(window_s=60.0, rows=[[0, 7], [3, 1 << 39]]),
+    LoadReport(
+        window_s=60.0, rows=[[0, 7], [3, 1 << 39]], recent_s=5.0, recent_rows=[[0, 1], [0, 2]]
+    ),
     LoadRequest(),
     ClusterLoadReply(
         epoch=4,
         window_s=60.0,
+        recent_s=5.0,
         layers=[1, 2],
         rows=[[0, 7], [3, 1]],
-        workers=[WorkerRows(worker_id="experts-0", rows=[7, 4])],
+        recent_rows=[[0, 1], [0, 1]],
+        workers=[WorkerRows(worker_id="experts-0", rows=[7, 4], recent_rows=[1, 1])],
+    ),
+    MetricsReport(samples=[SAMPLE, Sample("shoal_hedges_total", (), 3)]),
+    MetricsRequest(),
+    MetricsReply(
+        workers=[
+            WorkerSamples(worker_id="placement", role="placement", samples=[]),
+            WorkerSamples(worker_id="experts-0", role="experts", samples=[SAMPLE]),
+        ]
     ),
     REGISTER.model_copy(update={"spare_slots": 2, "seen_scale": {"experts": 3}}),
     SNAPSHOT.model_copy(update={"scale": {"experts": 3, "attention": 1}}),
@@ -158,6 +176,7 @@ def test_a_batch_frame_is_not_a_message() -> None:
 
 
 def test_load_of_v3_is_a_small_message() -> None:
-    """58 layers of 256 experts with six digits each: a tenth of a megabyte a second and worker."""
-    report = LoadReport(window_s=60.0, rows=[[999_999] * 256] * 58)
-    assert len(encode(report).body) < 110_000
+    """58 layers of 256 experts with six digits each: a fifth of a megabyte a second and worker."""
+    rows = [[999_999] * 256] * 58
+    report = LoadReport(window_s=60.0, rows=rows, recent_s=5.0, recent_rows=rows)
+    assert len(encode(report).body) < 220_000

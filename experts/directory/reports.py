@@ -1,0 +1,95 @@
+"""What the members reported last, loads and samples, and the replies made of it. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from experts.load import RECENT_S, ClusterLoad, LoadBoard
+from experts.messages import (
+    ClusterLoadReply,
+    LoadReport,
+    MetricsReply,
+    Samples,
+    Snapshot,
+    WorkerRows,
+    WorkerSamples,
+)
+from experts.metrics import Sample
+from experts.placement.space import ExpertSpace, Loads
+
+PLACEMENT: Literal["placement"] = "placement"  # the directory among those whose samples are told
+
+
+class Reports:
+    """Of each live member the newest; its callers see to locking."""
+
+    def __init__(self, space: ExpertSpace) -> None:
+        self._layers = space.moe_layers
+        shape = len(space.moe_layers), space.num_experts
+        self._window, self._recent = LoadBoard(*shape), LoadBoard(*shape, RECENT_S)
+        self._samples: dict[str, Samples] = {}
+
+    def take_load(self, worker_id: str, report: LoadReport) -> None:
+        """Raises ValueError when its rows are not of this model's shape."""
+        self._window.put(worker_id, report.window_s, report.rows)
+        self._recent.put(worker_id, report.recent_s, report.recent_rows)
+
+    def take_samples(self, worker_id: str, samples: Samples) -> None:
+        self._samples[worker_id] = samples
+
+    def drop(self, worker_id: str) -> None:
+        """Forget a member; an unknown one is no error."""
+        self._window.drop(worker_id)
+        self._recent.drop(worker_id)
+        self._samples.pop(worker_id, None)
+
+    def layer_loads(self, workers: Iterable[str]) -> Loads:
+        """Rows by layer within the window, {} if there are none."""
+        rows = self._window.total(workers).rows
+        if not rows.any():
+            return {}
+        return dict(zip(self._layers, rows.tolist(), strict=True))
+
+    def cluster_loads(self, workers: Sequence[str]) -> tuple[ClusterLoad, ClusterLoad]:
+        """Within the window, and recently."""
+        return self._window.total(workers), self._recent.total(workers)
+
+    def samples(self, snapshot: Snapshot) -> list[WorkerSamples]:
+        """Of all members."""
+        return [
+            WorkerSamples(
+                worker_id=worker.worker_id,
+                role=worker.role,
+                samples=self._samples.get(worker.worker_id, ()),
+            )
+            for worker in snapshot.workers
+        ]
+
+
+def load_reply(
+    epoch: int, layers: Sequence[int], window: ClusterLoad, recent: ClusterLoad
+) -> ClusterLoadReply:
+    """Both of the same workers."""
+    return ClusterLoadReply(
+        epoch=epoch,
+        window_s=window.window_s,
+        recent_s=recent.window_s,
+        layers=tuple(layers),
+        rows=tuple(map(tuple, window.rows.tolist())),
+        recent_rows=tuple(map(tuple, recent.rows.tolist())),
+        workers=tuple(
+            WorkerRows(
+                worker_id=worker,
+                rows=tuple(rows.tolist()),
+                recent_rows=tuple(recent.rows_by_worker[worker].tolist()),
+            )
+            for worker, rows in window.rows_by_worker.items()
+        ),
+    )
+
+
+def metrics_reply(own: Sequence[Sample], members: Sequence[WorkerSamples]) -> MetricsReply:
+    """The directory first."""
+    mine = WorkerSamples(worker_id=PLACEMENT, role=PLACEMENT, samples=tuple(own))
+    return MetricsReply(workers=(mine, *members))
