@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import uvicorn
 from grpc_health.v1 import health_pb2_grpc
+from starlette.types import ASGIApp
 
 from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.grpc_server import GrpcMethods
@@ -68,6 +69,13 @@ def http_server(
     app = build_app(service, loads, operations)
     if status is not None:
         app.add_api_route("/status", lambda: status)
+    with served(app) as url:
+        yield url
+
+
+@contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """An application behind uvicorn on a free port; gives the base URL."""
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
