@@ -55,7 +55,7 @@ class Page {
       this._lines.readTheme();
       this._show();
     });
-    document.addEventListener("shoal:key", () => this._feed.retry());
+    document.addEventListener("shoal:key", () => this._feed.useKey());
   }
 
   _take(load, status) {

@@ -18,7 +18,11 @@ export function showCard(card, load, cell, box) {
   ];
   card.replaceChildren(
     element("h3", {}, `Layer ${layer} · expert ${expert}`),
-    element("dl", {}, ...lines.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)])),
+    element(
+      "dl",
+      {},
+      ...lines.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]),
+    ),
   );
   place(card, box);
 }

@@ -3,17 +3,22 @@
 // A change is {at_s, kind, text, worker?, cells?}; kinds: joined, left, drained, epoch, scale,
 // ready, alarm.
 
-import { count, tierOf } from "./frames.js";
+import { count } from "./frames.js";
 
 const MAX_NAMED = 3;
-const ROLES = { experts: "expert worker", attention: "attention worker", router: "router", ingress: "ingress" };
+const NAMES = {
+  experts: "expert worker",
+  attention: "attention worker",
+  router: "router",
+  ingress: "ingress",
+};
 
 /** Changes from one frame to a later one; either may lack load or status. */
 export function changesBetween(before, after) {
   const changes = [];
   if (before.status && after.status) changes.push(...ofMembers(before.status, after.status));
   if (before.load && after.load) changes.push(...ofHolders(before.load, after.load));
-  if (before.status && after.status) changes.push(...ofTiers(before, after));
+  if (before.status && after.status) changes.push(...ofTiers(before.status, after.status));
   return changes.map((change) => ({ at_s: after.at_s, ...change }));
 }
 
@@ -21,11 +26,11 @@ function* ofMembers(before, after) {
   const old = new Map(before.workers.map((worker) => [worker.worker_id, worker]));
   const now = new Map(after.workers.map((worker) => [worker.worker_id, worker]));
   for (const [id, worker] of old) {
-    if (!now.has(id)) yield { kind: "left", worker, text: `${ROLES[worker.role]} ${id} left` };
+    if (!now.has(id)) yield { kind: "left", worker, text: `${NAMES[worker.role]} ${id} left` };
   }
   for (const [id, worker] of now) {
     if (!old.has(id)) {
-      yield { kind: "joined", worker, text: `${ROLES[worker.role]} ${id} joined` };
+      yield { kind: "joined", worker, text: `${NAMES[worker.role]} ${id} joined` };
     } else if (worker.drained && !old.get(id).drained) {
       yield { kind: "drained", text: `${id} is drained: others take over its experts` };
     }
@@ -39,31 +44,32 @@ function* ofMembers(before, after) {
 function* ofHolders(before, after) {
   const isComparable = before.holders.length === after.holders.length;
   if (before.holders === after.holders || !isComparable) return;
-  const cells = [];
-  const resized = [];
-  let added = 0;
-  let dropped = 0;
-  let orphans = 0;
-  for (let cell = 0; cell < after.holders.length; cell += 1) {
-    const old = before.holders[cell].map((worker) => before.workers[worker]);
-    const now = after.holders[cell].map((worker) => after.workers[worker]);
-    const gained = now.filter((id) => !old.includes(id)).length;
-    const lost = old.filter((id) => !now.includes(id)).length;
-    if (gained || lost) cells.push(cell);
-    if (old.length !== now.length) resized.push(cell);
-    if (old.length && !now.length) orphans += 1;
-    added += gained;
-    dropped += lost;
-  }
-  if (before.epoch !== after.epoch || cells.length) {
-    const what = [added && `${added} added`, dropped && `${dropped} dropped`].filter(Boolean);
-    const text = `epoch ${before.epoch} → ${after.epoch}`;
-    yield { kind: "epoch", cells, text: what.length ? `${text}: replicas ${what.join(", ")}` : text };
-  }
-  if (resized.length && resized.length <= MAX_NAMED) {
+  const { cells, resized, added, dropped, orphans } = compareHolders(before, after);
+  const what = [added && `${added} added`, dropped && `${dropped} dropped`].filter(Boolean);
+  const replicas = what.length ? `: replicas ${what.join(", ")}` : "";
+  const text = `epoch ${before.epoch} → ${after.epoch}${replicas}`;
+  if (before.epoch !== after.epoch || cells.length) yield { kind: "epoch", cells, text };
+  if (resized.length <= MAX_NAMED) {
     for (const cell of resized) yield { kind: "epoch", text: resizing(before, after, cell) };
   }
   if (orphans) yield { kind: "alarm", text: `${count(orphans, "expert")} held by nobody` };
+}
+
+/** Cells with other holders, those with more or fewer; replicas that came and went; new orphans. */
+function compareHolders(before, after) {
+  const found = { cells: [], resized: [], added: 0, dropped: 0, orphans: 0 };
+  after.holders.forEach((holders, cell) => {
+    const old = before.holders[cell].map((worker) => before.workers[worker]);
+    const now = holders.map((worker) => after.workers[worker]);
+    const added = now.filter((id) => !old.includes(id)).length;
+    const dropped = old.filter((id) => !now.includes(id)).length;
+    found.added += added;
+    found.dropped += dropped;
+    if (added || dropped) found.cells.push(cell);
+    if (added !== dropped) found.resized.push(cell);
+    if (old.length && !now.length) found.orphans += 1;
+  });
+  return found;
 }
 
 function resizing(before, after, cell) {
@@ -74,8 +80,8 @@ function resizing(before, after, cell) {
 
 function* ofTiers(before, after) {
   for (const tier of ["experts", "attention"]) {
-    const old = tierOf(before, tier).wanted;
-    const now = tierOf(after, tier).wanted;
+    const old = before.tiers?.[tier]?.wanted ?? null;
+    const now = after.tiers?.[tier]?.wanted ?? null;
     if (old !== null && now !== null && old !== now) {
       yield { kind: "scale", text: `${tier}: ${count(now, "worker")} wanted, ${old} before` };
     }

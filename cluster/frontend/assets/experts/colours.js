@@ -4,7 +4,16 @@
 const LIGHT = ["#edf3f3", "#c3e3d6", "#7cc7c3", "#3a9dbb", "#2468a6", "#232f7c", "#170f3f"];
 const DARK = ["#1d2a35", "#173f5c", "#14687e", "#1f9487", "#6abd72", "#c6dd5a", "#fdf7b0"];
 // Okabe and Ito's, which the colour blind tell apart; further workers get lighter, darker turns.
-const WORKERS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#8a6fc2"];
+const WORKERS = [
+  "#0072b2",
+  "#e69f00",
+  "#009e73",
+  "#cc79a7",
+  "#56b4e9",
+  "#d55e00",
+  "#b8a800",
+  "#8a6fc2",
+];
 const TURNS = [0, 0.13, -0.13, 0.22, -0.22];
 const NUM_STEPS = 256;
 
@@ -52,7 +61,9 @@ export function blend(from, to, share) {
 /** The smallest round number that is not below `value` and at least 1. */
 export function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
-  return power * [1, 1.5, 2, 3, 5, 7, 10].find((step) => step * power >= Math.max(value, 1) * 0.999);
+  return (
+    power * [1, 1.5, 2, 3, 5, 7, 10].find((step) => step * power >= Math.max(value, 1) * 0.999)
+  );
 }
 
 const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -85,8 +96,10 @@ function pixel([lightness, a, b]) {
     -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
     -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s,
   ];
-  return pack(...linear.map((value) => {
-    const c = Math.min(1, Math.max(0, value));
-    return Math.round(255 * (c <= 0.0031308 ? 12.92 * c : 1.055 * c ** (1 / 2.4) - 0.055));
-  }));
+  return pack(
+    ...linear.map((value) => {
+      const c = Math.min(1, Math.max(0, value));
+      return Math.round(255 * (c <= 0.0031308 ? 12.92 * c : 1.055 * c ** (1 / 2.4) - 0.055));
+    }),
+  );
 }

@@ -4,7 +4,15 @@ import { element } from "../common.js";
 import { clock } from "./frames.js";
 
 const MAX_SHOWN = 200;
-const MARKS = { joined: "+", left: "−", drained: "↘", epoch: "⇄", scale: "↕", ready: "✓", alarm: "!" };
+const MARKS = {
+  joined: "+",
+  left: "−",
+  drained: "↘",
+  epoch: "⇄",
+  scale: "↕",
+  ready: "✓",
+  alarm: "!",
+};
 
 export class EventList {
   constructor(list) {

@@ -17,29 +17,35 @@ export class Feed {
     this._onState = onState;
     this._status = null;
     this._fault = null; // of the stream, while it is broken
-    this._wake = () => {};
+    this._nextKey = new Promise((done) => (this._keyIsThere = done));
   }
 
   start() {
-    this._onState({ kind: "connecting", text: "connecting" });
+    this._onState({ kind: "connecting", text: "Connecting." });
     this._poll();
     this._follow();
   }
 
-  /** Try again now: there is another key. */
-  retry() {
-    this._wake();
+  /** Somebody gave another key. */
+  useKey() {
+    this._keyIsThere();
+    this._nextKey = new Promise((done) => (this._keyIsThere = done));
   }
 
   async _poll() {
-    const due_ms = performance.now() + 1000 * INTERVAL_S;
-    try {
-      this._status = await requestJson("status", { signal: AbortSignal.timeout(1000 * STALLED_S) });
-    } catch {
-      this._status = null;
+    for (;;) {
+      const due_ms = performance.now() + 1000 * INTERVAL_S;
+      try {
+        this._status = await requestJson("status", {
+          signal: AbortSignal.timeout(1000 * STALLED_S),
+        });
+      } catch (error) {
+        this._status = null;
+        if (needsKey(error)) await this._nextKey;
+      }
+      if (this._fault) this._onMoment(null, this._status);
+      await sleep(due_ms - performance.now());
     }
-    if (this._fault) this._onMoment(null, this._status);
-    setTimeout(() => this._poll(), Math.max(0, due_ms - performance.now()));
   }
 
   async _follow() {
@@ -49,14 +55,14 @@ export class Feed {
         for await (const load of this._loads()) {
           wait_s = FIRST_RETRY_S;
           this._fault = null;
-          this._onState({ kind: "live", text: "live" });
+          this._onState({ kind: "live", text: "Live." });
           this._onMoment(load, this._status);
         }
         this._fault = new ApiError("The server ended the stream.");
       } catch (error) {
         this._fault = error;
       }
-      await this._pause(wait_s);
+      await this._wait(wait_s);
       wait_s = Math.min(LAST_RETRY_S, 2 * wait_s);
     }
   }
@@ -81,23 +87,20 @@ export class Feed {
     }
   }
 
-  /** Wait, counting down, until it is time or somebody says so. */
-  async _pause(wait_s) {
-    for (let left_s = wait_s; left_s > 0; left_s -= 1) {
-      this._onState(stateOf(this._fault, left_s));
-      const isWoken = await new Promise((done) => {
-        this._wake = () => done(true);
-        setTimeout(() => done(false), 1000);
-      });
-      if (isWoken) return;
+  /** Say what is wrong and wait until it is time to try again. */
+  async _wait(wait_s) {
+    if (needsKey(this._fault)) {
+      this._onState({ kind: "key", text: this._fault.message });
+      return this._nextKey;
     }
-    this._onState(stateOf(this._fault, 0));
+    const kind = this._fault.status ? "directory" : "server";
+    const why =
+      this._fault.name === "AbortError" ? "The server says nothing." : this._fault.message;
+    this._onState({ kind, text: `${why} Trying again.` });
+    return sleep(1000 * wait_s);
   }
 }
 
-function stateOf(fault, left_s) {
-  const again = left_s > 0 ? `trying again in ${left_s} s` : "trying again";
-  if (fault.name === "AbortError") return { kind: "server", text: `Nothing came for ${STALLED_S} s; ${again}.` };
-  const kind = { 0: "server", 401: "key", 403: "key" }[fault.status] ?? "directory";
-  return { kind, text: `${fault.message} ${again[0].toUpperCase()}${again.slice(1)}.` };
-}
+const needsKey = ({ status }) => status === 401 || status === 403;
+
+const sleep = (wait_ms) => new Promise((done) => setTimeout(done, wait_ms));

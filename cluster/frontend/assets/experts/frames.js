@@ -1,7 +1,9 @@
 // One moment of the cluster, from what the server answers. Pure.
 //
-// A frame is {at_s, load, status, top}: `load` is null while the directory is away, `status` while
-// the server is. A cell is an expert of a layer: position of the layer x experts + expert.
+// A frame is {at_s, load, status, tiers, top}: `load` is null while the directory is away, `status`
+// while the server is; `top` is where the scale of rows/s ends. A cell is an expert of a layer: position of the layer x experts + expert.
+
+export const ROLES = ["experts", "attention", "router", "ingress"];
 
 /** Load of all experts from GET /v1/experts/load?compact=true.
  *
@@ -64,20 +66,19 @@ export function cellText(load, cell) {
   );
 }
 
-/** Live workers of a role; `experts` with their rows/s where the server says so. */
-export function workersOf(frame, role) {
-  return (frame.status?.workers ?? []).filter((worker) => worker.role === role);
-}
-
-/** What a tier does on the whole: {wanted, present, busy} with null for what is not known. */
-export function tierOf(frame, tier) {
-  const present = frame.status ? workersOf(frame, tier).length : null;
-  const known = workersOf(frame, tier).map((worker) => worker.busy).filter((busy) => busy != null);
-  return {
-    wanted: frame.status?.tiers?.[tier]?.wanted ?? null,
-    present: frame.status?.tiers?.[tier]?.present ?? present,
-    busy: known.length ? known.reduce((sum, busy) => sum + busy, 0) / known.length : null,
-  };
+/** Role -> {wanted, present, busy: mean of its workers}; null for what is not known. */
+export function tiersOf(status) {
+  const tiers = {};
+  for (const role of ROLES) {
+    const workers = (status?.workers ?? []).filter((worker) => worker.role === role);
+    const busy = workers.map((worker) => worker.busy).filter((share) => share != null);
+    tiers[role] = {
+      wanted: status?.tiers?.[role]?.wanted ?? null,
+      present: status ? workers.length : null,
+      busy: busy.length ? busy.reduce((sum, share) => sum + share) / busy.length : null,
+    };
+  }
+  return tiers;
 }
 
 /** A number for people: 0.4, 12, 1,230, 45.6k. */

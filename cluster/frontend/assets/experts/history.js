@@ -2,7 +2,7 @@
 
 import { changesBetween } from "./changes.js";
 import { roundUp } from "./colours.js";
-import { shareTables } from "./frames.js";
+import { shareTables, tiersOf } from "./frames.js";
 
 export const KEPT_S = 300;
 const MAX_CHANGES = 500;
@@ -24,7 +24,8 @@ export class History {
   /** Keep a moment; returns its frame. load, status: null while they are not to be had. */
   add(at_s, load, status) {
     const shared = load && this._seated(shareTables(load, this._known.load));
-    const frame = { at_s, load: shared, status, top: this._topOf(at_s, shared) };
+    const top = this._topOf(at_s, shared);
+    const frame = { at_s, load: shared, status, tiers: tiersOf(status), top };
     this.changes.push(...changesBetween(this._known, frame));
     this.changes.splice(0, this.changes.length - MAX_CHANGES);
     this._known = { load: shared ?? this._known.load, status: status ?? this._known.status };

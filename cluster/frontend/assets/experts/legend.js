@@ -9,7 +9,11 @@ const MAX_SWATCHES = 8;
 
 /** Fill the legend for a load shown as `look` says (see map.js); ramp: packed pixels. */
 export function showLegend(place, load, look, ramp) {
-  const parts = { rate: ofRates, replicas: ofReplicas, worker: ofWorkers }[look.mode](load, look, ramp);
+  const parts = { rate: ofRates, replicas: ofReplicas, worker: ofWorkers }[look.mode](
+    load,
+    look,
+    ramp,
+  );
   if (load.holders.some((holders) => !holders.length)) parts.push(swatch("var(--bad)"), "nobody");
   place.replaceChildren(...parts);
 }
@@ -25,7 +29,10 @@ function ofReplicas(load, _, ramp) {
   const top = replicaTop(load);
   const step = Math.ceil(top / MAX_SWATCHES);
   const numbers = Array.from({ length: Math.ceil(top / step) }, (_, i) => 1 + i * step);
-  return numbers.flatMap((replicas) => [swatch(css(shade(ramp, replicas / top))), String(replicas)]);
+  return numbers.flatMap((replicas) => [
+    swatch(css(shade(ramp, replicas / top))),
+    String(replicas),
+  ]);
 }
 
 function ofWorkers() {

@@ -235,7 +235,10 @@ export class HeatMap {
     this._context.strokeStyle = style;
     this._context.lineWidth = line;
     this._context.strokeRect(
-      x - line / 2, y - line / 2, across - gap.across + line, down - gap.down + line,
+      x - line / 2,
+      y - line / 2,
+      across - gap.across + line,
+      down - gap.down + line,
     );
   }
 }

@@ -17,7 +17,8 @@ export function layoutOf(width, numLayers, numExperts, ratio) {
   const fitting = Math.floor((width - left) / Math.max(numExperts, 1));
   const across = Math.round(Math.min(Math.max(fitting, 1), 64 * ratio));
   const down = Math.round(Math.min(Math.max(across * 1.2, 8 * ratio), 44 * ratio));
-  const gapOf = (pitch) => Math.round((pitch >= 20 * ratio ? 2 : pitch >= 7 * ratio ? 1 : 0) * ratio);
+  const gapOf = (pitch) =>
+    Math.round((pitch >= 20 * ratio ? 2 : pitch >= 7 * ratio ? 1 : 0) * ratio);
   return {
     left,
     top,

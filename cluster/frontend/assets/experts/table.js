@@ -15,7 +15,13 @@ export class LayerTable {
     const head = COLUMNS.map((name) => element("th", { scope: "col" }, name));
     details.append(
       element("label", { htmlFor: "table-layer" }, "Layer ", this._choice),
-      element("table", {}, this._caption, element("thead", {}, element("tr", {}, ...head)), this._body),
+      element(
+        "table",
+        {},
+        this._caption,
+        element("thead", {}, element("tr", {}, ...head)),
+        this._body,
+      ),
     );
     this._choice.onchange = () => this._fill();
     details.ontoggle = () => this._fill();
@@ -38,7 +44,12 @@ export class LayerTable {
       `workers ${percent(balancedness[position])} balanced (mean of busiest)`;
     const lines = Array.from({ length: numExperts }, (_, expert) => {
       const cell = cellOf(this._load, position * numExperts + expert);
-      const texts = [number(cell.rate), percent(cell.share), cell.holders.length, cell.holders.join(", ")];
+      const texts = [
+        number(cell.rate),
+        percent(cell.share),
+        cell.holders.length,
+        cell.holders.join(", "),
+      ];
       const name = element("th", { scope: "row" }, String(expert));
       return element("tr", {}, name, ...texts.map((text) => element("td", {}, String(text))));
     });

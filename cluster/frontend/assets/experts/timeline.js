@@ -3,7 +3,7 @@
 
 import { colour, element } from "../common.js";
 import uPlot from "../vendor/uPlot.esm.js";
-import { number, percent, tierOf } from "./frames.js";
+import { clock, number, percent } from "./frames.js";
 import { KEPT_S } from "./history.js";
 
 const HEIGHT = 132;
@@ -11,35 +11,36 @@ const PANELS = [
   {
     title: "Workers present",
     series: [
-      { label: "experts", of: (frame) => tierOf(frame, "experts").present, steps: true },
-      { label: "attention", of: (frame) => tierOf(frame, "attention").present, steps: true },
+      { label: "experts", of: ({ tiers }) => tiers.experts.present, steps: true },
+      { label: "attention", of: ({ tiers }) => tiers.attention.present, steps: true },
     ],
-    text: (value) => number(value),
+    text: number,
     least: 2,
+    isWhole: true,
   },
   {
     title: "Busy",
     series: [
-      { label: "experts", of: (frame) => tierOf(frame, "experts").busy },
-      { label: "attention", of: (frame) => tierOf(frame, "attention").busy },
+      { label: "experts", of: ({ tiers }) => tiers.experts.busy },
+      { label: "attention", of: ({ tiers }) => tiers.attention.busy },
     ],
-    text: (value) => percent(value),
+    text: percent,
     least: 1,
   },
   {
     title: "Tokens/s",
     series: [
-      { label: "generated", of: (frame) => frame.status?.rates?.generated_tokens_per_s ?? null },
-      { label: "prompt", of: (frame) => frame.status?.rates?.prompt_tokens_per_s ?? null },
+      { label: "generated", of: ({ status }) => status?.rates?.generated_tokens_per_s ?? null },
+      { label: "prompt", of: ({ status }) => status?.rates?.prompt_tokens_per_s ?? null },
     ],
-    text: (value) => number(value),
+    text: number,
     least: 10,
   },
   {
     title: "Time between tokens",
     series: [
-      { label: "p50", of: (frame) => milliseconds(frame.status?.rates?.itl_s?.p50) },
-      { label: "p99", of: (frame) => milliseconds(frame.status?.rates?.itl_s?.p99) },
+      { label: "p50", of: (frame) => milliseconds(status?.rates?.itl_s?.p50) },
+      { label: "p99", of: (frame) => milliseconds(status?.rates?.itl_s?.p99) },
     ],
     text: (value) => `${number(value)} ms`,
     least: 10,
@@ -87,11 +88,8 @@ class Panel {
       frames.map((frame) => frame.at_s),
       ...series.map(({ of }) => frames.map((frame) => of(frame))),
     ];
-    const shown = at_s === null ? frames.length - 1 : frames.findLastIndex((f) => f.at_s <= at_s);
-    series.forEach((_, i) => {
-      const value = this._data[i + 1][shown];
-      this._values[i].textContent = value == null ? "–" : this._panel.text(value);
-    });
+    const last = at_s === null ? frames.length - 1 : frames.findLastIndex((f) => f.at_s <= at_s);
+    this._showValues((this._shown = last));
     if (this._plot) this._plot.setData(this._data);
     else this.rebuild();
   }
@@ -99,6 +97,13 @@ class Panel {
   rebuild() {
     this._plot?.destroy();
     if (this._place.clientWidth) this._plot = new uPlot(this._options(), this._data, this._place);
+  }
+
+  _showValues(index) {
+    this._values.forEach((place, i) => {
+      const value = this._data[i + 1][index];
+      place.textContent = value == null ? "–" : this._panel.text(value);
+    });
   }
 
   _resize() {
@@ -109,19 +114,38 @@ class Panel {
     const colours = [colour("--accent"), colour("--warn")];
     const axis = { stroke: colour("--muted"), font: "11px system-ui, sans-serif" };
     const line = { stroke: colour("--line"), width: 1 };
-    const now = (data) => data[0].at(-1) ?? Date.now() / 1000;
+    const end = ({ data }) => data[0].at(-1) ?? Date.now() / 1000;
     return {
       width: this._place.clientWidth,
       height: HEIGHT,
       legend: { show: false },
-      cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false }, sync: { key: "shoal" } },
+      cursor: {
+        y: false,
+        points: { size: 6 },
+        drag: { x: false, y: false },
+        sync: { key: "shoal" },
+      },
       scales: {
-        x: { time: true, range: (plot) => [now(plot.data) - KEPT_S, now(plot.data)] },
+        x: { time: true, range: (plot) => [end(plot) - KEPT_S, end(plot)] },
         y: { range: (_, low, high) => [0, Math.max(this._panel.least, (high ?? 0) * 1.1)] },
       },
       axes: [
-        { ...axis, size: 24, grid: { show: false }, ticks: { show: false }, values: (_, ticks) => ticks.map(ago(now(this._data))) },
-        { ...axis, size: 52, space: 34, grid: line, ticks: { show: false }, values: (_, ticks) => ticks.map(this._panel.text) },
+        {
+          ...axis,
+          size: 24,
+          grid: { show: false },
+          ticks: { show: false },
+          values: (_, ticks) => ticks.map((at_s) => clock(at_s).slice(0, 5)),
+        },
+        {
+          ...axis,
+          size: 52,
+          space: 34,
+          grid: line,
+          ticks: { show: false },
+          values: (_, ticks) => ticks.map(this._panel.text),
+          ...(this._panel.isWhole ? { incrs: [1, 2, 5, 10, 20, 50, 100, 500] } : {}),
+        },
       ],
       series: [
         {},
@@ -133,7 +157,11 @@ class Panel {
           ...(steps ? { paths: uPlot.paths.stepped({ align: 1 }) } : {}),
         })),
       ],
-      hooks: { draw: [(plot) => this._drawMoment(plot)], ready: [(plot) => this._seekOnClick(plot)] },
+      hooks: {
+        draw: [(plot) => this._drawMoment(plot)],
+        ready: [(plot) => this._seekOnClick(plot)],
+        setCursor: [({ cursor }) => this._showValues(cursor.idx ?? this._shown)],
+      },
     };
   }
 
@@ -151,8 +179,3 @@ class Panel {
 }
 
 const milliseconds = (seconds) => (seconds == null ? null : 1000 * seconds);
-
-const ago = (now_s) => (at_s) => {
-  const passed = Math.round((now_s - at_s) / 60);
-  return passed ? `−${passed} min` : "now";
-};

@@ -3,7 +3,7 @@
 
 import { element } from "../common.js";
 import { css, workerPixel } from "./colours.js";
-import { number, percent, tierOf } from "./frames.js";
+import { number, percent } from "./frames.js";
 
 const TIERS = [
   { role: "experts", title: "Experts", kind: "expert" },
@@ -57,7 +57,7 @@ class Tier {
       if (there !== row.line) this.body.insertBefore(row.line, there ?? null);
       row.show(...shown.get(id), frame, picked);
     });
-    this._count.textContent = countOf(tierOf(frame, this._tier.role));
+    this._count.textContent = countOf(frame.tiers[this._tier.role]);
     this.body.hidden = !shown.size;
   }
 }
@@ -69,7 +69,9 @@ function workersShown(frame, changes, role) {
   for (const { kind, worker } of ofRole) {
     if (kind === "left") shown.set(worker.worker_id, [worker, "left"]);
   }
-  const joined = new Set(ofRole.filter(({ kind }) => kind === "joined").map(({ worker }) => worker.worker_id));
+  const joined = new Set(
+    ofRole.filter(({ kind }) => kind === "joined").map(({ worker }) => worker.worker_id),
+  );
   for (const worker of frame.status?.workers ?? []) {
     const id = worker.worker_id;
     if (worker.role === role) shown.set(id, [worker, joined.has(id) ? "joined" : ""]);
@@ -86,12 +88,15 @@ class Row {
   constructor({ role, kind }, { onAct, onPick }) {
     this._role = role;
     this._swatch = element("span", { className: "swatch" });
-    this._name = role === "experts" ? element("button", { className: "quiet name" }) : element("span");
+    this._name =
+      role === "experts" ? element("button", { className: "quiet name" }) : element("span");
     this._badge = element("span", { className: "badge" });
     this._bar = element("span", { className: "bar" }, element("span"));
     this._busy = element("span", { className: "number" });
     this._cells = ["rows", "held", "queue"].map(() => element("td", { className: "number" }));
-    this._buttons = kind ? [this._button("drain", kind, onAct), this._button("kill", kind, onAct)] : [];
+    this._buttons = kind
+      ? [this._button("drain", kind, onAct), this._button("kill", kind, onAct)]
+      : [];
     this._name.onclick = () => onPick(this._isPicked ? null : this._worker.worker_id);
     this.line = element(
       "tr",
@@ -133,7 +138,11 @@ class Row {
     this._bar.hidden = busy == null;
     this._bar.firstChild.style.width = `${100 * Math.min(1, busy ?? 0)}%`;
     this._busy.textContent = busy == null ? "" : percent(busy);
-    const texts = [rows == null ? "" : number(rows), slots ? `${held} / ${slots}` : "", queue ?? ""];
+    const texts = [
+      rows == null ? "" : number(rows),
+      slots ? `${held} / ${slots}` : "",
+      queue ?? "",
+    ];
     this._cells.forEach((cell, i) => (cell.textContent = texts[i]));
   }
 
