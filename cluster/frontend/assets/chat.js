@@ -127,8 +127,10 @@ function showControls() {
   byId("turns").classList.toggle("busy", running !== null);
   byId("send").hidden = running !== null;
   byId("stop").hidden = running === null;
-  byId("send").disabled = !ready || !byId("draft").value.trim();
+  byId("send").disabled = !canSend() || !byId("draft").value.trim();
 }
+
+const canSend = () => ready && !running && byId("model").value !== "";
 
 /** For screen readers: the answer as a whole, not each piece of it. */
 const announce = (text) => (byId("announcer").textContent = text);
@@ -145,6 +147,7 @@ async function showModels() {
   } catch (error) {
     toast(error.message);
   }
+  showControls();
 }
 
 function onReadiness({ detail }) {
@@ -179,7 +182,7 @@ function listen() {
   const draft = byId("draft");
   byId("composer").onsubmit = (event) => {
     event.preventDefault();
-    if (running || byId("send").disabled) return;
+    if (byId("send").disabled) return;
     const text = draft.value;
     draft.value = "";
     send(text);
@@ -208,7 +211,7 @@ function listen() {
 }
 
 function suggest(text) {
-  return element("button", { type: "button", onclick: () => ready && send(text) }, text);
+  return element("button", { type: "button", onclick: () => canSend() && send(text) }, text);
 }
 
 restoreSettings();

@@ -93,7 +93,7 @@ function noteOf({ content, error, stopped, ending }, live) {
 // ---- numbers
 
 function factLines(facts) {
-  if (!facts?.tokens) return [];
+  if (!facts?.firstMs) return [];
   const lines = [line(...speed(facts))];
   if (facts.timing) lines.push(timeBar(facts.timing), line(...whereTimeWent(facts.timing)));
   return lines;
