@@ -1,14 +1,18 @@
 """Rows of layers x experts as text: bars whose height and colour say how hot. Pure.
 
-Where the experts are more than the columns, a column shows the hottest of several: none is lost.
-Where there is room, an expert has several columns. Without colours the bars' heights remain.
+Hot is relative: times the layer's even share, in which each expert has as many rows as any other.
+So the map neither flickers with the traffic nor fades beside one very hot expert. Where the
+experts are more than the columns, a column shows the hottest of several: none is lost. Where there
+is room, an expert has several columns. Without colours the bars' heights remain.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.text import Text
 
@@ -26,11 +30,13 @@ COLOURS = (
     "#e8602c",
     "#d7191c",
 )
-"""By level, as BARS: no rows at all, then eighths of the hottest expert's."""
+SHARES = (0.25, 0.5, 1, 2, 4, 8, 16)
+"""Times the even share: where a bar ends and the next begins, from that of level 1 on."""
+SHARE_NAMES = ("¼", "½", "1", "2", "4", "8", "16")
 NOBODY, NOBODY_STYLE = "!", "bold red"
 """In the place of an expert that nobody holds."""
 MAX_CELL_WIDTH = 3
-BALANCE_WIDTH = 5
+BALANCE_HEAD = " even"
 MIN_TICK_WIDTH = 6
 
 
@@ -53,6 +59,11 @@ class Grid:
         """The first expert of each cell."""
         return range(0, self.num_experts, self.experts_per_cell)
 
+    @property
+    def width(self) -> int:
+        """Columns that are used."""
+        return len(self.cells()) * self.cell_width
+
     def axis(self) -> str:
         """Numbers of experts above the cells that they begin."""
         text = ""
@@ -67,42 +78,42 @@ def heat_map(load: Load, width: int, first: int = 0, num_layers: int | None = No
     """A head, an axis and a line for each of `num_layers` layers from position `first` on."""
     shown = range(first, len(load.layers))[:num_layers]
     label_width = max(len(str(layer)) for layer in load.layers) + 1
-    grid = Grid.fit(len(load.recent_rows[0]), max(width - label_width - BALANCE_WIDTH, 1))
-    hottest = max(max(rows) for rows in load.recent_rows)
-    lines = [_head(load, grid, hottest, shown), Text(" " * label_width + grid.axis(), "dim")]
+    room = max(width - label_width - len(BALANCE_HEAD), 1)
+    grid = Grid.fit(len(load.recent_rows[0]), room)
+    axis = " " * label_width + grid.axis().ljust(grid.width) + BALANCE_HEAD
+    lines = [_head(load, grid, shown), Text(axis, "dim")]
     for position in shown:
-        line = Text(f"{load.layers[position]:{label_width - 1}} ", "dim")
-        line.append_text(_cells(load.recent_rows[position], load.holders[position], grid, hottest))
-        line.append(f" {load.balancedness[position]:.2f}", "dim")
-        lines.append(line)
+        label, balance = f"{load.layers[position]:{label_width - 1}} ", load.balancedness[position]
+        cells = _cells(load.recent_rows[position], load.holders[position], grid)
+        lines.append(Text.assemble((label, "dim"), cells, (f" {balance:.2f}", "dim")))
     return lines
 
 
-def _head(load: Load, grid: Grid, hottest: int, shown: range) -> Text:
-    head = Text("experts", "bold")
-    head.append(f"  rows of the last {load.recent_s:g} s, █ = {load.per_s(hottest):.3g}/s")
+def _head(load: Load, grid: Grid, shown: range) -> Text:
+    head = Text.assemble(("experts", "bold"), "  times the even share ")
+    for bar, colour, share in zip_longest(BARS[1:], COLOURS[1:], SHARE_NAMES, fillvalue=""):
+        head.append(bar, colour).append(share)
     if grid.experts_per_cell > 1:
-        head.append(f"; the hottest of each {grid.experts_per_cell}")
+        head.append(f"  hottest of {grid.experts_per_cell}")
     if len(shown) < len(load.layers):
-        head.append(
-            f"; layers {load.layers[shown.start]}-{load.layers[shown.stop - 1]}"
-            f" of {load.layers[0]}-{load.layers[-1]}"
-        )
-    return head.append("; right: balance", "dim")
+        first, last = load.layers[shown.start], load.layers[shown.stop - 1]
+        head.append(f"  layers {first}-{last} of {load.layers[0]}-{load.layers[-1]}")
+    return head
 
 
-def _cells(rows: Sequence[int], holders: Sequence[Sequence[int]], grid: Grid, hottest: int) -> Text:
+def _cells(rows: Sequence[int], holders: Sequence[Sequence[int]], grid: Grid) -> Text:
     line = Text()
+    even = sum(rows) / len(rows)
     for expert in grid.cells():
         members = slice(expert, expert + grid.experts_per_cell)
         if all(holders[members]):
-            level = level_of(max(rows[members]), hottest)
+            level = level_of(max(rows[members]), even)
             line.append(BARS[level] * grid.cell_width, COLOURS[level])
         else:
             line.append(NOBODY * grid.cell_width, NOBODY_STYLE)
     return line
 
 
-def level_of(value: float, highest: float) -> int:
-    """Of BARS. 0 for nothing, else 1..8: eighths of the highest, begun ones too."""
-    return math.ceil(value * 8 / highest) if value else 0
+def level_of(rows: int, even: float) -> int:
+    """Of BARS and COLOURS: 0 for no rows, else by SHARES of the rows that are the even share."""
+    return bisect_right(SHARES, rows / even) + 1 if rows else 0

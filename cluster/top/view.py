@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cluster.top.heat_map import BARS, heat_map, level_of
+from cluster.top.heat_map import BARS, heat_map
 from cluster.top.history import History, rates_of
 from cluster.top.reading import Load, Reading
 
@@ -22,8 +23,9 @@ NUM_EVENTS = 5
 MIN_LINES = 3
 NUM_FIXED_LINES = 11
 """One of title, five of numbers, two above the heat map, two heads of lists, one of keys."""
+MIN_HEIGHT = NUM_FIXED_LINES + 2 * MIN_LINES
 NUM_RATES = 24
-BAR_WIDTH = 10
+BAR_WIDTH = 8
 BUSY, VERY_BUSY = 0.5, 0.85
 WORKING_ROLES = ("experts", "attention", "router")
 KEYS = "q quit   up, down, PgUp, PgDn, Home, End: layers"
@@ -40,15 +42,15 @@ class Sizes:
 
     @classmethod
     def of(cls, reading: Reading, height: int | None) -> Sizes:
-        """Of a screen of `height` lines; None: of as many as everything needs."""
+        """As in `screen`."""
         num_layers = len(reading.load.layers) if reading.load else 0
         num_rows = max(NUM_HOTTEST, len(_workers(reading)))
         if height is None:
-            return cls(num_layers, num_rows, NUM_EVENTS)
+            return cls(num_layers, num_rows, 0)
         free = max(height - NUM_FIXED_LINES, 0)
-        layers = min(num_layers, max(free // 2, MIN_LINES))
-        rows = min(num_rows, max((free - layers) * 2 // 3, MIN_LINES))
-        return cls(layers, rows, max(free - layers - rows, 0))
+        rows = min(num_rows, max(free // 3, free - num_layers - NUM_EVENTS, MIN_LINES))
+        layers = min(num_layers, max(free - rows - min(NUM_EVENTS, free // 6), MIN_LINES))
+        return cls(layers, rows, max(free - rows - layers, 0))
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,11 @@ class Scroll:
 
 
 def screen(history: History, width: int, height: int | None = None, first_layer: int = 0) -> Group:
-    """Everything, `width` columns wide. first_layer: position of the topmost layer shown."""
+    """Everything, `width` columns wide; in `height` lines if there are at least MIN_HEIGHT.
+
+    height None: of a moment, so without events and keys, in as many lines as it takes.
+    first_layer: position of the topmost layer shown.
+    """
     reading = history.answered
     sizes = Sizes.of(reading, height)
     lines = [_title(history), *_numbers(history)]
@@ -85,11 +91,11 @@ def screen(history: History, width: int, height: int | None = None, first_layer:
         lines += heat_map(reading.load, width, first_layer, sizes.layers)
     else:
         lines += [Text("experts", "bold"), Text(f"not known: {reading.error}", "yellow")]
-    below = [Text("events", "bold"), *_events(history, sizes.events)]
+    below: list[Text] = []
     if height is not None:
-        below.append(Text(KEYS, "dim"))
-    for line in (*lines, *below):
-        line.no_wrap, line.overflow = True, "ellipsis"
+        below = [Text("events", "bold"), *_events(history, sizes.events), Text(KEYS, "dim")]
+    for text in (*lines, *below):
+        text.no_wrap, text.overflow = True, "ellipsis"
     return Group(*lines, _lists(reading, sizes.rows), *below)
 
 
@@ -110,7 +116,7 @@ def line(history: History, happened: list[str]) -> str:
         _replicas(status),
     ]
     if newest.load is not None:
-        parts += [f"hottest {text}" for text in _hottest(newest.load, 1)]
+        parts += [f"hottest {' '.join(text.split())}" for text in _hottest(newest.load, 1)]
     return "  ".join([*parts, *happened])
 
 
@@ -123,7 +129,7 @@ def _title(history: History) -> Text:
     title.append(status["stage"], "green" if status["ready"] else "yellow")
     title.append(f", epoch {status['epoch']}")
     if history.away_s is not None:
-        text = f" no answer for {history.away_s:.0f} s, trying again: {history.newest.error} "
+        text = f" no answer for {history.away_s:.0f} s: trying again "
         title.append("  ").append(text, "bold white on red")
     return title
 
@@ -133,12 +139,13 @@ def _numbers(history: History) -> Iterator[Text]:
     tokens = f"{_number(rates.get('generated_tokens_per_s'))}/s"
     prompt = f"prompt tokens {_number(rates.get('prompt_tokens_per_s'))}/s"
     yield _labelled("tokens", f"{tokens:9} {_trend(history):{NUM_RATES}}  {prompt}")
-    yield _labelled("requests", f"{_number(rates.get('requests_per_s'))}/s  {_requests(rates)}")
+    requests = f"{_number(rates.get('requests_per_s'))}/s  {_requests(rates)}"
+    ended = ", ".join(f"{_number(rates.get(how))} {how}" for how in ("refused", "cancelled"))
+    yield _labelled("requests", f"{requests}; {ended}")
     window = f"  (p50, p99 of {_number(rates.get('window_s'))} s)"
     yield _labelled("latency", _latency(rates) + window)
     yield _labelled("replicas", _replicas(status))
-    counters = {name: rates.get(name) for name in ("refused", "cancelled")}
-    counters |= status.get("counters") or {}
+    counters = status.get("counters") or {}
     yield _labelled("so far", "  ".join(f"{name} {_number(n)}" for name, n in counters.items()))
 
 
@@ -149,7 +156,7 @@ def _labelled(label: str, text: str) -> Text:
 def _trend(history: History) -> str:
     rates = list(history.tokens_per_s)[-NUM_RATES:]
     highest = max(rates, default=0.0)
-    return "".join(BARS[level_of(rate, highest)] for rate in rates)
+    return "".join(BARS[math.ceil(8 * rate / highest) if rate else 0] for rate in rates)
 
 
 def _requests(rates: dict[str, Any]) -> str:
@@ -181,7 +188,7 @@ def _replicas(status: dict[str, Any]) -> str:
 def _lists(reading: Reading, num_rows: int) -> Table:
     """The hottest experts beside the workers."""
     lists = Table.grid(padding=(0, 2), expand=True)
-    for ratio in (4, 5):
+    for ratio in (3, 5):
         lists.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
     lists.add_row(Text("hottest experts", "bold"), Text("workers", "bold"))
     hottest = _hottest(reading.load, min(num_rows, NUM_HOTTEST)) if reading.load else ()
@@ -207,7 +214,8 @@ def _hottest(load: Load, number: int) -> Iterator[str]:
         layer, holders = load.layers[-position], load.holders[-position][-expert]
         share = rows / sum(load.recent_rows[-position])
         names = " ".join(load.workers[holder] for holder in holders)
-        yield f"{layer}:{-expert} {load.per_s(rows):.3g}/s {share:.0%} {names}"
+        rate = _number(load.per_s(rows))
+        yield f"{f'{layer}:{-expert}':6} {rate:>5}/s {share:4.0%} {names}"
 
 
 def _workers(reading: Reading) -> list[dict[str, Any]]:
@@ -221,7 +229,7 @@ def _worker(worker: dict[str, Any]) -> Text:
     filled = round((busy or 0.0) * BAR_WIDTH)
     colour = "green" if not busy or busy < BUSY else "yellow" if busy < VERY_BUSY else "red"
     text.append("█" * filled, colour).append("░" * (BAR_WIDTH - filled), "dim")
-    text.append(" -  " if busy is None else f" {busy:4.0%}")
+    text.append("    -" if busy is None else f" {busy:4.0%}")
     text.append(f" queue {_number(worker.get('queue'))}")
     if worker.get("rows_per_s") is not None:
         text.append(f" {_number(worker['rows_per_s'])} rows/s")
