@@ -17,7 +17,6 @@ Pods = Annotated[int, Field(ge=1, le=1024)]
 Cpus = Annotated[float, Field(gt=0, le=1024)]
 Gib = Annotated[float, Field(gt=0, le=1 << 16)]
 INCREMENTAL = "NewClusterWithIncrementalUpgrade"
-PositiveSeconds = Annotated[float, Field(gt=0, le=3600)]
 HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/:]+(:\d{1,5})?(/\S*)?$", max_length=500)]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\s]*$")]
 
@@ -225,11 +224,14 @@ class Times(Section):
 
 
 class AlertLimits(Section):
-    """What is too slow, in the slowest hundredth over ten minutes."""
+    """What is too slow, in the slowest hundredth over ten minutes; below what the histograms can
+    tell."""
 
-    first_token_s: PositiveSeconds = 10.0
-    token_gap_s: PositiveSeconds = 0.5
-    hop_s: PositiveSeconds = 0.1
+    first_token_s: Annotated[float, Field(gt=0, lt=2560)] = 10.0
+    token_gap_s: Annotated[float, Field(gt=0, lt=80)] = 0.5
+    """Between two tokens of a stream."""
+    hop_s: Annotated[float, Field(gt=0, lt=10)] = 0.1
+    """From a router to an expert worker and back."""
 
 
 class Monitoring(Section):

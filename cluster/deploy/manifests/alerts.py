@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.deploy.manifests.promql import Queries
+from cluster.deploy.manifests.promql import EXPERT_WORKERS, Queries
 from cluster.deploy.sections import AlertLimits
 
 Severity = Literal["critical", "warning"]
@@ -115,13 +115,14 @@ def _cluster(scope: Scope) -> Iterator[Alert]:
         " of its node are scraped at all.",
     )
     yield Alert(
-        "ShoalExpertsMissing",
+        "ShoalNotReady",
         f"{q.max('shoal_placement_ready')} == 0",
         "2m",
         "critical",
-        "Some experts have no holder",
-        "Tokens that need them wait, or go without them where on_unavailable is renormalise.",
-        "`shoal experts show` names them; more expert workers, or more slots a worker, make room.",
+        "Not all is there that requests need",
+        "Experts without a holder, no router or no attention worker: requests wait.",
+        "`shoal status` names what is missing; more expert workers, or more slots a worker, make"
+        " room for experts.",
     )
     yield Alert(
         "ShoalScalingBlind",
@@ -137,7 +138,7 @@ def _cluster(scope: Scope) -> Iterator[Alert]:
 def _workers(scope: Scope) -> Iterator[Alert]:
     q = scope.over("15m")
     wanted, present = (q.max(f"shoal_replicas_{what}", "tier") for what in ("wanted", "present"))
-    busy = q.mean("shoal_worker_busy", deployment="Experts")
+    busy = q.mean("shoal_worker_busy", worker_id=EXPERT_WORKERS)
     yield Alert(
         "ShoalWorkersMissing",
         f"{wanted} - {present} > 0",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from cluster.deploy.manifests.board_lines import percentiles
 from cluster.deploy.manifests.grafana import Line, Panel, Row
-from cluster.deploy.manifests.promql import Queries, or_zero
+from cluster.deploy.manifests.promql import EXPERT_WORKERS, Queries
 
 TITLE = "Shoal: experts"
 DESCRIPTION = "What expert workers compute, how evenly, and what a hop to them takes."
@@ -21,49 +22,53 @@ def rows(q: Queries) -> tuple[Row, ...]:
 
 
 def _load(q: Queries) -> tuple[Panel, ...]:
+    computed = q.rate("shoal_worker_rows_total")
+    waiting = q.max("shoal_worker_waiting_batches", "worker_id", worker_id=EXPERT_WORKERS)
     return (
         Panel(
             "Rows",
             "ops",
-            (Line(q.rate("shoal_worker_rows_total", "replica"), "{{replica}}"),),
-            "Rows (token, expert) that each expert worker computes a second.",
+            (Line(q.rate("shoal_worker_rows_total", "worker_id"), "{{worker_id}}"),),
+            "Token rows that each expert worker computes a second.",
         ),
         Panel(
             "Busy",
             "percentunit",
-            (Line(q.max("shoal_worker_busy", "replica", deployment="Experts"), "{{replica}}"),),
+            (
+                Line(
+                    q.max("shoal_worker_busy", "worker_id", worker_id=EXPERT_WORKERS),
+                    "{{worker_id}}",
+                ),
+            ),
             "Share of its time that an expert worker computes.",
         ),
         Panel(
             "Rows a batch",
             "short",
-            (
-                Line(
-                    f"{q.rate('shoal_worker_rows_total')} / {q.rate('shoal_worker_batches_total')}",
-                    "rows",
-                ),
-            ),
+            (Line(f"{computed} / {q.rate('shoal_worker_batches_total')}", "rows"),),
             "Mean. Larger batches cost less a row.",
         ),
         Panel(
             "Waiting batches",
             "short",
-            (Line(q.max("shoal_worker_waiting_batches", "replica"), "{{replica}}"),),
+            (Line(waiting, "{{worker_id}}"),),
             "That an expert worker has and does not compute yet.",
         ),
         Panel(
             "Queue",
             "s",
-            tuple(
-                Line(q.quantile(share, "shoal_worker_queue_seconds"), f"p{share * 100:g}")
-                for share in (0.5, 0.99)
-            ),
+            percentiles(q, "shoal_worker_queue_seconds"),
             "How long a batch waits at an expert worker.",
         ),
     )
 
 
 def _balance(q: Queries) -> tuple[Panel, ...]:
+    ranked = {
+        "layer": q.max("shoal_expert_rank_layer", "rank"),
+        "expert": q.max("shoal_expert_rank_expert", "rank"),
+        "rows/s": q.max("shoal_expert_rows_per_s", "rank"),
+    }
     return (
         Panel(
             "Imbalance by layer",
@@ -81,23 +86,30 @@ def _balance(q: Queries) -> tuple[Panel, ...]:
             "Every token passes every layer, so the worst one sets the pace.",
         ),
         Panel(
-            "Hottest experts",
+            "Load of the hottest experts",
             "ops",
-            (Line(q.max("shoal_expert_rows_per_s", "rank"), "#{{rank}}"),),
-            "Rows a second of the 16 hottest (layer, expert); GET /v1/experts/load names them.",
+            (Line(ranked["rows/s"], "#{{rank}}"),),
+            "Rows a second by rank; which expert has it changes with the load.",
+        ),
+        Panel(
+            "Hottest experts now",
+            "short",
+            tuple(Line(query, column) for column, query in ranked.items()),
+            "Of all layers. GET /v1/experts/load and the page /experts have every expert.",
+            "table",
         ),
     )
 
 
 def _hops(q: Queries) -> tuple[Panel, ...]:
+    received, sent = (
+        q.rate("shoal_channel_bytes_total", direction=direction) for direction in ("in", "out")
+    )
     return (
         Panel(
             "A hop",
             "s",
-            tuple(
-                Line(q.quantile(share, "shoal_hop_seconds", part="total"), f"p{share * 100:g}")
-                for share in (0.5, 0.9, 0.99)
-            ),
+            percentiles(q, "shoal_hop_seconds", part="total"),
             "From a router's frame to the worker's answer; a layer waits for the slowest.",
         ),
         Panel(
@@ -107,12 +119,20 @@ def _hops(q: Queries) -> tuple[Panel, ...]:
             "Queue: others' batches. Compute: this one's. Wire: the way there and back.",
         ),
         Panel(
-            "Parts of a hop, p99",
+            "Parts of a hop, slowest hundredth",
             "s",
             tuple(
-                Line(q.quantile(0.99, "shoal_hop_seconds", part=part), part) for part in HOP_PARTS
+                line
+                for part in HOP_PARTS
+                for line in percentiles(q, "shoal_hop_seconds", shares=(0.99,), of=part, part=part)
             ),
-            "The same in the slowest hundredth.",
+            "The same for the slowest hops, which layers wait for.",
+        ),
+        Panel(
+            "Data plane",
+            "Bps",
+            (Line(received, "received"), Line(sent, "sent")),
+            "Bytes of rows and their headers, of expert workers and routers together.",
         ),
     )
 
@@ -122,23 +142,23 @@ def _pool(q: Queries) -> tuple[Panel, ...]:
         Panel(
             "Expert workers",
             "short",
-            (
-                Line(q.max("shoal_replicas_wanted", tier="experts"), "wanted"),
-                Line(q.max("shoal_replicas_present", tier="experts"), "present"),
+            tuple(
+                Line(q.max(f"shoal_replicas_{which}", tier="experts"), which)
+                for which in ("wanted", "present")
             ),
             "Wanted by load or by command, and there.",
         ),
         Panel(
             "Experts held",
             "short",
-            (Line(q.max("shoal_experts_held", "replica"), "{{replica}}"),),
+            (Line(q.max("shoal_experts_held", "worker_id"), "{{worker_id}}"),),
             "(layer, expert) pairs of each worker, replicas included.",
         ),
         Panel(
             "Moves",
             "ops",
-            (Line(or_zero(q.rate("shoal_expert_moves_total")), "moves"),),
-            "Experts that a worker took or gave up, to even out the load or after a death.",
+            (Line(q.rate("shoal_expert_moves_total"), "moves"),),
+            "Experts that a worker takes or gives up a second, to even out the load.",
         ),
         Panel(
             "Epoch",

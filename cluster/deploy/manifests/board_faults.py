@@ -2,143 +2,148 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from cluster.deploy.manifests.board_lines import counted, counted_by
 from cluster.deploy.manifests.grafana import Line, Panel, Row
-from cluster.deploy.manifests.promql import Queries, or_zero
+from cluster.deploy.manifests.promql import Queries
 
 TITLE = "Shoal: faults"
-DESCRIPTION = "What failed, and what was done about it. All zero on a good day."
+DESCRIPTION = "What failed, and what was done about it. Events are those of the last five minutes."
+WINDOW = "5m"
+"""Of events: they are rare, a rate a second would say nothing."""
 
 
 def rows(q: Queries) -> tuple[Row, ...]:
     """Top to bottom."""
+    events = replace(q, window=WINDOW)
     return (
-        Row("Workers", _workers(q)),
-        Row("Hops", _hops(q)),
-        Row("Requests", _requests(q)),
-        Row("Ray", _ray(q)),
+        Row("Workers", _workers(events)),
+        Row("Hops", _hops(events)),
+        Row("Requests", _requests(events)),
+        Row("Ray", _ray(events)),
     )
 
 
-def _events(
-    q: Queries, title: str, metric: str, description: str, label: str = "", name: str = ""
-) -> Panel:
-    """A counter of things that should not happen, by a label if it has one."""
-    by = (label,) if label else ()
-    legend = f"{{{{{label}}}}}" if label else name
-    return Panel(title, "ops", (Line(or_zero(q.rate(metric, *by)), legend),), description)
-
-
 def _workers(q: Queries) -> tuple[Panel, ...]:
+    wanted, present = (q.max(f"shoal_replicas_{which}", "tier") for which in ("wanted", "present"))
     return (
-        _events(
-            q,
+        Panel(
             "Deaths",
-            "shoal_worker_deaths_total",
-            "Members whose connection ended without a farewell.",
-            "role",
+            "short",
+            (counted_by(q, "shoal_worker_deaths_total", "role"),),
+            "Members that went without being told to.",
         ),
         Panel(
             "Missing workers",
             "short",
-            (
-                Line(
-                    f"{q.max('shoal_replicas_wanted', 'tier')}"
-                    f" - {q.max('shoal_replicas_present', 'tier')}",
-                    "{{tier}}",
-                ),
-            ),
+            (Line(f"{wanted} - {present}", "{{tier}}"),),
             "Wanted and not there: starting, waiting for a node, or failing.",
         ),
         Panel(
-            "Every expert has a holder",
+            "Ready",
             "bool_yes_no",
             (Line(q.max("shoal_placement_ready"), "ready"),),
-            "0: tokens that need the missing ones wait, or go without, as on_unavailable says.",
+            "No: requests wait for what is missing; `shoal status` names it.",
         ),
     )
 
 
 def _hops(q: Queries) -> tuple[Panel, ...]:
     return (
-        _events(
-            q, "Faults", "shoal_hop_faults_total", "Hops that failed; each is retried.", "fault"
+        Panel(
+            "Failed hops",
+            "short",
+            (counted_by(q, "shoal_hop_faults_total", "fault"),),
+            "Each is sent again.",
         ),
         Panel(
-            "What routers do about it",
-            "ops",
+            "What is done about slow and dead workers",
+            "short",
             (
-                Line(or_zero(q.rate("shoal_hedges_total")), "asked a second holder, too"),
-                Line(or_zero(q.rate("shoal_resent_pairs_total")), "pairs sent again"),
-                Line(or_zero(q.rate("shoal_holder_waits_total")), "waits for a holder"),
-                Line(or_zero(q.rate("shoal_router_failovers_total")), "other routers taken"),
+                counted(q, "shoal_hedges_total", "asked a second holder, too"),
+                counted(q, "shoal_resent_pairs_total", "pairs sent again"),
+                counted(q, "shoal_holder_waits_total", "waits for a holder"),
+                counted(q, "shoal_router_failovers_total", "other routers taken"),
             ),
             "Hedges answer slow workers, the rest dead ones.",
         ),
-        _events(
-            q,
+        Panel(
+            "Batches not computed",
+            "short",
+            (counted_by(q, "shoal_worker_refusals_total", "reason"),),
+            "By expert workers that are overloaded, draining, or do not hold the expert.",
+        ),
+        Panel(
             "Damaged frames",
-            "shoal_frame_errors_total",
-            "By the field that was wrong; the connection is ended each time.",
-            "field",
+            "short",
+            (counted_by(q, "shoal_frame_errors_total", "field"),),
+            "By the field that was wrong; its connection is ended.",
+        ),
+        Panel(
+            "Failed steps",
+            "short",
+            (counted(q, "shoal_step_errors_total", "steps"),),
+            "Of engines; the sequences in them fail.",
         ),
     )
 
 
 def _requests(q: Queries) -> tuple[Panel, ...]:
     return (
-        _events(
-            q,
+        Panel(
             "Refused",
-            "shoal_requests_refused_total",
-            "By the code of the error.",
-            "code",
+            "short",
+            (counted_by(q, "shoal_requests_refused_total", "code"),),
+            "Before any work, by the code of the error that the client got.",
         ),
         Panel(
-            "Replayed and parked",
+            "Failed",
+            "short",
+            (counted_by(q, "shoal_requests_failed_total", "code"),),
+            "After they were admitted.",
+        ),
+        Panel(
+            "Saved",
             "short",
             (
-                Line(or_zero(q.increase("shoal_requests_replayed_total")), "replayed"),
-                Line(q.sum("shoal_requests_parked"), "parked"),
+                counted(q, "shoal_requests_replayed_total", "replayed"),
+                Line(q.sum("shoal_requests_parked"), "parked now"),
             ),
-            "After their attention worker died: on another one, or waiting for one.",
+            "Sequences whose attention worker died: on another one, or waiting for one.",
         ),
         Panel(
-            "Cancelled and preempted",
-            "ops",
+            "Given up, put back",
+            "short",
             (
-                Line(or_zero(q.rate("shoal_requests_cancelled_total")), "cancelled"),
-                Line(or_zero(q.rate("vllm_num_preemptions_total")), "preempted"),
+                counted(q, "shoal_requests_cancelled_total", "cancelled"),
+                counted(q, "vllm_num_preemptions_total", "preempted"),
             ),
-            "By clients that went away; for want of cache.",
+            "By clients that went away; for want of cache, to be computed again.",
         ),
     )
 
 
 def _ray(q: Queries) -> tuple[Panel, ...]:
-    healthy = q.sum("serve_deployment_replica_healthy", "deployment")
-    decisions = q.rate("shoal_scaling_decisions_total", "deployment", "cause")
+    decisions = q.increase("shoal_scaling_decisions_total", "deployment", "cause")
+    used, total = (q.max(f"node_mem_{which}", "instance") for which in ("used", "total"))
     return (
         Panel(
             "Healthy replicas",
             "short",
-            (Line(healthy, "{{deployment}}"),),
+            (Line(q.sum("serve_deployment_replica_healthy", "deployment"), "{{deployment}}"),),
             "As Serve's controller counts them.",
         ),
         Panel(
             "Scaling decisions",
-            "ops",
+            "short",
             (Line(decisions, "{{deployment}}: {{cause}}"),),
             "Of the policies, by cause; `error` and `unknown` hold the size.",
         ),
         Panel(
             "Memory of nodes",
             "percentunit",
-            (
-                Line(
-                    f"{q.max('node_mem_used', 'instance')} / {q.max('node_mem_total', 'instance')}",
-                    "{{instance}}",
-                ),
-            ),
+            (Line(f"{used} / {total}", "{{instance}}"),),
             "Ray kills workers when a node runs out of it.",
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.deploy.manifests.board_lines import percentiles
 from cluster.deploy.manifests.grafana import Line, Panel, Row
 from cluster.deploy.manifests.promql import Queries, or_zero
 
@@ -17,11 +18,6 @@ def rows(q: Queries) -> tuple[Row, ...]:
         Row("Tokens", _tokens(q)),
         Row("Capacity", _capacity(q)),
     )
-
-
-def percentiles(q: Queries, name: str, shares: tuple[float, ...] = (0.5, 0.9, 0.99)) -> list[Line]:
-    """Of what a histogram observed: p50, p90, ..."""
-    return [Line(q.quantile(share, name), f"p{share * 100:g}") for share in shares]
 
 
 def _now(q: Queries) -> tuple[Panel, ...]:
@@ -62,10 +58,10 @@ def _now(q: Queries) -> tuple[Panel, ...]:
             "stat",
         ),
         Panel(
-            "Every expert has a holder",
+            "Ready",
             "bool_yes_no",
             (Line(q.max("shoal_placement_ready"), "ready"),),
-            "What readiness waits for: each expert is on a worker that lives.",
+            "Every expert has a holder, and there are routers and attention workers.",
             "stat",
         ),
     )
@@ -74,31 +70,30 @@ def _now(q: Queries) -> tuple[Panel, ...]:
 def _requests(q: Queries) -> tuple[Panel, ...]:
     ended = Line(q.rate("vllm_request_success_total", "finished_reason"), "{{finished_reason}}")
     refused = Line(or_zero(q.rate("shoal_requests_refused_total")), "refused")
-    cancelled = Line(or_zero(q.rate("shoal_requests_cancelled_total")), "cancelled")
     parts = ("queue", "prefill", "decode")
     return (
         Panel(
             "Requests",
             "reqps",
-            (ended, refused, cancelled),
-            "By how they ended: at a stop, at their length, cancelled by the client, or refused.",
+            (ended, refused),
+            "By how they ended; abort: the client went away.",
         ),
         Panel(
             "Time to the first token",
             "s",
-            tuple(percentiles(q, "vllm_time_to_first_token_seconds")),
+            percentiles(q, "vllm_time_to_first_token_seconds"),
             "From arrival to the first token: queue and prompt.",
         ),
         Panel(
             "Time between tokens",
             "s",
-            tuple(percentiles(q, "vllm_inter_token_latency_seconds")),
+            percentiles(q, "vllm_inter_token_latency_seconds"),
             "Of each sequence, token by token: what a reader of a stream feels.",
         ),
         Panel(
             "Whole request",
             "s",
-            tuple(percentiles(q, "vllm_e2e_request_latency_seconds")),
+            percentiles(q, "vllm_e2e_request_latency_seconds"),
             "From arrival to the last token; grows with the length of answers.",
         ),
         Panel(
@@ -123,7 +118,6 @@ def _requests(q: Queries) -> tuple[Panel, ...]:
 
 
 def _tokens(q: Queries) -> tuple[Panel, ...]:
-    lengths = {"prompt": "vllm_request_prompt_tokens", "answer": "vllm_request_generation_tokens"}
     return (
         Panel(
             "Tokens",
@@ -138,9 +132,11 @@ def _tokens(q: Queries) -> tuple[Panel, ...]:
             "Length of requests",
             "short",
             tuple(
-                Line(q.quantile(share, name), f"{what} p{share * 100:g}")
-                for what, name in lengths.items()
-                for share in (0.5, 0.99)
+                line
+                for what in ("prompt", "generation")
+                for line in percentiles(
+                    q, f"vllm_request_{what}_tokens", shares=(0.5, 0.99), of=what
+                )
             ),
             "Tokens of prompts and of answers.",
         ),
@@ -173,19 +169,19 @@ def _capacity(q: Queries) -> tuple[Panel, ...]:
         Panel(
             "KV cache",
             "percentunit",
-            (Line(q.max("vllm_kv_cache_usage_perc", "replica"), "{{replica}}"),),
+            (Line(q.max("vllm_kv_cache_usage_perc", "worker_id"), "{{worker_id}}"),),
             "Share of its blocks that each attention worker uses.",
         ),
         Panel(
             "Preemptions",
             "ops",
-            (Line(or_zero(q.rate("vllm_num_preemptions_total")), "preempted"),),
+            (Line(q.rate("vllm_num_preemptions_total"), "preempted"),),
             "Sequences that gave their cache to others and are computed again.",
         ),
         Panel(
             "Busy",
             "percentunit",
-            (Line(q.max("shoal_worker_busy", "replica"), "{{replica}}"),),
+            (Line(q.max("shoal_worker_busy", "worker_id"), "{{worker_id}}"),),
             "Share of its time that a worker computes; its tier scales by it.",
         ),
         Panel(
@@ -200,7 +196,7 @@ def _capacity(q: Queries) -> tuple[Panel, ...]:
         Panel(
             "Steps",
             "s",
-            tuple(percentiles(q, "shoal_step_seconds")),
+            percentiles(q, "shoal_step_seconds"),
             "Of the engines: one step gives every running sequence a token.",
         ),
     )

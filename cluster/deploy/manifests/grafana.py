@@ -11,11 +11,10 @@ SCHEMA_VERSION = 39
 """Of the JSON; Grafana 10 and newer read it."""
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 COLUMNS, ROW_HEIGHT = 24, 1
-Unit = Literal[
-    "s", "ms", "short", "percentunit", "reqps", "ops", "Bps", "bool_yes_no", "none"
-]  # Grafana's names
-Kind = Literal["stat", "timeseries"]
-SIZES: dict[Kind, tuple[int, int]] = {"stat": (4, 4), "timeseries": (8, 8)}
+Unit = Literal["s", "short", "percentunit", "reqps", "ops", "Bps", "bool_yes_no"]
+"""Grafana's names."""
+Kind = Literal["stat", "table", "timeseries"]
+SIZES: dict[Kind, tuple[int, int]] = {"stat": (4, 4), "table": (8, 8), "timeseries": (8, 8)}
 """Width and height of a panel in Grafana's grid."""
 
 
@@ -29,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A diagram, or one number."""
+    """A diagram, one number, or a table: a row for each series, a column for each line."""
 
     title: str
     unit: Unit
@@ -139,27 +138,46 @@ def _panels(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"unit": panel.unit, "min": 0}
-    options: dict[str, Any] = {"tooltip": {"mode": "multi", "sort": "desc"}}
-    if panel.kind == "stat":
-        options = {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "area"}
-    else:
-        defaults["custom"] = {"fillOpacity": 8, "showPoints": "never"}
     return {
         "type": panel.kind,
         "title": panel.title,
         "description": panel.description,
         "datasource": SOURCE,
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": options,
-        "targets": [_target(i, line) for i, line in enumerate(panel.lines)],
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "targets": [_target(i, line, panel.kind) for i, line in enumerate(panel.lines)],
+        **_LOOKS[panel.kind],
+        **(_columns(panel.lines) if panel.kind == "table" else {}),
     }
 
 
-def _target(position: int, line: Line) -> dict[str, Any]:
+_LOOKS: dict[Kind, dict[str, Any]] = {
+    "stat": {"options": {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "area"}},
+    "table": {},
+    "timeseries": {"options": {"tooltip": {"mode": "multi", "sort": "desc"}}},
+}
+
+
+def _columns(lines: Sequence[Line]) -> dict[str, Any]:
+    """Joins the queries' answers by their labels; each value is named as its line."""
+    names = {f"Value #{_letter(i)}": line.legend for i, line in enumerate(lines)}
+    organize = {"excludeByName": {"Time": True}, "renameByName": names}
     return {
-        "refId": chr(ord("A") + position),
+        "transformations": [
+            {"id": "merge", "options": {}},
+            {"id": "organize", "options": organize},
+        ]
+    }
+
+
+def _target(position: int, line: Line, kind: Kind) -> dict[str, Any]:
+    target = {
+        "refId": _letter(position),
         "datasource": SOURCE,
         "expr": line.query,
         "legendFormat": line.legend,
     }
+    return target | ({"format": "table", "instant": True} if kind == "table" else {})
+
+
+def _letter(position: int) -> str:
+    return chr(ord("A") + position)

@@ -21,22 +21,17 @@ OF_RAY = {
             (),
             ("deployment", "application"),
         ),
-        Metric(
-            "shoal_scaling_decisions_total",
-            "counter",
-            "Decisions of our policies, which run in Serve's controller.",
-            (),
-            ("deployment", "cause"),
-        ),
         Metric("node_mem_used", "gauge", "Bytes.", ()),
         Metric("node_mem_total", "gauge", "Bytes.", ()),
     )
 }
-"""What boards and alerts ask of other processes than members."""
-ADDED = ("deployment", "replica", "instance", "le")
-"""Labels that Serve, Prometheus and histograms add to those of a metric."""
+"""What boards and alerts ask of Ray itself."""
+ADDED = ("worker_id", "instance", "le")
+"""Labels that exports, Prometheus and histograms add to those of a metric."""
 Value = str | tuple[str, ...]
-"""Of a label; of several any one fits."""
+"""Of a label: it, or any of several patterns."""
+EXPERT_WORKERS = ("experts-.*",)
+"""Their worker ids."""
 
 
 @dataclass(frozen=True)
