@@ -245,13 +245,7 @@ class ExpertMember:
         self.worker.hold(assign.experts, assign.epoch, report)
 
     def _load(self) -> LoadReport:
-        counter = self.worker.load_counter
-        return LoadReport(
-            window_s=counter.window_s,
-            rows=tuple(map(tuple, counter.totals().values())),
-            recent_s=counter.recent_s,
-            recent_rows=tuple(map(tuple, counter.recent().values())),
-        )
+        return self.worker.load_counter.report()
 
     def close(self, hand_over: bool = True) -> None:
         """Hand over first, so that nobody needs it any more, then finish what is under way."""

@@ -1,6 +1,6 @@
 """How many token rows each expert computed lately: what placement balances. Pure.
 
-A worker counts (LoadCounter), the directory keeps each worker's newest counts and adds them up
+A worker counts (LoadCounter), the directory keeps each worker's newest report and adds them up
 (LoadBoard); `layer_balance` says how even the sum is.
 """
 
@@ -12,11 +12,13 @@ from time import monotonic
 import numpy as np
 import numpy.typing as npt
 
+from experts.messages import LoadReport
 from experts.placement.eplb import balancedness
 
 WINDOW_S = 60.0
 RECENT_S = 5.0
 NUM_SLICES = 60
+MAX_ROWS = 1 << 40  # of an expert in a report: sums over all workers and experts fit int64
 Counts = npt.NDArray[np.int64]
 
 
@@ -53,16 +55,30 @@ class LoadCounter:
 
     def totals(self) -> dict[int, list[int]]:
         """layer -> rows of each expert [E] within the window."""
+        return dict(zip(self._layers, self._window().tolist(), strict=True))
+
+    def report(self) -> LoadReport:
+        """For the directory."""
+        return LoadReport(
+            window_s=self.window_s,
+            rows=pack(self._window()),
+            recent_s=self.recent_s,
+            recent_rows=pack(self._recent()),
+        )
+
+    def _window(self) -> Counts:
         with self._lock:
             self._begin_slice()
-            return self._by_layer(self._slices.sum(axis=0))
+            rows: Counts = self._slices.sum(axis=0)
+        return rows
 
-    def recent(self) -> dict[int, list[int]]:
-        """layer -> rows of each expert [E] within the `recent_s` before the slice of now."""
+    def _recent(self) -> Counts:
+        """Within the `recent_s` before the slice of now."""
         with self._lock:
             self._begin_slice()
             numbers = np.arange(self._now - self._num_recent, self._now) % NUM_SLICES
-            return self._by_layer(self._slices[numbers].sum(axis=0))
+            rows: Counts = self._slices[numbers].sum(axis=0)
+        return rows
 
     def _begin_slice(self) -> None:
         """Clear what has left the window. Caller holds the lock."""
@@ -71,13 +87,25 @@ class LoadCounter:
             self._slices[number % NUM_SLICES] = 0
         self._now = now
 
-    def _by_layer(self, rows: Counts) -> dict[int, list[int]]:
-        return dict(zip(self._layers, rows.tolist(), strict=True))
+
+def pack(rows: Counts) -> bytes:
+    """Rows [L, E] for a LoadReport: int64, little-endian, layer by layer."""
+    return rows.astype("<i8", copy=False).tobytes()
+
+
+def unpack(packed: bytes, num_layers: int, num_experts: int) -> Counts:
+    """The rows [L, E] of a LoadReport, read-only. Raises ValueError."""
+    if len(packed) != 8 * num_layers * num_experts:
+        raise ValueError(f"{len(packed)} bytes of rows, not those of {num_layers} x {num_experts}")
+    rows = np.frombuffer(packed, "<i8").astype(np.int64, copy=False)
+    if rows.min() < 0 or rows.max() >= MAX_ROWS:
+        raise ValueError("rows: a number is not in 0..2^40")
+    return rows.reshape(num_layers, num_experts)
 
 
 @dataclass(frozen=True)
 class ClusterLoad:
-    """All workers within the window. A row is one token computed by one expert (a pair)."""
+    """All workers within a window. A row is one token computed by one expert (a pair)."""
 
     window_s: float  # the longest that a worker counts over
     rows: Counts  # [L, E]
@@ -85,34 +113,40 @@ class ClusterLoad:
 
 
 class LoadBoard:
-    """The newest counts of each live worker; its callers see to locking.
+    """The newest report of each live worker; its callers see to locking."""
 
-    `window_s`: what `total` tells while no worker has said anything.
-    """
-
-    def __init__(self, num_layers: int, num_experts: int, window_s: float = WINDOW_S) -> None:
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self._shape = (num_layers, num_experts)
-        self._window_s = window_s
-        self._newest: dict[str, tuple[float, Counts]] = {}  # worker_id -> window_s, [L, E]
+        self._window: dict[str, tuple[float, Counts]] = {}  # worker_id -> window_s, [L, E]
+        self._recent: dict[str, tuple[float, Counts]] = {}
 
-    def put(self, worker_id: str, window_s: float, rows: Sequence[Sequence[int]]) -> None:
-        """Replace what the worker said before. Raises ValueError unless `rows` is [L, E]."""
-        num_layers, num_experts = self._shape
-        if len(rows) != num_layers or any(len(row) != num_experts for row in rows):
-            widths = sorted({len(row) for row in rows})
-            raise ValueError(f"rows of {len(rows)} layers of {widths} experts, not {self._shape}")
-        self._newest[worker_id] = window_s, np.array(rows, np.int64)
+    def put(self, worker_id: str, report: LoadReport) -> None:
+        """Replace what the worker said before. Raises ValueError unless rows are [L, E]."""
+        rows, recent_rows = (unpack(r, *self._shape) for r in (report.rows, report.recent_rows))
+        self._window[worker_id] = report.window_s, rows
+        self._recent[worker_id] = report.recent_s, recent_rows
 
     def drop(self, worker_id: str) -> None:
         """Forget a worker; an unknown one is no error."""
-        self._newest.pop(worker_id, None)
+        self._window.pop(worker_id, None)
+        self._recent.pop(worker_id, None)
 
     def total(self, workers: Iterable[str]) -> ClusterLoad:
         """The sum over these workers; one that has said nothing yet computed nothing."""
+        return self._sum(self._window, workers, WINDOW_S)
+
+    def recent(self, workers: Iterable[str]) -> ClusterLoad:
+        """The same of the newest part of the window."""
+        return self._sum(self._recent, workers, RECENT_S)
+
+    def _sum(
+        self, newest: Mapping[str, tuple[float, Counts]], workers: Iterable[str], window_s: float
+    ) -> ClusterLoad:
+        """window_s: that of an answer without any report."""
         nothing = np.zeros(self._shape, np.int64)
-        counts = {worker: self._newest.get(worker, (0.0, nothing)) for worker in workers}
+        counts = {worker: newest.get(worker, (0.0, nothing)) for worker in workers}
         return ClusterLoad(
-            max((window_s for window_s, _ in counts.values()), default=0.0) or self._window_s,
+            max((seconds for seconds, _ in counts.values()), default=0.0) or window_s,
             sum((rows for _, rows in counts.values()), start=nothing),
             {worker: rows.sum(axis=1) for worker, (_, rows) in counts.items()},
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from experts.load import RECENT_S, ClusterLoad, LoadBoard
+from experts.load import ClusterLoad, LoadBoard
 from experts.messages import (
     ClusterLoadReply,
     LoadReport,
@@ -26,39 +26,36 @@ class Reports:
 
     def __init__(self, space: ExpertSpace) -> None:
         self._layers = space.moe_layers
-        shape = len(space.moe_layers), space.num_experts
-        self._window, self._recent = LoadBoard(*shape), LoadBoard(*shape, RECENT_S)
+        self._loads = LoadBoard(len(space.moe_layers), space.num_experts)
         self._samples: dict[str, Samples] = {}
 
     def take_load(self, worker_id: str, report: LoadReport) -> None:
         """Raises ValueError when its rows are not of this model's shape."""
-        self._window.put(worker_id, report.window_s, report.rows)
-        self._recent.put(worker_id, report.recent_s, report.recent_rows)
+        self._loads.put(worker_id, report)
 
     def take_samples(self, worker_id: str, samples: Samples) -> None:
         self._samples[worker_id] = samples
 
     def drop(self, worker_id: str) -> None:
         """Forget a member; an unknown one is no error."""
-        self._window.drop(worker_id)
-        self._recent.drop(worker_id)
+        self._loads.drop(worker_id)
         self._samples.pop(worker_id, None)
 
     def layer_loads(self, workers: Iterable[str]) -> Loads:
         """Rows by layer within the window, {} if there are none."""
-        rows = self._window.total(workers).rows
+        rows = self._loads.total(workers).rows
         if not rows.any():
             return {}
         return dict(zip(self._layers, rows.tolist(), strict=True))
 
     def cluster_loads(self, workers: Sequence[str]) -> tuple[ClusterLoad, ClusterLoad]:
         """Within the window, and recently."""
-        return self._window.total(workers), self._recent.total(workers)
+        return self._loads.total(workers), self._loads.recent(workers)
 
     def samples(self, snapshot: Snapshot) -> list[WorkerSamples]:
         """Of all members."""
         return [
-            WorkerSamples(
+            WorkerSamples.model_construct(  # checked when they came
                 worker_id=worker.worker_id,
                 role=worker.role,
                 samples=self._samples.get(worker.worker_id, ()),

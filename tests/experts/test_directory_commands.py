@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experts.channel.channel import ChannelClosed, ChannelTimeout, Connection, Server
@@ -16,6 +17,7 @@ from experts.directory import client as directory_client
 from experts.directory.client import DirectoryClient
 from experts.directory.roster import RosterRules
 from experts.directory.server import Directory
+from experts.load import pack
 from experts.messages import (
     Assign,
     Chaos,
@@ -113,7 +115,8 @@ class World:
 
 
 def load(rows: tuple[int, ...]) -> LoadReport:
-    return LoadReport(window_s=60.0, rows=(rows,), recent_s=5.0, recent_rows=(rows,))
+    packed = pack(np.array(rows))
+    return LoadReport(window_s=60.0, rows=packed, recent_s=5.0, recent_rows=packed)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from pydantic import BaseModel, ValidationError
 
 from experts.channel.frame import Frame, Kind
 from experts.messages import (
+    MAX_SAMPLES,
     Assign,
     Chaos,
     ClusterLoadReply,
@@ -53,9 +54,7 @@ EVERY_KIND = [
     SNAPSHOT,
     Ping(),
     Pong(),
-    LoadReport(
-        window_s=60.0, rows=[[0, 7], [3, 1 << 39]], recent_s=5.0, recent_rows=[[0, 1], [0, 2]]
-    ),
+    LoadReport(window_s=60.0, rows=bytes(range(256)), recent_s=5.0, recent_rows=b""),
     LoadRequest(),
     ClusterLoadReply(
         epoch=4,
@@ -128,10 +127,21 @@ def test_snapshot_answers_who_holds_and_who_lives() -> None:
         (b'{"type":"load_report","window_s":60}', "load_report.rows: Field required"),
         (b'{"type":"load_report","window_s":0,"rows":[]}', "load_report.window_s: "),
         (b'{"type":"load_report","window_s":1e999,"rows":[]}', "load_report.window_s: "),
-        (b'{"type":"load_report","window_s":60,"rows":[[-1]]}', "load_report.rows.0.0: "),
-        (b'{"type":"load_report","window_s":60,"rows":[[1.5]]}', "load_report.rows.0.0: "),
-        (b'{"type":"load_report","window_s":60,"rows":[[0],[true]]}', "load_report.rows.1.0: "),
-        (b'{"type":"load_report","window_s":60,"rows":[[1099511627776]]}', "load_report.rows.0.0"),
+        (b'{"type":"load_report","window_s":60,"rows":[[1]]}', "load_report.rows: "),
+        (b'{"type":"load_report","window_s":60,"rows":"%"}', "load_report.rows: "),
+        (b'{"type":"metrics_report","samples":[["a"]]}', "metrics_report.samples.0.1: "),
+        (b'{"type":"metrics_report","samples":[["a b",[],1]]}', "metrics_report.samples.0.0: "),
+        (b'{"type":"metrics_report","samples":[["a",[],"1"]]}', "metrics_report.samples.0.2: "),
+        (b'{"type":"metrics_report","samples":[["a",[],1e999]]}', "metrics_report.samples.0.2: "),
+        (
+            b'{"type":"metrics_report","samples":[["a",[["b",2]],1]]}',
+            "metrics_report.samples.0.1.0.1: ",
+        ),
+        (
+            b'{"type":"metrics_report","samples":[["a",[["1","x"]],1]]}',
+            "metrics_report.samples.0.1.0.0: ",
+        ),
+        (b'{"type":"metrics_request","of":"me"}', "metrics_request.of: Extra inputs"),
         (b'{"type":"load_request","of":"me"}', "load_request.of: Extra inputs"),
         (b'{"type":"drain","worker_id":""}', "drain.worker_id: "),
         (b'{"type":"replicate","layer":1,"expert":1,"replicas":0}', "replicate.replicas: "),
@@ -176,7 +186,15 @@ def test_a_batch_frame_is_not_a_message() -> None:
 
 
 def test_load_of_v3_is_a_small_message() -> None:
-    """58 layers of 256 experts with six digits each: a fifth of a megabyte a second and worker."""
-    rows = [[999_999] * 256] * 58
+    """58 layers of 256 experts: a third of a megabyte a second and worker."""
+    rows = bytes(58 * 256 * 8)
     report = LoadReport(window_s=60.0, rows=rows, recent_s=5.0, recent_rows=rows)
-    assert len(encode(report).body) < 220_000
+    assert len(encode(report).body) < 320_000
+
+
+def test_a_member_tells_a_bounded_number_of_samples() -> None:
+    most = [SAMPLE] * MAX_SAMPLES
+    assert MetricsReport(samples=most).samples[-1].labels == (("part", "wire"), ("le", "0.001"))
+    for samples in ([*most, SAMPLE], [SAMPLE._replace(labels=SAMPLE.labels * 5)]):
+        with pytest.raises(ValidationError):
+            MetricsReport(samples=samples)
