@@ -138,6 +138,12 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without any API key.")
     ] = False,
+    log_format: Annotated[
+        str | None, typer.Option(help="Show the log, as text or json; else only warnings.")
+    ] = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="OpenTelemetry spans; OTEL_* variables say where to.")
+    ] = False,
     inline: InlineOption = False,
 ) -> None:
     """Serve a checkpoint over HTTP and gRPC until Ctrl-C."""
@@ -156,8 +162,9 @@ def serve(
             enable_chaos=enable_chaos or None,
             listen={"host": host, "http_port": http_port, "grpc_port": grpc_port},
             auth={"keys_file": str(keys_file) if keys_file else None, "insecure": insecure or None},
+            observability={"log_format": log_format, "traces": traces or None},
         )
-        with running(chosen, inline=inline, dashboard=dashboard) as server:
+        with running(chosen, inline, dashboard, show_log=log_format is not None) as server:
             _print_ready(chosen, server.url, server.dashboard_url, inline)
             if server.gpus:
                 stdout.print(f"GPUs: {server.gpus}", markup=False, soft_wrap=True)
