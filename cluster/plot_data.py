@@ -59,21 +59,6 @@ def _difference(before: Mapping[float, float], after: Mapping[float, float]) -> 
     return {"bounds": bounds[:-1], "counts": counts}
 
 
-def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """The value that `share` of all are below, even within a bucket; None without values.
-
-    Above all bounds: the highest bound, as nothing better is known.
-    """
-    left = share * sum(counts)
-    if not sum(counts):
-        return None
-    for low, high, count in zip([0.0, *bounds], bounds, counts, strict=False):
-        if count and left <= count:
-            return low + (high - low) * left / count
-        left -= count
-    return bounds[-1]
-
-
 def scaling_data(model: str, samples: Sequence[Data]) -> Data:
     """From samples of `scaling_sample`."""
     return {"plot": "scaling", "model": model, "samples": list(samples)}

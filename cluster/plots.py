@@ -7,7 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from cluster.plot_data import Data, quantile
+from cluster.observability.rates import quantile
+from cluster.plot_data import Data
 
 PIXELS_PER_INCH = 120
 TITLES = {

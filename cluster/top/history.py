@@ -79,7 +79,8 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     for tier in wanted:
         if tier in wanted_before and wanted[tier] != wanted_before[tier]:
             yield f"{tier}: {wanted[tier]} wanted, {wanted_before[tier]} before"
-    yield from _steps(before.get("counters") or {}, after.get("counters") or {})
+    if wanted_before and wanted:  # else the directory is away, and with it most counters
+        yield from _steps(before.get("counters") or {}, after.get("counters") or {})
 
 
 def wanted_by_tier(status: dict[str, Any]) -> dict[str, int | None]:

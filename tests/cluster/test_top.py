@@ -224,6 +224,11 @@ def test_what_else_is_an_event() -> None:
     ]
 
 
+def test_counters_are_not_known_while_the_directory_is_away() -> None:
+    away = STATUS | {"tiers": {}, "counters": dict.fromkeys(COUNTERS, 0)}
+    assert list(changes(STATUS, away)) == list(changes(away, STATUS)) == []
+
+
 def test_a_server_that_goes_and_comes_back() -> None:
     history = history_of()
     assert history.add(Reading(1002.0, None, None, "refused")) == ["the server is away: refused"]
