@@ -13,6 +13,7 @@ from attention.memory import CachePlan, cache_room, plan_cache
 from attention.model import Decoder, DecoderModel
 from attention.runner import ModelRunner
 from attention.scheduler import Scheduler
+from attention.tracing import Tracer
 from attention.weights import load_weights
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
@@ -26,6 +27,7 @@ def build_engine(
     moe: MoeClient,
     config: AttentionConfig,
     device: ComputeDevice | None = None,
+    tracer: Tracer | None = None,
 ) -> Engine:
     """Weights, cache, model, scheduler and engine of one worker, ready for requests: kernels are
     compiled or loaded, steps recorded. device: the host if not given. Raises CheckpointError,
@@ -41,6 +43,8 @@ def build_engine(
         Scheduler(config, pool, plan.max_model_len),
         eos_token_ids,
         model.vocab_size,
+        moe,
+        tracer=tracer,
     )
 
 

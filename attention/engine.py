@@ -13,6 +13,9 @@ from attention.request import Finish, Request
 from attention.runner import ItemResult
 from attention.sampler import NOT_FINITE
 from attention.scheduler import RequestRefused, Schedule, ScheduledRequest, Scheduler
+from attention.step_meter import HopSource, StepMeter
+from attention.tracing import Tracer
+from experts.metrics import Histogram
 from router.errors import RouterError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -40,8 +43,12 @@ class Engine:
         scheduler: Scheduler,
         eos_token_ids: frozenset[int],
         vocab_size: int,
+        moe: HopSource,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer | None = None,
     ):
+        """moe: the client of the runner's model. tracer: makes spans of requests whose trace is
+        sampled."""
         self._runner = runner
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
@@ -51,6 +58,7 @@ class Engine:
         self._early: list[TokenOutput] = []  # of requests that ended outside a step
         self._num_deadlines = 0
         self._is_stalled = False  # the last step waited for experts in vain
+        self._meter = StepMeter(moe, clock, tracer)
         self.counters = EngineCounters()
 
     @property
@@ -60,8 +68,7 @@ class Engine:
     def add(self, submit: Submit) -> None:
         """Take a request in; one that cannot run ends with an error in the next step's outputs."""
         self.counters.requests_received += 1
-        deadline_s = None if submit.deadline_s is None else self._clock() + submit.deadline_s
-        request = Request.create(submit, self._scheduler.max_model_len, deadline_s)
+        request = Request.create(submit, self._scheduler.max_model_len, self._clock())
         try:
             self._check(submit)
             if (finish := self._replayed_to_its_end(request)) is not None:
@@ -73,7 +80,8 @@ class Engine:
             self._early.append(_output(request, finish_reason="error", error=str(error)))
             return
         self._requests[submit.request_id] = request
-        self._num_deadlines += deadline_s is not None
+        self._num_deadlines += request.deadline_s is not None
+        self._meter.arrived(request)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """End a request, so that its id is free; its last output, which says "abort" unless it had
@@ -95,14 +103,15 @@ class Engine:
         outputs, self._early = self._early, []
         schedule = self._scheduler.schedule()
         if schedule.items:
-            outputs += self._run(schedule)
+            outputs += self._run(schedule, start_s)
             self.counters.steps += 1
         self.counters.busy_s += self._clock() - start_s
         return outputs
 
-    def _run(self, schedule: Schedule) -> list[TokenOutput]:
+    def _run(self, schedule: Schedule, start_s: float) -> list[TokenOutput]:
         try:
-            results = self._runner.run(schedule, self._wait_until_s(schedule))
+            with self._meter.step(schedule, start_s):
+                results = self._runner.run(schedule, self._wait_until_s(schedule))
         except Unavailable as error:
             return self._stall(schedule, error)
         except Exception as error:  # of the experts or of ours: it must not end the other requests
@@ -117,6 +126,8 @@ class Engine:
     def _update(self, item: ScheduledRequest, result: ItemResult) -> TokenOutput | None:
         """Book an item's result; its output, if there is anything to tell."""
         request, samples = item.request, item.samples
+        if samples and request.first_token_s is None:
+            request.first_token_s = self._meter.now_s
         if item.num_tokens > 1 or request.num_computed_tokens < request.num_prompt_tokens:
             self.counters.prompt_tokens += item.num_tokens
         if result.renormalised:
@@ -197,6 +208,7 @@ class Engine:
         self._scheduler.finish(request)
         if self._requests.pop(request.request_id, None) is not None:
             self._num_deadlines -= request.deadline_s is not None
+            self._meter.left(request)
 
     def _check(self, submit: Submit) -> None:
         """Raises RequestRefused for what the sampler or the embedding would stumble over."""
@@ -222,6 +234,11 @@ class Engine:
         if not request.num_output_tokens:
             return None
         return request.finish_reason(self._eos_token_ids)
+
+    @property
+    def step_times(self) -> Histogram:
+        """Seconds of steps so far; for any thread."""
+        return self._meter.step_times
 
     def stats(self) -> Stats:
         """Load and counters at this moment. Only reads single values: any thread may call."""
@@ -261,6 +278,7 @@ def _output(
         if result is not None:
             prompt_logprobs, request.first_output_sent = request.prompt_logprobs, True
     renormalised, request.tell_renormalised = request.tell_renormalised, False
+    queue_us, prefill_us = _times_to_tell(request)
     return TokenOutput(
         request_id=request.request_id,
         token_ids=[] if sampled is None else [sampled.token_id],
@@ -272,4 +290,21 @@ def _output(
         num_prompt_tokens=request.num_prompt_tokens,
         num_cached_tokens=num_cached_tokens,
         renormalised=renormalised,
+        queue_us=queue_us,
+        prefill_us=prefill_us,
+        hop_us=round(request.hop_s * 1e6),
+        expert_us=round(request.expert_s * 1e6),
+        num_preemptions=request.num_preemptions or None,
+    )
+
+
+def _times_to_tell(request: Request) -> tuple[int | None, int | None]:
+    """queue_us and prefill_us, once."""
+    first_step_s, first_token_s = request.first_step_s, request.first_token_s
+    if request.times_told or first_step_s is None or first_token_s is None:
+        return None, None
+    request.times_told = True
+    return (
+        round((first_step_s - request.arrived_s) * 1e6),
+        round((first_token_s - first_step_s) * 1e6),
     )

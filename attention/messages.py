@@ -116,16 +116,16 @@ class TokenOutput(Message):
     and not when a request that has emitted_ids is replayed: adding them up counts each once."""
     renormalised: bool = False
     """Some expert of some layer was left out in this output's step, the others' weights scaled."""
-    queue_us: Annotated[int, Field(ge=0)] = 0
-    """In the first output with tokens: from its arrival to its first step."""
-    prefill_us: Annotated[int, Field(ge=0)] = 0
+    queue_us: Annotated[int, Field(ge=0)] | None = None
+    """In the first output with a token: from its arrival to its first step."""
+    prefill_us: Annotated[int, Field(ge=0)] | None = None
     """In the same: from its first step to its first token."""
     hop_us: Annotated[int, Field(ge=0)] = 0
     """So far: what the steps it took part in spent on the way to routed experts and back."""
     expert_us: Annotated[int, Field(ge=0)] = 0
     """So far: its share, by tokens, of what expert workers computed for these steps."""
-    num_preemptions: Annotated[int, Field(ge=0)] = 0
-    """So far."""
+    num_preemptions: Annotated[int, Field(ge=0)] | None = None
+    """So far; None: none."""
 
 
 class StepOutputs(Message):

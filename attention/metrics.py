@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STEP_BOUNDS_S = (*(m * 10.0**e for e in range(-4, 1) for m in (1.0, 2.5, 5.0)), 10.0)
+
 
 @dataclass(slots=True)
 class EngineCounters:

@@ -9,6 +9,7 @@ from enum import Enum
 from attention.kv_cache import block_hash, root_hash
 from attention.messages import FinishReason, Submit, TokenLogprob
 from attention.sampler import TokenCounts
+from attention.tracing import SequenceTrace
 
 Finish = tuple[FinishReason, int | None]
 """The reason, and for "stop" the id if it is one of the request's own."""
@@ -57,9 +58,21 @@ class Request:
     """Some step went without experts: its blocks are never offered to others."""
     tell_renormalised: bool = False
     """The next output has to say so."""
+    arrived_s: float = 0.0
+    first_step_s: float | None = None
+    first_token_s: float | None = None
+    """On the engine's clock, as is arrived_s."""
+    times_told: bool = False
+    hop_s: float = 0.0
+    """That its steps spent on the way to the routed experts and back."""
+    expert_s: float = 0.0
+    """Its share of what expert workers computed for these steps."""
+    num_preemptions: int = 0
+    trace: SequenceTrace | None = None
+    """None: nobody wants its spans."""
 
     @classmethod
-    def create(cls, submit: Submit, max_model_len: int, deadline_s: float | None = None) -> Request:
+    def create(cls, submit: Submit, max_model_len: int, arrived_s: float = 0.0) -> Request:
         """The request in its first state; max_tokens None runs to the end of the context."""
         params, num_prompt = submit.params, len(submit.prompt_ids)
         limit = max_model_len
@@ -71,7 +84,8 @@ class Request:
             token_ids=[*submit.prompt_ids, *submit.emitted_ids],
             num_prompt_tokens=num_prompt,
             max_total_tokens=limit,
-            deadline_s=deadline_s,
+            deadline_s=None if submit.deadline_s is None else arrived_s + submit.deadline_s,
+            arrived_s=arrived_s,
             first_output_sent=bool(submit.emitted_ids),
         )
         if TokenCounts.needed(params):

@@ -126,6 +126,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.state = RequestState.WAITING
         self.waiting.appendleft(request)
+        request.num_preemptions += 1
         self.num_preemptions += 1
 
     def _admit(self, budget: int) -> list[ScheduledRequest]:

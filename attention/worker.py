@@ -20,6 +20,7 @@ from attention.messages import (
     encode_message,
     parse_message,
 )
+from attention.tracing import Tracer
 from experts.channel.channel import ChannelError, Connection, FrameError, Server
 from experts.channel.frame import Frame, Kind, Status, reply_to
 from experts.checkpoint import Checkpoint
@@ -44,9 +45,11 @@ class AttentionWorker:
         config: AttentionConfig,
         name: str = "attention",
         device: ComputeDevice | None = None,
+        tracer: Tracer | None = None,
     ):
-        """moe is used by the engine thread only. Raises CheckpointError, ValueError."""
-        self.engine = build_engine(checkpoint, moe, config, device)
+        """moe is used by the engine thread only; tracer: None without traces. Raises
+        CheckpointError, ValueError."""
+        self.engine = build_engine(checkpoint, moe, config, device, tracer)
         self._name = name
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()

@@ -311,10 +311,10 @@ class ExpertClient:
             return
         fault = check_reply(hop, frame)
         if fault is None:
-            hop.reply, hop.fault = frame, None
-            self.counters.answers += 1
+            hop.reply, hop.fault, hop.took_s = frame, None, self._now() - hop.sent_s
+            self.counters.count_answer(frame, hop.took_s)
             if not hop.late:
-                self.health.hop_timer.observe(hop.num_rows, self._now() - hop.sent_s)
+                self.health.hop_timer.observe(hop.num_rows, hop.took_s)
             self._absolve(line.worker_id)
             return
         self._fail(hop, fault, frame.text)

@@ -43,6 +43,7 @@ class Hop:
     deadline_s: float  # on the health clock: nobody wants the answer later
     due_s: float = 0.0  # when to stop waiting for this worker
     sent_s: float = 0.0
+    took_s: float = 0.0  # from then to the reply
     reply: Frame | None = None
     fault: Fault | None = None
     detail: str = ""
@@ -76,6 +77,13 @@ class Hop:
 
     def fail(self, fault: Fault, detail: str = "") -> None:
         self.fault, self.detail = fault, detail
+
+
+def parts_of(reply: Frame, took_s: float) -> tuple[float, float, float]:
+    """What the wait for an answer was, seconds: in the other side's queue, computed there, the rest
+    there and back."""
+    queue_s, compute_s = reply.queue_us * 1e-6, reply.compute_us * 1e-6
+    return queue_s, compute_s, max(0.0, took_s - queue_s - compute_s)
 
 
 def check_reply(hop: Hop, frame: Frame) -> Fault | None:

@@ -90,6 +90,10 @@ class _Batch:
     reply: Frame | None = None
     slot_ids: Tensor | None = None  # [P] int32, once they are known to be here
 
+    @property
+    def num_pairs(self) -> int:
+        return self.expert_ids.shape[0]
+
     def pairs(self, first_row: int) -> PairBatch:
         """To be computed with `first_row` rows of others before its own."""
         if self.slot_ids is None:
@@ -288,8 +292,10 @@ class ExpertWorker:
             results = self._run(ready)
             self._emulate(ready, begun_s)
             busy_s = time.monotonic() - begun_s
+            us_per_pair = 1e6 * busy_s / max(1, sum(batch.num_pairs for batch in ready))
             for batch, rows in zip(ready, results, strict=True):
                 batch.reply = _result(batch.request, rows)
+                batch.reply.expert_us = min(round(us_per_pair * batch.num_pairs), _U32)
                 self._count(batch)
             self.counters.busy_s += busy_s
             self.counters.merged_batches += len(ready) - 1
@@ -304,7 +310,7 @@ class ExpertWorker:
 
     def _emulate(self, batches: Sequence[_Batch], begun_s: float) -> None:
         if self._emulated_pairs_per_s is not None:
-            num_pairs = sum(batch.expert_ids.shape[0] for batch in batches)
+            num_pairs = sum(batch.num_pairs for batch in batches)
             left_s = begun_s + num_pairs / self._emulated_pairs_per_s - time.monotonic()
             time.sleep(max(0.0, left_s))
 
@@ -342,7 +348,7 @@ class ExpertWorker:
     def _count(self, batch: _Batch) -> None:
         self.counters.batches += 1
         self.counters.rows += batch.rows.shape[0]
-        self.counters.pairs += batch.expert_ids.shape[0]
+        self.counters.pairs += batch.num_pairs
         self.load_counter.add(batch.request.layer, batch.expert_ids.numpy())
 
 

@@ -26,6 +26,7 @@ from experts.health import Quarantine
 from experts.messages import WorkerInfo
 from experts.snapshots import SnapshotBoard
 from router.errors import RemoteRouterError, RemoteUnavailable, RouterUnavailable
+from router.times import HopTimes, LayerHop, Wait
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ class MoeClient(Protocol):
     @property
     def num_renormalised(self) -> int:
         """Grows with every result that lacks experts."""
+
+    @property
+    def hop_times(self) -> HopTimes:
+        """Grows with every layer; of a client without hops it is zero."""
+
+    def log_hops(self, log: list[LayerHop] | None) -> None:
+        """Add every layer that is finished from now on to `log`; None: no more."""
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
         """Send x on its way; it must not change until `finish`. deadline_s: seconds from now that
@@ -84,9 +92,11 @@ class _Part:
     x: Tensor
     line: _Line | None = None  # where it was sent; None = to be sent (again)
     attempt: int = -1
+    sent_s: float = 0.0
     due_s: float = 0.0
     rows: Tensor | None = None
     error: RemoteRouterError | None = None
+    wait: Wait | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +138,9 @@ class RouterClient:
         self.num_renormalised = 0
         self.late_answers = 0
         self.failovers = 0
+        self._hop_s = 0.0
+        self._expert_us = 0
+        self._hop_log: list[LayerHop] | None = None
         self._board = board
         self._secret = secret
         self._own_id = own_id
@@ -158,16 +171,19 @@ class RouterClient:
         ticket = Ticket(layer, (x.shape[0], x.shape[1]), now_s, until_s, parts)
         for part in parts:
             self._try_send(part, until_s)
+        self._hop_s += self._clock() - now_s
         return ticket
 
     def finish(self, ticket: Ticket) -> Tensor:
         """See MoeClient. Raises RouterUnavailable or RemoteUnavailable at the deadline,
         RemoteRouterError."""
+        begun_s = self._clock()
         try:
             sums = [self._await(part, ticket) for part in ticket.parts]
         finally:
             for part in ticket.parts:
                 part.line = None  # nobody waits for what comes now
+            self._account(ticket, begun_s)
         if not sums:
             return torch.zeros(ticket.shape)
         return sums[0] if len(sums) == 1 else torch.cat(sums)
@@ -175,6 +191,24 @@ class RouterClient:
     def forward(self, layer: int, x: Tensor) -> Tensor:
         """begin and finish."""
         return self.finish(self.begin(layer, x))
+
+    @property
+    def hop_times(self) -> HopTimes:
+        """See MoeClient."""
+        return HopTimes(self._hop_s, self._expert_us * 1e-6)
+
+    def log_hops(self, log: list[LayerHop] | None) -> None:
+        """See MoeClient."""
+        self._hop_log = log
+
+    def _account(self, ticket: Ticket, begun_s: float) -> None:
+        """What `finish` took since begun_s."""
+        now_s = self._clock()
+        self._hop_s += now_s - begun_s
+        if self._hop_log is not None:
+            waits = [part.wait for part in ticket.parts if part.wait is not None]
+            longest = max(waits, key=lambda wait: wait.took_s, default=None)
+            self._hop_log.append(LayerHop(ticket.layer, ticket.begun_s, now_s, longest))
 
     def close(self) -> None:
         """Close every connection."""
@@ -250,6 +284,9 @@ class RouterClient:
             self._fail(line, "it answered rows of another shape")
         else:
             part.rows = frame.rows.to(part.x.dtype)
+            if self._hop_log is not None:
+                part.wait = Wait.of(line.worker_id, frame, self._clock() - part.sent_s)
+            self._expert_us += frame.expert_us
             self.num_renormalised += bool(frame.flags & RENORMALISED)
             self._quarantine.absolve(line.worker_id)
 
@@ -262,6 +299,7 @@ class RouterClient:
         while (line := self._current or self._connect_any(deadline_s)) is not None:
             now_s = self._clock()
             part.attempt += 1
+            part.sent_s = now_s
             part.due_s = now_s + self._router_timeout_s
             frame = Frame(
                 Kind.ROUTE_BATCH,

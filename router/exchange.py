@@ -17,6 +17,7 @@ from router.compute import RouterCompute
 from router.dispatch import Int64s, Pairs
 from router.errors import ExpertsFailed, ExpertsUnavailable
 from router.table import RoutingTable
+from router.times import Wait
 
 NO_PAIRS: Int64s = np.empty(0, np.int64)
 _BROKEN = frozenset({Fault.FAILED, Fault.NOT_FINITE})  # by the rows or by the weights
@@ -64,12 +65,25 @@ class Exchange:
     answers: list[Answer] = field(default_factory=list)
     dropped: Int64s = field(default_factory=NO_PAIRS.copy)  # pairs given up
     renormalised: Int64s = field(default_factory=NO_PAIRS.copy)  # rows that `combine` scaled
+    expert_us: int = 0  # that expert workers computed for the answers
+    longest: Wait | None = None  # for an answer, while hops are logged
     attempt: int = 0
     generation: int = -1  # of the table that was last looked at for it
     planned_s: float = 0.0  # when holders were last chosen
     lacking_since_s: float = math.inf  # when the outage that it waits through began
     denied: set[tuple[str, int]] = field(default_factory=set)  # (worker, expert it lacks)
     suspects: dict[str, str] = field(default_factory=dict)  # worker that failed on it -> why
+
+    def take(self, item: OpenHop, is_logged: bool) -> None:
+        """Keep the answer of a hop."""
+        answer, reply = item.answer(), item.hop.reply
+        self.answers.append(answer)
+        if reply is not None:
+            self.expert_us += reply.expert_us
+            if is_logged:
+                wait = Wait.of(item.hop.worker_id, reply, item.hop.took_s)
+                if self.longest is None or wait.took_s > self.longest.took_s:
+                    self.longest = wait
 
     def note_fault(self, hop: Hop) -> None:
         """Remember what a failed hop says about its worker, for this exchange only."""
@@ -127,6 +141,11 @@ class Pending:
     exchanges: list[Exchange]
 
     @property
+    def expert_us(self) -> int:
+        """What expert workers computed for it; complete after `finish`."""
+        return sum(exchange.expert_us for exchange in self.exchanges)
+
+    @property
     def renormalised(self) -> list[int]:
         """Rows of the micro-batch that lack experts; complete after `finish`."""
         rows, start = [], 0
@@ -145,5 +164,8 @@ class ExchangeCounters:
     pairs: int = 0
     visits: int = 0  # token rows sent
     resent_pairs: int = 0
+    hedges: int = 0  # hops moved to other holders because they were slow
     waits: int = 0  # for a holder of an expert that nobody has
     renormalised_tokens: int = 0
+    hop_s: float = 0.0  # in begin and finish
+    expert_s: float = 0.0  # that expert workers computed

@@ -28,6 +28,7 @@ from router.dispatch import Int64s, Pairs, Plan, Share, plan_pairs
 from router.exchange import Exchange, ExchangeCounters, OpenHop, Pending
 from router.outage import Outage
 from router.table import RoutingTable
+from router.times import LayerHop
 
 
 class Lane:
@@ -45,6 +46,8 @@ class Lane:
         """`outage` is shared by the lanes of a router."""
         self.counters = ExchangeCounters()
         self.client = client
+        self.hop_log: list[LayerHop] | None = None
+        """While it is a list every finished layer is noted there."""
         self._compute = compute
         self._board = board
         self._config = config
@@ -80,6 +83,7 @@ class Lane:
             self.counters.tokens += chunk.shape[0]
             self.counters.pairs += ids.size
             self._post(exchange, self._plan(exchange, pairs), None)
+        self.counters.hop_s += self._now() - begun_s
         return pending
 
     def finish(self, pending: Pending) -> Tensor:
@@ -87,14 +91,28 @@ class Lane:
 
         Raises ExpertsUnavailable at the deadline, ExpertsFailed when every holder failed.
         """
+        begun_s = self._now()
         try:
             sums = [self._finish(exchange) for exchange in pending.exchanges]
         except BaseException:
             self.cancel(pending)
             raise
+        finally:
+            self._account(pending, begun_s)
         if len(sums) == 1:
             return sums[0]
         return torch.cat(sums) if sums else torch.zeros(pending.shape, device=pending.device)
+
+    def _account(self, pending: Pending, begun_s: float) -> None:
+        """What it took: the wait since begun_s, and the experts' time."""
+        now_s = self._now()
+        self.counters.hop_s += now_s - begun_s
+        self.counters.expert_s += pending.expert_us * 1e-6
+        if self.hop_log is not None:
+            self.hop_log += [
+                LayerHop(exchange.layer, exchange.begun_s, now_s, exchange.longest)
+                for exchange in pending.exchanges
+            ]
 
     def cancel(self, pending: Pending) -> None:
         """Give up what is still open; late answers are dropped."""
@@ -206,7 +224,7 @@ class Lane:
         todo = [exchange.todo]
         for item in hops:
             if item.hop.reply is not None:
-                exchange.answers.append(item.answer())
+                exchange.take(item, self.hop_log is not None)
             elif item.hop.fault not in (None, Fault.TIMEOUT):
                 exchange.note_fault(item.hop)
                 todo.append(item.pair_index)
@@ -232,6 +250,7 @@ class Lane:
             exchange.open.append(item)
             return
         self.client.abandon(hop)
+        self.counters.hedges += 1
         self._post_again(exchange, plan, item.pair_index)
         exchange.todo = np.sort(np.concatenate([todo, exchange.todo]))
 

@@ -23,6 +23,7 @@ from experts.weights import load_expert
 from router.errors import NonFiniteInput
 from router.gate import DeviceGate, GateSpec
 from router.kernels.gpu.ops import router_ops
+from router.times import HopTimes, LayerHop
 from router.weights import load_device_gates
 
 MAX_ROWS: Final = 16_384
@@ -37,6 +38,8 @@ class LocalMoe:
     capturable: Final = True
     """`begin` and `finish` only queue kernels; `check` tells what they would raise."""
     num_renormalised: Final = 0
+    hop_times: Final = HopTimes()
+    """There are no hops, and what the experts compute cannot be told from the rest."""
 
     def __init__(
         self,
@@ -116,6 +119,9 @@ class LocalMoe:
     def finish(self, ticket: Tensor) -> Tensor:
         """The routed experts' output, [T, d] float32 on the device."""
         return ticket
+
+    def log_hops(self, log: list[LayerHop] | None) -> None:
+        """There are none."""
 
     def forget(self) -> None:
         """Forget the rows that were not finite so far. Does not wait for the device."""

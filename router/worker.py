@@ -30,6 +30,7 @@ from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
 from experts.device import ComputeDevice, host_device
 from experts.health import HopTimer, Quarantine, WorkerHealth
+from experts.line import HopCounters
 from experts.snapshots import SnapshotBoard
 from router.batcher import Batcher, MicroBatch
 from router.compute import RouterCompute, open_compute
@@ -38,6 +39,7 @@ from router.errors import ExpertsUnavailable, RouterError
 from router.exchange import ExchangeCounters, Pending
 from router.lane import Lane
 from router.outage import Outage
+from router.times import HopTimes, LayerHop
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,16 @@ class RouterWorker:
         """See MoeClient."""
         return self._own_lane.counters.renormalised_tokens
 
+    @property
+    def hop_times(self) -> HopTimes:
+        """See MoeClient."""
+        counters = self._own_lane.counters
+        return HopTimes(counters.hop_s, counters.expert_s)
+
+    def log_hops(self, log: list[LayerHop] | None) -> None:
+        """See MoeClient."""
+        self._own_lane.hop_log = log
+
     def forward(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Tensor:
         """begin and finish."""
         return self.finish(self.begin(layer, x, deadline_s))
@@ -174,6 +186,11 @@ class RouterWorker:
     def num_waiting(self) -> int:
         """Micro-batches that no lane has taken yet."""
         return len(self._batcher)
+
+    @property
+    def hop_counters(self) -> list[HopCounters]:
+        """Of every lane."""
+        return [lane.client.counters for lane in (self._own_lane, *self._lanes)]
 
     @property
     def counters(self) -> list[ExchangeCounters]:
@@ -226,6 +243,7 @@ class RouterWorker:
             self._answer(items[0], _refusal(items[0], error))
             return
         compute_us = int((time.monotonic() - begun_s) * 1e6)
+        us_per_row = pending.expert_us / max(1, x.shape[0])
         renormalised = pending.renormalised
         end = 0
         for item in items:
@@ -235,6 +253,7 @@ class RouterWorker:
             if any(end - item.num_rows <= row < end for row in renormalised):
                 reply.flags |= RENORMALISED
             reply.compute_us = min(compute_us, _U32)
+            reply.expert_us = min(round(us_per_row * item.num_rows), _U32)
             reply.queue_us = min(max(0, int((begun_s - item.frame.received_s) * 1e6)), _U32)
             self._answer(item, reply)
 

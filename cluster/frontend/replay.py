@@ -28,9 +28,9 @@ one that only waited in their queues has lost fewer by then."""
 
 
 class Arrived(NamedTuple):
-    """An output of the sequence `index`, and when it came on the service's clock."""
+    """An output of a sequence, and when it came on the service's clock."""
 
-    index: int
+    sequence: int
     output: TokenOutput
     arrived_s: float
 
@@ -63,14 +63,14 @@ class _Run:
         first, last = self.first, self.last
         if first is None or last is None:
             return self.before + Timing(queue_s=ended_s - self.started_s)
-        prefill_s = first.prefill_us / 1e6
+        prefill_s = (first.prefill_us or 0) / 1e6
         return self.before + Timing(
             queue_s=self.first_s - self.started_s - prefill_s,
             prefill_s=prefill_s,
             decode_s=ended_s - self.first_s,
             hop_s=last.hop_us / 1e6,
             expert_ms=last.expert_us / 1e3,
-            num_preemptions=last.num_preemptions,
+            num_preemptions=last.num_preemptions or 0,
         )
 
 
@@ -114,7 +114,7 @@ class SequenceRuns:
         """The next output of an open sequence; never one that says "lost"."""
         while True:
             arrived = await self._outputs.get()
-            if arrived.index in self._runs:
+            if arrived.sequence in self._runs:
                 return arrived
 
     def abort(self, index: int) -> None:

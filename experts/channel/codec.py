@@ -1,4 +1,4 @@
-"""Frame <-> bytes: a little-endian header of 76 bytes, then raw sections. Nothing is evaluated.
+"""Frame <-> bytes: a little-endian header of 80 bytes, then raw sections. Nothing is evaluated.
 
 Payload order: row_ids, expert_ids, weights (4 bytes a pair each), rows, body. The 4-byte sections
 come first, so every section starts aligned to its own item size without padding, and a received
@@ -37,9 +37,9 @@ from experts.channel.rules import (
 )
 
 MAGIC = b"SHOL"
-VERSION = 1
+VERSION = 2
 
-_FIELDS = struct.Struct("<4sBBBBHHIQQQIIIIIIII")
+_FIELDS = struct.Struct("<4sBBBBHHIQQQIIIIIIIII")
 _CRC = struct.Struct("<I")
 _HEADER = struct.Struct(_FIELDS.format + "I")
 HEADER_BYTES = _HEADER.size
@@ -141,7 +141,7 @@ def _pack(frame: Frame, dtype: int, sizes: _Sizes, payload_crc: int) -> bytes:
         return _FIELDS.pack(
             MAGIC, VERSION, frame.kind, frame.status, frame.flags, frame.layer, dtype,
             frame.attempt, frame.request_id, frame.epoch, frame.deadline_us, *sizes,
-            frame.queue_us, frame.compute_us, payload_crc,
+            frame.queue_us, frame.compute_us, frame.expert_us, payload_crc,
         )  # fmt: skip
     except struct.error as error:
         raise FrameError("header", error, "integers that fit their field") from error
@@ -212,11 +212,11 @@ def _check_absent(frame: Frame, sections: int) -> None:
 
 
 def decode_header(data: bytes | bytearray, limits: FrameLimits) -> Header:
-    """Check the 76 bytes of a header. Only afterwards payload_len bytes may be allocated."""
+    """Check the 80 bytes of a header. Only afterwards payload_len bytes may be allocated."""
     (
         magic, version, kind, status, flags, layer, dtype, attempt, request_id, epoch, deadline_us,
-        num_rows, num_pairs, width, body_bytes, payload_len, queue_us, compute_us, payload_crc,
-        header_crc,
+        num_rows, num_pairs, width, body_bytes, payload_len, queue_us, compute_us, expert_us,
+        payload_crc, header_crc,
     ) = _HEADER.unpack(data)  # fmt: skip
     if magic != MAGIC:
         raise FrameError("magic", magic, MAGIC)
@@ -231,7 +231,7 @@ def decode_header(data: bytes | bytearray, limits: FrameLimits) -> Header:
         raise FrameError("payload_len", payload_len, f"{expected}, the sum of its sections")
     frame = Frame(
         _KINDS[kind], request_id, attempt, layer, epoch, _STATUSES[status], flags, deadline_us,
-        queue_us, compute_us,
+        queue_us, compute_us, expert_us,
     )  # fmt: skip
     return Header(
         frame, sections, num_rows, num_pairs, width, dtype, body_bytes, payload_len, payload_crc

@@ -2,7 +2,7 @@
 
 60 bytes, little-endian: magic, what, number of released regions, offset and length of the rows in
 the receiver's ring, eight slots for regions that are given back, checksum. Always followed by a
-frame's header (76 bytes), which is all zeros when no frame follows: both are read in one step.
+frame's header (80 bytes), which is all zeros when no frame follows: both are read in one step.
 """
 
 import struct
@@ -81,7 +81,7 @@ def unpack(data: bytes | bytearray) -> Envelope:
     if what != What.PLACED and (offset or length):
         raise FrameError("offset", offset, "0, as length, without rows in the ring")
     if what > What.PLACED and data[ENVELOPE_BYTES:] != _NO_HEADER:
-        raise FrameError("header", "not zero", "76 zeros when no frame follows")
+        raise FrameError("header", "not zero", "80 zeros when no frame follows")
     return Envelope(_WHATS[what], offset, length, tuple(slot * ALIGN for slot in slots[:count]))
 
 

@@ -105,8 +105,9 @@ class Frame:
     status: Status = Status.OK
     flags: int = 0
     deadline_us: int = 0  # time left when sent, 0 = none; relative, so that no clocks need to agree
-    queue_us: int = 0
-    compute_us: int = 0
+    queue_us: int = 0  # of a result: how long the batch waited there
+    compute_us: int = 0  # and how long it was computed, with others' rows if it was merged
+    expert_us: int = 0  # its own share of what expert workers computed
     rows: Tensor | None = None
     row_ids: Tensor | None = None
     expert_ids: Tensor | None = None

@@ -11,6 +11,7 @@ import pytest
 from attention.engine import NOTICE_S
 from attention.model import MIN_WAIT_S
 from router.errors import ExpertsUnavailable, RemoteUnavailable, RouterUnavailable
+from router.times import HopTimes
 from tests.attention.harness import SEEDED, Answers, FakeClock, Flaky, Rig, submit
 from tests.reference import prompts
 
@@ -98,6 +99,8 @@ class Moe:
 
     def __init__(self, moe: Any):
         self.moe, self.limits = moe, []
+
+    hop_times = HopTimes()
 
     def begin(self, layer: int, x: Any, deadline_s: float | None = None) -> Any:
         self.limits.append(deadline_s)

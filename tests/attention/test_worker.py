@@ -28,6 +28,7 @@ from attention.messages import (
 from attention.worker import AttentionWorker
 from experts.channel.channel import ChannelClosed, connect
 from experts.channel.frame import Frame, FrameLimits, Kind, Status
+from router.times import HopTimes
 from tests.attention.harness import GREEDY, Answers, Rig, submit
 from tests.reference import prompts
 
@@ -50,6 +51,10 @@ class Gate:
     @property
     def num_renormalised(self) -> int:
         return self.moe.num_renormalised
+
+    @property
+    def hop_times(self) -> HopTimes:
+        return self.moe.hop_times
 
     def begin(self, layer: int, x: Tensor, deadline_s: float | None = None) -> Any:
         self.reached.set()

@@ -63,7 +63,7 @@ def test_expert_batch_round_trip(
 @pytest.mark.parametrize("kind", [Kind.EXPERT_RESULT, Kind.ROUTE_BATCH, Kind.ROUTE_RESULT])
 @pytest.mark.parametrize("num_rows", [0, 1, 17])
 def test_rows_only_round_trip(kind: Kind, num_rows: int, dtype: torch.dtype) -> None:
-    frame = Frame(kind, flags=ONE_ROW_PER_PAIR | RENORMALISED, queue_us=7, compute_us=9)
+    frame = Frame(kind, flags=ONE_ROW_PER_PAIR | RENORMALISED, queue_us=7, compute_us=9, expert_us=8)
     frame.rows = rows(num_rows, 9, dtype)
     same_frame(unwire(wire(frame)), frame)
 
@@ -88,12 +88,12 @@ def test_not_here_names_the_missing_experts() -> None:
 
 def test_bytes_of_a_small_frame() -> None:
     data = wire(Frame(Kind.CONTROL, request_id=0x0102, body=b"hi"))
-    assert HEADER_BYTES == 76
-    assert len(data) == 78
-    assert data[:8] == b"SHOL\x01\x01\x00\x00"
+    assert HEADER_BYTES == 80
+    assert len(data) == 82
+    assert data[:8] == b"SHOL\x02\x01\x00\x00"
     assert data[16:24] == b"\x02\x01" + bytes(6)
     assert data[BODY_BYTES : PAYLOAD_LEN + 4] == u32(2) + u32(2)
-    assert data[76:] == b"hi"
+    assert data[80:] == b"hi"
 
 
 def test_tensors_are_sent_from_and_received_into_one_memory() -> None:
@@ -215,7 +215,7 @@ def test_the_payload_limit_holds_where_each_section_fits() -> None:
     ("offset", "replacement", "field"),
     [
         (0, b"HTTP", "magic"),
-        (4, b"\x02", "version"),
+        (4, b"\x01", "version"),
         (KIND, b"\x00", "kind_status"),
         (KIND, b"\xff", "kind_status"),
         (KIND, b"\x01", "num_rows"),  # a control frame with rows

@@ -71,7 +71,7 @@ def test_half_a_frame_waits_for_the_other_half(sockets: Stage) -> None:
     client.send(control(), WAIT_S)
     data = message(sockets, Frame(Kind.EXPERT_RESULT, rows=rows()))
     with raw_socket(desk.server_end()) as raw:
-        for cut in (10, 76, 80, 140, 160):
+        for cut in (10, 79, 80, 140, 160):
             raw.sendall(data[:cut])
             assert wait_readable([client], WAIT_S) == [client]
             with pytest.raises(ChannelTimeout):
@@ -122,9 +122,9 @@ def test_bytes_and_frames_are_counted(sockets: Stage) -> None:
     client = sockets.connect(server, counters)
     client.send(expert_batch(4, 6, 8), WAIT_S)
     client.receive(WAIT_S)
-    assert (counters.frames_out, counters.bytes_out) == (1, 76 + 6 * 12 + 4 * 8 * 4)
-    assert (counters.frames_in, counters.bytes_in) == (1, 76 + 4 * 8 * 4)
-    assert (server.counters.frames_in, server.counters.bytes_in) == (1, 76 + 6 * 12 + 4 * 8 * 4)
+    assert (counters.frames_out, counters.bytes_out) == (1, 80 + 6 * 12 + 4 * 8 * 4)
+    assert (counters.frames_in, counters.bytes_in) == (1, 80 + 4 * 8 * 4)
+    assert (server.counters.frames_in, server.counters.bytes_in) == (1, 80 + 6 * 12 + 4 * 8 * 4)
 
 
 def num_descriptors() -> int:

@@ -457,7 +457,7 @@ def test_marks_hold_a_region_until_the_device_is_done() -> None:
             return marks[-1]
 
     landing = Landing(Slow(bytearray(4096)))
-    header = decode_header(wire(Frame(Kind.ROUTE_BATCH, rows=rows(2, 64)))[:76], DEFAULT_LIMITS)
+    header = decode_header(wire(Frame(Kind.ROUTE_BATCH, rows=rows(2, 64)))[:80], DEFAULT_LIMITS)
     views = [landing.claim(header, at, 512).rows(header) for at in (0, 512)]
     views.pop(0)
     views.pop(0)

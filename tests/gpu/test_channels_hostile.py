@@ -113,7 +113,7 @@ def guarded(tmp_path: Path) -> Iterator[Guarded]:
         (forged(pack_alone(What.NOTICE), 24, b"\x01"), "released"),  # a slot nobody counts
         (forged(pack_alone(What.NOTICE), 8, b"\x01"), "offset"),
         (forged(pack_alone(What.NOTICE), 0, b"SHOL"), "magic"),
-        (pack_alone(What.NOTICE)[:59] + b"\x00" + bytes(76), "envelope_crc"),
+        (pack_alone(What.NOTICE)[:59] + b"\x00" + bytes(80), "envelope_crc"),
     ],
 )
 def test_lies_are_refused_before_memory_is_looked_at(
@@ -143,8 +143,8 @@ def test_rows_without_a_ring_are_refused(guarded: Guarded) -> None:
 def test_a_peer_frees_only_its_own_region_once(guarded: Guarded) -> None:
     client = guarded.client()
     client.send(Frame(Kind.ROUTE_BATCH, rows=ROWS), WAIT_S)
-    (server_end,) = guarded.server.connections
     assert guarded.got.acquire(timeout=WAIT_S)
+    (server_end,) = guarded.server.connections  # listed by now
     with raw_socket(server_end) as raw:
         raw.sendall(2 * pack_alone(What.NOTICE, [0]))
         with pytest.raises(FrameError, match="released"):
@@ -184,7 +184,7 @@ slots = st.lists(st.integers(0, 2**32 - 1).map(lambda unit: unit * 256), max_siz
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), slots)
 def test_an_envelope_says_what_was_packed(offset: int, length: int, released: list[int]) -> None:
-    found = unpack(pack(What.PLACED, offset, length, released) + bytes(76))
+    found = unpack(pack(What.PLACED, offset, length, released) + bytes(80))
     assert found == (What.PLACED, offset, length, tuple(released))
 
 

@@ -1,0 +1,100 @@
+"""What a step takes is booked on its requests; hops are noted for those that are traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from attention.metrics import STEP_BOUNDS_S
+from attention.request import Request
+from attention.scheduler import Schedule
+from attention.tracing import SequenceTrace, Tracer
+from experts.metrics import Histogram
+from router.times import HopTimes, LayerHop
+
+
+class HopSource(Protocol):
+    """What the meter reads of a MoE client. See router.client.MoeClient."""
+
+    @property
+    def hop_times(self) -> HopTimes: ...
+
+    def log_hops(self, log: list[LayerHop] | None) -> None: ...
+
+
+class StepMeter:
+    """Belongs to the engine's thread."""
+
+    def __init__(self, moe: HopSource, clock: Callable[[], float], tracer: Tracer | None) -> None:
+        """moe: the client that the steps use. tracer: None without traces."""
+        self.step_times = Histogram(STEP_BOUNDS_S)
+        self.now_s = 0.0
+        """When the last step had been computed."""
+        self._moe = moe
+        self._clock = clock
+        self._tracer = tracer
+        self._num_traced = 0  # open requests with a trace
+
+    def arrived(self, request: Request) -> None:
+        """A request that can run; `left` follows."""
+        if self._tracer is not None and request.submit.traceparent:
+            request.trace = self._tracer.start_sequence(
+                request.submit.traceparent, request.arrived_s
+            )
+            self._num_traced += request.trace is not None
+
+    @contextmanager
+    def step(self, schedule: Schedule, start_s: float) -> Iterator[None]:
+        """Book what happens within, also if it fails."""
+        before = self._moe.hop_times
+        traces = self._traces(schedule) if self._num_traced else []
+        log: list[LayerHop] = []
+        if traces:
+            self._moe.log_hops(log)
+        try:
+            yield
+        finally:
+            self.now_s = self._clock()
+            self.step_times.observe(self.now_s - start_s)
+            self._book(schedule, start_s, before)
+            if traces:
+                self._moe.log_hops(None)
+            for trace in traces:
+                trace.hops += log
+
+    def _traces(self, schedule: Schedule) -> list[SequenceTrace]:
+        found = (item.request.trace for item in schedule.items)
+        return [trace for trace in found if trace is not None and trace.wants_hops]
+
+    def _book(self, schedule: Schedule, start_s: float, before: HopTimes) -> None:
+        """Every request waited for the whole hops, and pays for its own tokens."""
+        after = self._moe.hop_times
+        hop_s = after.hop_s - before.hop_s
+        expert_s = (after.expert_s - before.expert_s) / schedule.num_tokens
+        for item in schedule.items:
+            request = item.request
+            if request.first_step_s is None:
+                request.first_step_s = start_s
+            request.hop_s += hop_s
+            request.expert_s += expert_s * item.num_tokens
+
+    def left(self, request: Request) -> None:
+        """A request has ended, in whatever way."""
+        trace, request.trace = request.trace, None
+        if trace is None or self._tracer is None:
+            return
+        self._num_traced -= 1
+        trace.first_step_s, trace.first_token_s = request.first_step_s, request.first_token_s
+        trace.ended_s = self._clock()
+        trace.attributes = {
+            "shoal.sequence_id": request.request_id,
+            "shoal.prompt_tokens": request.num_prompt_tokens,
+            "shoal.cached_tokens": request.num_cached_tokens,
+            "shoal.output_tokens": request.num_output_tokens,
+            "shoal.replayed_tokens": len(request.submit.emitted_ids),
+            "shoal.preemptions": request.num_preemptions,
+            "shoal.hop_ms": 1e3 * request.hop_s,
+            "shoal.expert_ms": 1e3 * request.expert_s,
+        }
+        self._tracer.end_sequence(trace)

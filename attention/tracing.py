@@ -1,0 +1,228 @@
+"""Traces: which trace a request belongs to (W3C Trace Context), and the spans of its sequences.
+
+OpenTelemetry is imported when a tracer is opened and nowhere else. While a request runs only
+numbers are collected; its spans are made at its end, in a thread of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import queue
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from router.times import LayerHop
+
+logger = logging.getLogger(__name__)
+
+MAX_HOP_SPANS = 128
+"""Of one sequence: its first steps' hops, to the end of the step that reaches it."""
+_CLOSE_TIMEOUT_S = 5.0
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+class TraceContext(NamedTuple):
+    """A span as its children in other processes know it."""
+
+    trace_id: int
+    span_id: int
+    is_sampled: bool
+
+    @classmethod
+    def parse(cls, traceparent: str) -> Self | None:
+        """None for anything malformed, which is then ignored:
+        https://www.w3.org/TR/trace-context/#traceparent-header."""
+        match = _TRACEPARENT.fullmatch(traceparent)
+        if match is None:
+            return None
+        version, trace_id, span_id, flags, more = match.groups()
+        if version == "ff" or (version == "00" and more is not None):
+            return None
+        if not int(trace_id, 16) or not int(span_id, 16):
+            return None
+        return cls(int(trace_id, 16), int(span_id, 16), bool(int(flags, 16) & 1))
+
+    @property
+    def traceparent(self) -> str:
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.is_sampled:02x}"
+
+
+@dataclass(slots=True, eq=False)
+class SequenceTrace:
+    """What becomes the spans of a sequence at one worker. Times are on time.monotonic()."""
+
+    parent: TraceContext
+    arrived_s: float
+    hops: list[LayerHop] = field(default_factory=list)
+    first_step_s: float | None = None
+    first_token_s: float | None = None
+    ended_s: float = 0.0
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def wants_hops(self) -> bool:
+        return len(self.hops) < MAX_HOP_SPANS
+
+
+class TracesUnavailable(RuntimeError):
+    """Traces are asked for and OpenTelemetry is not installed; str() is one line."""
+
+
+def open_tracer(role: str, worker_id: str) -> Tracer:
+    """Spans go where the variables OTEL_* say, by OTLP over HTTP. Raises TracesUnavailable."""
+    try:
+        sdk = importlib.import_module("opentelemetry.sdk.trace")
+        export = importlib.import_module("opentelemetry.sdk.trace.export")
+        otlp = importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    except ImportError as error:
+        raise TracesUnavailable(
+            f"traces need OpenTelemetry ({error.name}): pip install 'shoal-serve[otel]'"
+        ) from error
+    provider = sdk.TracerProvider(resource=_resource(role, worker_id))
+    provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter()))
+    return Tracer(provider)
+
+
+def _resource(role: str, worker_id: str) -> Any:
+    """Who says it; the variables have the last word on the service's name."""
+    resources = importlib.import_module("opentelemetry.sdk.resources")
+    given = {"service.namespace": "shoal", "service.instance.id": worker_id}
+    resource = resources.Resource.create(given)
+    if resource.attributes["service.name"].startswith("unknown_service"):
+        resource = resource.merge(resources.Resource({"service.name": f"shoal-{role}"}))
+    return resource
+
+
+class Tracer:
+    """Makes spans with one provider of OpenTelemetry's SDK."""
+
+    def __init__(self, provider: Any) -> None:
+        self._api = importlib.import_module("opentelemetry.trace")
+        self._provider = provider
+        self._tracer = provider.get_tracer("shoal")
+        self._ended: queue.SimpleQueue[SequenceTrace | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="traces", daemon=True)
+        self._thread.start()
+
+    def start_request(self, parent: TraceContext | None) -> Any:
+        """The span of a request from now on, for its owner to name and end."""
+        return self._tracer.start_span(
+            "request", context=self._context(parent), kind=self._api.SpanKind.SERVER
+        )
+
+    def context_of(self, span: Any) -> TraceContext:
+        context = span.get_span_context()
+        return TraceContext(context.trace_id, context.span_id, bool(context.trace_flags.sampled))
+
+    def fail(self, span: Any, code: str) -> None:
+        """A span ends in an error."""
+        span.set_attribute("error.type", code)
+        span.set_status(self._api.StatusCode.ERROR, code)
+
+    def start_sequence(self, traceparent: str, arrived_s: float) -> SequenceTrace | None:
+        """None for a trace that is not sampled."""
+        parent = TraceContext.parse(traceparent)
+        if parent is None or not parent.is_sampled:
+            return None
+        return SequenceTrace(parent, arrived_s)
+
+    def end_sequence(self, trace: SequenceTrace) -> None:
+        """Have its spans made. Returns at once."""
+        self._ended.put(trace)
+
+    def close(self) -> None:
+        """Make and export what is left."""
+        self._ended.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._provider.shutdown()
+
+    # --- the thread ---
+
+    def _write(self) -> None:
+        while (trace := self._ended.get()) is not None:
+            try:
+                self._write_sequence(trace)
+            except Exception:  # a request must never hear of it
+                logger.exception("spans of a sequence were not made")
+
+    def _write_sequence(self, trace: SequenceTrace) -> None:
+        first_step_s = _or(trace.first_step_s, trace.ended_s)
+        first_token_s = _or(trace.first_token_s, trace.ended_s)
+        whole = self._start("sequence", trace.parent, trace.arrived_s, trace.attributes)
+        parent = self.context_of(whole)
+        self._span("queue", parent, trace.arrived_s, first_step_s)
+        prefill = decode = parent
+        if trace.first_step_s is not None:
+            prefill = self._span("prefill", parent, first_step_s, first_token_s)
+        if trace.first_token_s is not None:
+            decode = self._span("decode", parent, first_token_s, trace.ended_s)
+        for hop in trace.hops:
+            self._write_hop(hop, prefill if hop.begun_s < first_token_s else decode)
+        whole.end(_epoch_ns(trace.ended_s))
+
+    def _write_hop(self, hop: LayerHop, parent: TraceContext) -> None:
+        attributes: dict[str, Any] = {"shoal.layer": hop.layer}
+        if hop.longest is not None:
+            attributes |= {
+                "shoal.worker_id": hop.longest.worker_id,
+                "shoal.hop.queue_ms": 1e3 * hop.longest.queue_s,
+                "shoal.hop.compute_ms": 1e3 * hop.longest.compute_s,
+                "shoal.hop.wire_ms": 1e3 * hop.longest.wire_s,
+            }
+        self._span(f"hop layer {hop.layer}", parent, hop.begun_s, hop.ended_s, attributes)
+
+    def _span(
+        self,
+        name: str,
+        parent: TraceContext,
+        begun_s: float,
+        ended_s: float,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> TraceContext:
+        span = self._start(name, parent, begun_s, attributes)
+        span.end(_epoch_ns(ended_s))
+        return self.context_of(span)
+
+    def _start(
+        self,
+        name: str,
+        parent: TraceContext,
+        begun_s: float,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return self._tracer.start_span(
+            name,
+            context=self._context(parent),
+            attributes=attributes,
+            start_time=_epoch_ns(begun_s),
+        )
+
+    def _context(self, parent: TraceContext | None) -> Any:
+        """An empty one for a new trace: never what happens to be current."""
+        context = importlib.import_module("opentelemetry.context").Context()
+        if parent is None:
+            return context
+        remote = self._api.SpanContext(
+            parent.trace_id,
+            parent.span_id,
+            is_remote=True,
+            trace_flags=self._api.TraceFlags(int(parent.is_sampled)),
+        )
+        return self._api.set_span_in_context(self._api.NonRecordingSpan(remote), context)
+
+
+def _or(time_s: float | None, otherwise_s: float) -> float:
+    return otherwise_s if time_s is None else time_s
+
+
+_EPOCH_NS = time.time_ns() - time.monotonic_ns()
+"""Of time.monotonic(): spans of one process never run backwards."""
+
+
+def _epoch_ns(monotonic_s: float) -> int:
+    return _EPOCH_NS + int(monotonic_s * 1e9)

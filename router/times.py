@@ -1,0 +1,39 @@
+"""How long the way to the routed experts and back takes: what every MoE client tells."""
+
+from typing import NamedTuple, Self
+
+from experts.channel.frame import Frame
+from experts.hop import parts_of
+
+
+class HopTimes(NamedTuple):
+    """Seconds since a client's start."""
+
+    hop_s: float = 0.0
+    """That its caller spent in `begin` and `finish`: to gate, send, wait and add up."""
+    expert_s: float = 0.0
+    """That expert workers computed for its rows."""
+
+
+class Wait(NamedTuple):
+    """For one answer, by an expert worker or, if one is deployed, by a router. Seconds."""
+
+    worker_id: str
+    took_s: float
+    queue_s: float
+    compute_s: float
+    wire_s: float
+
+    @classmethod
+    def of(cls, worker_id: str, reply: Frame, took_s: float) -> Self:
+        return cls(worker_id, took_s, *parts_of(reply, took_s))
+
+
+class LayerHop(NamedTuple):
+    """One layer's way to the experts and back, for traces. Times on time.monotonic()."""
+
+    layer: int
+    begun_s: float
+    ended_s: float
+    longest: Wait | None
+    """The answer that took longest; None if no expert was there."""
