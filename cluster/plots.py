@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -34,7 +36,7 @@ def experts(data: Data) -> Figure:
     figure.suptitle(f"{data['model']}: rows of the last {window_s:g} s, epoch {data['epoch']}")
     heat, balance = figure.subplots(1, 2, sharey=True, width_ratios=(6, 1))
     image = heat.imshow(rates, aspect="auto", cmap="inferno", vmin=0, interpolation="nearest")
-    figure.colorbar(image, ax=heat, label="rows/s")
+    figure.colorbar(image, ax=heat, label="rows/s", fraction=0.04, pad=0.02)
     step = math.ceil(len(positions) / 30)
     heat.set_yticks(positions[::step], data["layers"][::step])
     heat.set(xlabel="expert", ylabel="layer")
@@ -44,13 +46,13 @@ def experts(data: Data) -> Figure:
 
 
 def latency(data: Data) -> Figure:
-    """The shares of each histogram's buckets, with quantiles."""
+    """Of each histogram the share of all values up to each bound, and quantiles."""
     seconds = data["seconds"]
     figure = _figure(12, 4)
     figure.suptitle(f"latencies of {seconds:g} s" if seconds else "latencies since the start")
     for axes, (name, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
         histogram = data["histograms"][name]
-        axes.set(title=title, xlabel="seconds", ylabel="% of all")
+        axes.set(title=title, xlabel="seconds", ylabel="% at most as long", ylim=(0, 101))
         if sum(histogram["counts"]):
             _draw_histogram(axes, histogram["bounds"], histogram["counts"])
         else:
@@ -58,17 +60,17 @@ def latency(data: Data) -> Figure:
     return figure
 
 
-def _draw_histogram(axes, bounds: list[float], counts: list[int]) -> None:  # type: ignore[no-untyped-def]
-    edges = [bounds[0] / 2, *bounds, bounds[-1] * 2]
-    filled = [i for i, count in enumerate(counts) if count]
-    first, last = filled[0], filled[-1] + 1
-    shares = [100 * count / sum(counts) for count in counts[first:last]]
+def _draw_histogram(axes: Any, bounds: list[float], counts: list[int]) -> None:
+    edges = [bounds[0] / 2, *bounds, bounds[-1] * 2]  # on a logarithmic axis, so neither 0 nor inf
+    filled = [bucket for bucket, count in enumerate(counts) if count]
+    shown = slice(filled[0], filled[-1] + 2)
+    up_to = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
     axes.set_xscale("log")
-    axes.stairs(shares, edges[first : last + 1], fill=True, alpha=0.6)
+    axes.plot(edges[shown], up_to[shown], color="black", marker=".")
     for number, (share, label) in enumerate(QUANTILES.items()):
         value = quantile(bounds, counts, share)
-        axes.axvline(value, color=f"C{number + 1}", label=f"{label} {value:.3g} s")
-    axes.legend()
+        axes.axvline(value, color=f"C{number}", label=f"{label} {value:.3g} s")
+    axes.legend(loc="lower right")
 
 
 def scaling(data: Data) -> Figure:
@@ -78,12 +80,12 @@ def scaling(data: Data) -> Figure:
     figure = _figure(10, 8)
     figure.suptitle(data["model"])
     replicas, busy, tokens = figure.subplots(3, 1, sharex=True)
-    for number, tier in enumerate(_names(samples, "tiers")):
+    for number, tier in enumerate(_names(samples, "tiers", "busy")):
+        style = {"color": f"C{number}", "where": "post"}
         sizes = [sample["tiers"].get(tier, {}) for sample in samples]
         for what, dashes in (("present", "-"), ("wanted", "--")):
             heights = [_or_gap(size.get(what)) for size in sizes]
-            style = {"color": f"C{number}", "linestyle": dashes, "label": f"{tier} {what}"}
-            replicas.step(at_s, heights, where="post", **style)
+            replicas.step(at_s, heights, dashes, label=f"{tier} {what}", **style)
         shares = [_or_gap(sample["busy"].get(tier)) for sample in samples]
         busy.plot(at_s, shares, color=f"C{number}", label=tier)
     rates = [_or_gap(sample["generated_tokens_per_s"]) for sample in samples]
@@ -91,14 +93,15 @@ def scaling(data: Data) -> Figure:
     replicas.set(ylabel="replicas", ylim=(0, None))
     busy.set(ylabel="busy, mean of the tier", ylim=(0, 1))
     tokens.set(ylabel="tokens/s", xlabel="seconds", ylim=(0, None))
+    replicas.yaxis.get_major_locator().set_params(integer=True)
     for axes in (replicas, busy):
         if axes.lines:
-            axes.legend(loc="upper left", ncols=3)
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _names(samples: list[Data], key: str) -> list[str]:
-    return list(dict.fromkeys(name for sample in samples for name in sample[key]))
+def _names(samples: list[Data], *keys: str) -> list[str]:
+    return list(dict.fromkeys(name for sample in samples for key in keys for name in sample[key]))
 
 
 def _or_gap(value: float | None) -> float:
