@@ -48,7 +48,7 @@ def top(
         elif as_json:
             for reading in _readings(first, again, interval_s):
                 typer.echo(json.dumps(reading.as_dict(), separators=(",", ":")))
-        elif stdout.is_terminal:
+        elif stdout.is_terminal and not stdout.is_dumb_terminal:
             _watch(History(first), again, interval_s)
         else:
             _print_lines(History(first), again, interval_s)

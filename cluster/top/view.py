@@ -116,7 +116,7 @@ def line(history: History, happened: list[str]) -> str:
         _replicas(status),
     ]
     if newest.load is not None:
-        parts += [f"hottest {' '.join(text.split())}" for text in _hottest(newest.load, 1)]
+        parts += [f"hottest {' '.join(text.plain.split())}" for text in _hottest(newest.load, 1)]
     return "  ".join([*parts, *happened])
 
 
@@ -192,17 +192,18 @@ def _lists(reading: Reading, num_rows: int) -> Table:
         lists.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
     lists.add_row(Text("hottest experts", "bold"), Text("workers", "bold"))
     hottest = _hottest(reading.load, min(num_rows, NUM_HOTTEST)) if reading.load else ()
-    workers = [_worker(worker) for worker in _workers(reading)]
+    found = _workers(reading)
+    name_width = max((len(worker["worker_id"]) for worker in found), default=0)
+    workers = [_worker(worker, name_width) for worker in found]
     if len(workers) > num_rows:
         more = Text(f"and {len(workers) - num_rows + 1} more", "dim")
         workers = [*workers[: num_rows - 1], more]
-    padding = ("" for _ in range(num_rows))
-    for _, expert, worker in zip_longest(padding, hottest, workers, fillvalue=""):
+    for _, expert, worker in zip_longest(range(num_rows), hottest, workers, fillvalue=""):
         lists.add_row(expert, worker)
     return lists
 
 
-def _hottest(load: Load, number: int) -> Iterator[str]:
+def _hottest(load: Load, number: int) -> Iterator[Text]:
     """ "3:12 830/s 25% experts-0 experts-1": layer 3, expert 12, its share, its holders."""
     found = (
         (rows, -position, -expert)
@@ -215,7 +216,7 @@ def _hottest(load: Load, number: int) -> Iterator[str]:
         share = rows / sum(load.recent_rows[-position])
         names = " ".join(load.workers[holder] for holder in holders)
         rate = _number(load.per_s(rows))
-        yield f"{f'{layer}:{-expert}':6} {rate:>5}/s {share:4.0%} {names}"
+        yield Text(f"{f'{layer}:{-expert}':6} {rate:>5}/s {share:4.0%} {names}")
 
 
 def _workers(reading: Reading) -> list[dict[str, Any]]:
@@ -223,9 +224,9 @@ def _workers(reading: Reading) -> list[dict[str, Any]]:
     return sorted(workers, key=lambda w: (WORKING_ROLES.index(w["role"]), w["worker_id"]))
 
 
-def _worker(worker: dict[str, Any]) -> Text:
+def _worker(worker: dict[str, Any], name_width: int) -> Text:
     busy = worker.get("busy")
-    text = Text(f"{worker['worker_id']:14} ")
+    text = Text(f"{worker['worker_id']:{name_width}} ")
     filled = round((busy or 0.0) * BAR_WIDTH)
     colour = "green" if not busy or busy < BUSY else "yellow" if busy < VERY_BUSY else "red"
     text.append("█" * filled, colour).append("░" * (BAR_WIDTH - filled), "dim")

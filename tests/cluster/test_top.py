@@ -153,7 +153,7 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert lines == lines_of(history_of(make_status("experts-0")))
     assert lines[1].split() == ["tokens", "-/s", "prompt", "tokens", "-/s"]
     assert lines[3] == "latency  TTFT -  ITL -  (p50, p99 of - s)"
-    assert any(text.endswith("experts-0      ░░░░░░░░    - queue -") for text in lines)
+    assert any(text.endswith("experts-0 ░░░░░░░░    - queue -") for text in lines)
 
 
 def test_the_hottest_experts_beside_the_workers() -> None:
@@ -163,9 +163,9 @@ def test_the_hottest_experts_beside_the_workers() -> None:
     halves = [re.split(r" {2,}(?=workers|experts-\d  |attention)", text) for text in lines[start:]]
     assert halves[:4] == [
         ["hottest experts", "workers"],
-        ["0:0        8/s  50% experts-0", "experts-0      ████░░░░  50% queue 4 830 rows/s"],
-        ["0:1        4/s  25% experts-1", "experts-1      ░░░░░░░░    - queue -"],
-        ["0:2        2/s  12% experts-0", "attention-0    ░░░░░░░░    - queue -"],
+        ["0:0        8/s  50% experts-0", "experts-0   ████░░░░  50% queue 4 830 rows/s"],
+        ["0:1        4/s  25% experts-1", "experts-1   ░░░░░░░░    - queue -"],
+        ["0:2        2/s  12% experts-0", "attention-0 ░░░░░░░░    - queue -"],
     ]
     assert not any("ingress" in text for text in lines)
 
