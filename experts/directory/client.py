@@ -187,11 +187,11 @@ class DirectoryClient:
 
         Not from `on_snapshot`, whose thread receives the answer.
         """
-        return self._ask(LoadRequest(), ClusterLoadReply, timeout_s)
+        return self._ask_reply(LoadRequest(), ClusterLoadReply, timeout_s)
 
     def ask_metrics(self, timeout_s: float = ASK_TIMEOUT_S) -> MetricsReply:
         """The newest samples of all live members and of the directory. As `ask_load`."""
-        return self._ask(MetricsRequest(), MetricsReply, timeout_s)
+        return self._ask_reply(MetricsRequest(), MetricsReply, timeout_s)
 
     def command(self, message: Command, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Have the directory do something; returns its one line of text.
@@ -223,6 +223,13 @@ class DirectoryClient:
                     break
                 self._changed.wait(left_s)
             return self._released
+
+    def _ask_reply(self, message: BaseModel, answer_type: type[Answer], timeout_s: float) -> Answer:
+        """A question that is no command: it fails when the answer is too large for a frame."""
+        try:
+            return self._ask(message, answer_type, timeout_s)
+        except CommandRefused as error:
+            raise ChannelError(str(error)) from None
 
     def _ask(self, message: BaseModel, answer_type: type[Answer], timeout_s: float) -> Answer:
         def send(question: int) -> None:

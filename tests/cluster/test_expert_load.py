@@ -82,6 +82,20 @@ BODY = {
     ],
 }
 
+COMPACT = {
+    "model": "tiny",
+    "epoch": 5,
+    "window_s": 60.0,
+    "recent_s": 5.0,
+    "layers": [1, 2],
+    "workers": ["a", "b"],
+    "rows": [[30, 10], [0, 0]],
+    "recent_rows": [[2, 1], [0, 0]],
+    "holders": [[[0, 1], [1]], [[], [0]]],
+    "balancedness": [20 / 30, 1.0],
+    "expert_balancedness": [20 / 30, 1.0],
+}
+
 
 class FakeDirectory:
     """Answers REPLY until it is `gone`; counts the questions."""
@@ -196,6 +210,14 @@ def test_holders_of_an_expert_that_the_snapshot_lacks() -> None:
     assert (layer["experts"][0]["replicas"], layer["experts"][0]["holders"]) == (0, [])
 
 
+def test_a_holder_that_the_reply_lacks_comes_after_its_workers() -> None:
+    """The ingress may hear of a worker that is gone, or that came, before it hears of the load."""
+    newer = SNAPSHOT.model_copy(update={"holders": {"1": (("b", "c"), ("c",)), "2": ((), ("d",))}})
+    body = json.loads(ExpertLoad("tiny", REPLY, newer).compact_body)
+    assert body["workers"] == ["a", "b", "c", "d"]
+    assert body["holders"] == [[[1, 2], [2]], [[], [3]]]
+
+
 # ---- HTTP
 
 
@@ -203,6 +225,25 @@ def test_whole_matrix_with_replicas_and_holders(world: World) -> None:
     response = httpx.get(world.url() + LOAD, timeout=TIMEOUT_S)
     assert response.headers["content-type"] == "application/json"
     assert (response.status_code, response.json()) == (200, BODY)
+
+
+def test_compact_is_the_same_as_matrices(world: World) -> None:
+    url = world.url()
+    assert httpx.get(f"{url}{LOAD}?compact=true", timeout=TIMEOUT_S).json() == COMPACT
+    assert httpx.get(f"{url}{LOAD}?compact=false", timeout=TIMEOUT_S).json() == BODY
+    stream = f"{url}{STREAM}?interval_s=0.2&compact=true"
+    with httpx.stream("GET", stream, timeout=TIMEOUT_S) as response:
+        lines = events(response)
+        assert [json.loads(next(lines)) for _ in range(2)] == [COMPACT] * 2
+
+
+@pytest.mark.parametrize("path", [LOAD, STREAM])
+@pytest.mark.parametrize("compact", ["1", "True", "", "yes"])
+def test_bad_compact_is_400(world: World, path: str, compact: str) -> None:
+    response = httpx.get(f"{world.url()}{path}?compact={compact}", timeout=TIMEOUT_S)
+    assert response.status_code == 400 and world.directory.asked == 0
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("compact", "invalid_type")
 
 
 @pytest.mark.parametrize("path", [LOAD, STREAM])
@@ -282,11 +323,12 @@ def test_client_that_leaves_ends_its_watch(world: World) -> None:
     assert ended.wait(TIMEOUT_S)
 
 
-def test_openapi_describes_the_interval(world: World) -> None:
+def test_openapi_describes_the_parameters(world: World) -> None:
     paths = httpx.get(world.url() + "/openapi.json", timeout=TIMEOUT_S).json()["paths"]
-    parameter, _ = paths[STREAM]["get"]["parameters"]
-    assert (parameter["name"], parameter["schema"]["minimum"]) == ("interval_s", 0.2)
-    assert LOAD in paths
+    interval, compact = paths[STREAM]["get"]["parameters"]
+    assert (interval["name"], interval["schema"]["minimum"]) == ("interval_s", 0.2)
+    assert (compact["name"], compact["schema"]["type"]) == ("compact", "boolean")
+    assert paths[LOAD]["get"]["parameters"] == [compact]
 
 
 # ---- gRPC

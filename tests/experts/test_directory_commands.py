@@ -39,6 +39,7 @@ from experts.messages import (
     decode,
     encode,
 )
+from experts.metrics import Sample
 from experts.placement.rebalance import RebalanceRules
 from experts.placement.space import ExpertSpace
 from tests.experts.pool import register
@@ -210,6 +211,7 @@ def test_rebalancing_by_command_and_by_the_clock() -> None:
         it.now_s += 0.1
         it.directory.tick()
         assert (it.directory.counters.steps, it.directory.counters.moves) == (1, 1)
+        assert Sample("shoal_expert_moves_total", (), 1) in it.directory.samples()
         it.obey()
         assert it.directory.snapshot.holders_of(1) == (("a", "b"), ("b",), ("a",), ("b",))
         text = it.command(Rebalance())  # at once, whatever the clock says

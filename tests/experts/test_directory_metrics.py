@@ -1,0 +1,342 @@
+"""Samples: those that members report, and the directory's own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experts.channel.channel import ChannelClosed, ChannelError, Connection, Server, connect
+from experts.channel.frame import Frame, Status, reply_to
+from experts.directory.client import DirectoryClient
+from experts.directory.roster import RosterRules
+from experts.directory.server import Directory
+from experts.load import pack
+from experts.messages import (
+    MAX_SAMPLES,
+    Leave,
+    LoadReport,
+    Message,
+    MetricsReply,
+    MetricsReport,
+    MetricsRequest,
+    Role,
+    Scale,
+    decode,
+    encode,
+)
+from experts.metrics import Sample
+from experts.placement.space import ExpertSpace
+from tests.experts.pool import register
+
+SECRET = b"test secret"
+SPACE = ExpertSpace(moe_layers=(3, 4), num_experts=4)
+RULES = RosterRules(
+    SPACE,
+    expected_experts=2,
+    needs_router=False,
+    tier_bounds={"experts": (2, 2), "attention": (1, 4)},
+)
+PATIENCE_S = 20.0  # only a broken test waits so long
+BUSY = Sample("shoal_worker_busy", (), 0.5)
+HOPS = Sample("shoal_hop_seconds_bucket", (("part", "wire"), ("le", "0.1")), 7.0)
+
+
+class FakeConnection:
+    """The directory's end of a connection; what is sent is forgotten."""
+
+    peer = "fake"
+
+    def send(self, frame: Frame, timeout_s: float | None = None) -> None:
+        """Nobody receives it."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class World:
+    """A directory spoken to without channels."""
+
+    def __init__(self) -> None:
+        self.directory = Directory(RULES)
+
+    def say(self, connection: FakeConnection, message: Message) -> Frame | None:
+        return self.directory.handle(encode(message, 5), connection)  # type: ignore[arg-type]
+
+    def join(self, worker_id: str, role: Role = "experts") -> FakeConnection:
+        connection = FakeConnection()
+        assert self.say(connection, register(worker_id, role, slots=4)) is None
+        return connection
+
+    def end(self, connection: FakeConnection) -> None:
+        self.directory.connection_closed(connection)  # type: ignore[arg-type]
+
+    def told(self, asker: FakeConnection) -> dict[str, tuple[str, tuple[Sample, ...]]]:
+        """worker_id -> role, samples; in the order of the reply."""
+        reply = self.say(asker, MetricsRequest())
+        assert reply is not None and reply.request_id == 5
+        answer = decode(reply)
+        assert isinstance(answer, MetricsReply)
+        return {worker.worker_id: (worker.role, worker.samples) for worker in answer.workers}
+
+    def own(self, name: str) -> dict[str, float]:
+        """A series of the directory: the value of its label ("" without) -> its value."""
+        samples = [sample for sample in self.directory.samples() if sample.name == name]
+        return {"".join(value for _, value in s.labels): s.value for s in samples}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.directory.close()
+
+
+def test_of_each_live_member_the_newest_report_counts(world: World) -> None:
+    b, a = world.join("b"), world.join("a", "attention")
+    assert world.say(b, MetricsReport(samples=(HOPS, BUSY))) is None
+    world.say(b, MetricsReport(samples=(BUSY, HOPS._replace(value=8.0))))
+    told = world.told(a)
+    assert list(told) == ["placement", "a", "b"]
+    assert told["a"] == ("attention", ())
+    assert told["b"] == ("experts", (BUSY, HOPS._replace(value=8.0)))
+    assert told["b"][1][1].labels == HOPS.labels
+    assert told["placement"] == ("placement", tuple(world.directory.samples()))
+
+    world.join("b")  # takes the place of b, whose connection has not ended yet
+    assert world.told(a)["b"] == ("experts", ())
+
+
+def test_samples_go_with_their_member(world: World) -> None:
+    b, a = world.join("b"), world.join("a")
+    world.say(b, MetricsReport(samples=(BUSY,)))
+    world.end(b)
+    assert list(world.told(a)) == ["placement", "a"]
+
+
+def loads(rows: list[list[int]], recent_rows: list[list[int]]) -> LoadReport:
+    return LoadReport(
+        window_s=60.0,
+        rows=pack(np.array(rows)),
+        recent_s=5.0,
+        recent_rows=pack(np.array(recent_rows)),
+    )
+
+
+def test_imbalance_is_the_busiest_worker_by_the_mean_of_all(world: World) -> None:
+    a, b, nothing = world.join("a"), world.join("b"), [[0] * 4] * 2
+    assert world.own("shoal_layer_imbalance") == {"3": 1.0, "4": 1.0}
+    world.say(a, loads([[6, 0, 0, 0], [0] * 4], nothing))
+    world.say(b, loads([[1, 1, 0, 0], [0, 5, 0, 0]], nothing))
+    assert world.own("shoal_layer_imbalance") == {"3": 6 / 4, "4": 5 / 2.5}
+
+
+def test_the_busiest_experts_are_named_by_rank(world: World) -> None:
+    a, b, nothing = world.join("a"), world.join("b"), [[0] * 4] * 2
+    world.say(a, loads(nothing, [[5, 0, 0, 0], [0, 0, 9, 0]]))
+    world.say(b, loads(nothing, [[0, 0, 0, 0], [0, 0, 1, 0]]))
+    ranks = [str(rank) for rank in range(1, 9)]  # of 8 experts
+    rates, layers, experts = (
+        world.own(f"shoal_expert_{what}") for what in ("rows_per_s", "rank_layer", "rank_expert")
+    )
+    assert list(rates) == list(layers) == list(experts) == ranks
+    assert [rates[rank] for rank in ranks] == [2.0, 1.0, *[0.0] * 6]
+    assert [(layers[rank], experts[rank]) for rank in ranks[:3]] == [(4, 2), (3, 0), (-1, -1)]
+
+
+def test_replicas_are_wanted_by_command_or_within_the_bounds_of_the_tier(world: World) -> None:
+    a, b = world.join("a"), world.join("b")
+    attention = [world.join(f"att{i}", "attention") for i in range(3)]
+    world.join("i", "ingress")
+    present = {"experts": 2, "attention": 3, "router": 0}
+    assert world.own("shoal_replicas_present") == present
+    assert world.own("shoal_replicas_wanted") == {"experts": 2, "attention": 3}
+    for connection in (b, *attention):
+        world.end(connection)
+    assert world.own("shoal_replicas_present") == {"experts": 1, "attention": 0, "router": 0}
+    assert world.own("shoal_replicas_wanted") == {"experts": 2, "attention": 1}
+    world.say(a, Scale(role="experts", workers=3))
+    assert world.own("shoal_replicas_wanted") == {"experts": 3, "attention": 1}
+
+
+def test_who_leaves_has_not_died(world: World) -> None:
+    roles: tuple[Role, ...] = ("attention", "router", "experts", "ingress")
+    assert world.own("shoal_worker_deaths_total") == dict.fromkeys(roles, 0)
+    for role in roles:
+        world.end(world.join(f"{role}-1", role))
+        leaver = world.join(f"{role}-2", role)
+        assert world.say(leaver, Leave()) is None
+        world.end(leaver)
+    assert world.own("shoal_worker_deaths_total") == dict.fromkeys(roles, 1)
+
+
+def test_epoch_and_readiness(world: World) -> None:
+    world.join("att", "attention")
+    assert world.own("shoal_placement_ready") == {"": 0}
+    holds = [(layer, expert) for layer in (3, 4) for expert in range(4)]
+    worker = register("a", slots=8, holds=holds, seen_epoch=41, seen_version=70)
+    world.say(FakeConnection(), worker)
+    assert world.directory.snapshot.ready
+    assert world.own("shoal_placement_ready") == {"": 1}
+    assert world.own("shoal_placement_epoch") == {"": world.directory.snapshot.epoch}
+    assert world.directory.snapshot.epoch > 41
+
+
+def test_own_samples_fit_a_reply_whatever_the_number_of_layers() -> None:
+    space = ExpertSpace(moe_layers=tuple(range(1000)), num_experts=4)
+    samples = Directory(RosterRules(space, 1)).samples()
+    assert len(MetricsReport(samples=samples).samples) < MAX_SAMPLES
+
+
+# ---------------------------------------------------------------- over channels
+
+
+class Cluster:
+    """A directory and members that are closed at the end."""
+
+    def __init__(self, stack: contextlib.ExitStack, endpoint: str) -> None:
+        self.stack, self.endpoint = stack, endpoint
+
+    def serve(self) -> Directory:
+        directory = Directory(RULES, silence_limit_s=10.0)
+        directory.start(self.endpoint, SECRET)
+        self.stack.callback(directory.close)
+        return directory
+
+    def add(
+        self, worker_id: str, role: Role, source: Callable[[], Sequence[Sample]] | None = None
+    ) -> DirectoryClient:
+        client = DirectoryClient(
+            lambda: self.endpoint,
+            SECRET,
+            register(worker_id, role),
+            metrics_source=source,
+            ping_interval_s=0.1,
+        )
+        self.stack.callback(client.close)
+        client.start()
+        return client
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with contextlib.ExitStack() as stack:
+        yield Cluster(stack, f"unix:{tmp_path}/d.sock")
+
+
+def wait_until(test: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not test():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def samples_of(asker: DirectoryClient, worker_id: str) -> tuple[Sample, ...] | None:
+    """None while the worker is no member, or there is no line."""
+    with contextlib.suppress(ChannelError):
+        for worker in asker.ask_metrics(PATIENCE_S).workers:
+            if worker.worker_id == worker_id:
+                return worker.samples
+    return None
+
+
+def test_samples_are_told_when_they_change_and_to_every_new_directory(cluster: Cluster) -> None:
+    directory, told, asked = cluster.serve(), [], [0]
+    take = directory._take_metrics
+
+    def take_noted(report: MetricsReport, connection: Connection) -> None:
+        told.append(report.samples)
+        take(report, connection)
+
+    directory._take_metrics = take_noted  # type: ignore[method-assign]
+    now = [BUSY]
+
+    def source() -> list[Sample]:
+        asked[0] += 1
+        return list(now)
+
+    asker = cluster.add("i", "ingress")
+    cluster.add("r", "router", source)
+    wait_until(lambda: asked[0] >= 3)
+    assert told == [(BUSY,)] and samples_of(asker, "r") == (BUSY,)
+    now.append(HOPS)
+    wait_until(lambda: samples_of(asker, "r") == (BUSY, HOPS))
+    assert told == [(BUSY,), (BUSY, HOPS)]
+
+    directory.close()
+    cluster.endpoint += "2"
+    cluster.serve()
+    wait_until(lambda: samples_of(asker, "r") == (BUSY, HOPS))
+
+
+@pytest.mark.parametrize("bad", [[BUSY] * (MAX_SAMPLES + 1), [BUSY._replace(value=np.nan)], None])
+def test_a_failing_source_costs_no_membership(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, bad: list[Sample] | None
+) -> None:
+    cluster.serve()
+    asked, good = [0], threading.Event()
+
+    def source() -> list[Sample]:
+        asked[0] += 1
+        if good.is_set():
+            return [BUSY]
+        if bad is None:
+            raise RuntimeError("a bug of the owner")
+        return bad
+
+    member = cluster.add("r", "router", source)
+    wait_until(lambda: asked[0] >= 3)
+    assert samples_of(member, "r") == ()
+    failures = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert [record.getMessage() for record in failures] == ["samples cannot be told"]
+    good.set()
+    wait_until(lambda: samples_of(member, "r") == (BUSY,))
+
+
+def test_a_member_that_closes_has_not_died_one_that_breaks_off_has(cluster: Cluster) -> None:
+    directory = cluster.serve()
+    asker, router = cluster.add("i", "ingress"), cluster.add("r", "router")
+    lost = connect(cluster.endpoint, SECRET)
+    lost.send(encode(register("lost", "attention")))
+    wait_until(lambda: samples_of(asker, "lost") is not None)
+    lost.close()
+    wait_until(lambda: samples_of(asker, "lost") is None)
+    assert samples_of(asker, "r") == ()
+    router.close()
+    asker.close()
+    wait_until(lambda: not directory.snapshot.workers)
+    assert directory.counters.deaths == {"attention": 1, "router": 0, "experts": 0, "ingress": 0}
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_the_channel(tmp_path: Path) -> None:
+    endpoint, joined = f"unix:{tmp_path}/d.sock", threading.Event()
+
+    def handle(frame: Frame, connection: Connection) -> Frame | None:
+        joined.set()
+        if isinstance(decode(frame), MetricsRequest):
+            return reply_to(frame, status=Status.FAILED, text="bad reply: body_bytes")
+        return None
+
+    server = Server(endpoint, handle, SECRET)
+    server.start()
+    client = DirectoryClient(lambda: endpoint, SECRET, register("i", "ingress"))
+    client.start()
+    assert joined.wait(PATIENCE_S)
+    with pytest.raises(ChannelError, match="bad reply: body_bytes"):
+        client.ask_metrics(PATIENCE_S)
+    client.close()
+    server.close()
+
+
+def test_asking_for_metrics_without_a_directory_fails_at_once() -> None:
+    client = DirectoryClient(lambda: "inproc:nobody", SECRET, register("i", "ingress"))
+    client.start()
+    with pytest.raises(ChannelClosed, match="no line to the directory"):
+        client.ask_metrics(PATIENCE_S)
+    client.close()
