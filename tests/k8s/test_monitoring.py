@@ -27,6 +27,7 @@ PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(
     PROMTOOL is None, reason="no promtool: apt-get install prometheus"
 )
+GUIDE = Path(__file__).resolve().parents[2] / "docs/kubernetes.md"
 NOT_SHOWN = {
     "vllm_num_requests_swapped",  # always 0; for boards made for vLLM, as the next
     "vllm_request_time_per_output_token_seconds",
@@ -197,3 +198,12 @@ class TestRaysDashboard:
         for wrong in ("grafana:3000", "http://", "ftp://grafana", "http://a b"):
             with pytest.raises(ConfigError, match=r"monitoring\.grafana_url"):
                 monitored(grafana_url=wrong)
+
+
+def test_what_the_guide_shows_can_be_configured() -> None:
+    blocks = re.findall("```yaml\n(monitoring:.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert rendered(deployment("gpu-small", **yaml.safe_load(block)))["PrometheusRule/shoal"]
+    count = len(alerts(Scope("ray", 'job="ray"'), AlertLimits()))
+    assert f"| PrometheusRule | {count} alerts" in GUIDE.read_text()
