@@ -16,7 +16,7 @@ Computing
 Who holds what
     placement/     which worker holds which expert: pure      load.py   rows an expert had lately
     directory/     tells everyone who lives and holds what    messages.py           what travels
-    snapshots.py   the newest answer
+    snapshots.py   the newest answer                          metrics.py  numbers told to others
 Calling
     client.py      send to all workers, then gather           hop.py    one batch and its answer
     line.py        the connection to one of them              probe.py  does it compute again

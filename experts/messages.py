@@ -5,7 +5,7 @@
                              change), LoadRequest, MetricsRequest, Leave
     directory -> worker      Assign (expert workers only), Snapshot (at every change), Pong,
                              ClusterLoadReply and MetricsReply (to each request, with its id),
-                             Released (to each Leave, in time), Signal
+                             Released (to an expert worker's Leave, in time), Signal
     any member -> directory  a Command: Drain, Replicate, Rebalance, Scale, Chaos; answered with its
                              request id by Done, or by status FAILED and one line that says why
 
@@ -227,7 +227,10 @@ class MetricsReply(_Message):
 
 
 class Leave(_Message):
-    """A worker wants to stop: others shall take over the experts that it alone holds."""
+    """A worker wants to stop: others shall take over the experts that it alone holds.
+
+    One of another role closes its connection at once: it has left and not died.
+    """
 
     type: Literal["leave"] = "leave"
 

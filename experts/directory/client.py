@@ -121,7 +121,7 @@ class DirectoryClient:
         self._closing = threading.Event()
         self._last_error = ""
         self._last_failure = ""  # of on_assign
-        self._last_metrics_error = ""
+        self._metrics_failed = False
         self._threads = [threading.Thread(target=self._run, name="directory-client", daemon=True)]
         if on_assign is not None:
             self._threads.append(
@@ -338,17 +338,17 @@ class DirectoryClient:
         return None if self._load_source is None else self._load_source()
 
     def _metrics_report(self) -> MetricsReport | None:
-        """None without samples; a failure is logged, once while it repeats."""
+        """None without samples; a failure is logged, once while it lasts."""
         if self._metrics_source is None:
             return None
         try:
             report = MetricsReport(samples=tuple(self._metrics_source()))
-        except Exception as error:  # the owner's bug must not cost the membership
-            if str(error) != self._last_metrics_error:
+        except Exception:  # the owner's bug must not cost the membership
+            if not self._metrics_failed:
                 logger.exception("samples cannot be told")
-            self._last_metrics_error = str(error)
+            self._metrics_failed = True
             return None
-        self._last_metrics_error = ""
+        self._metrics_failed = False
         return report
 
     def _take(self, frame: Frame) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 from experts.load import ClusterLoad, LoadBoard
 from experts.messages import (
@@ -17,8 +16,6 @@ from experts.messages import (
 )
 from experts.metrics import Sample
 from experts.placement.space import ExpertSpace, Loads
-
-PLACEMENT: Literal["placement"] = "placement"  # the directory among those whose samples are told
 
 
 class Reports:
@@ -88,5 +85,5 @@ def load_reply(
 
 def metrics_reply(own: Sequence[Sample], members: Sequence[WorkerSamples]) -> MetricsReply:
     """The directory first."""
-    mine = WorkerSamples(worker_id=PLACEMENT, role=PLACEMENT, samples=tuple(own))
+    mine = WorkerSamples(worker_id="placement", role="placement", samples=tuple(own))
     return MetricsReply(workers=(mine, *members))

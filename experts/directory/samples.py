@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import get_args
 
 import numpy as np
@@ -50,7 +51,7 @@ def _layer_imbalance(layers: tuple[int, ...], window: ClusterLoad) -> Iterator[S
     """Rows of the busiest worker / mean of all; 1 is even, or idle."""
     by_worker = [rows.tolist() for rows in window.rows_by_worker.values()]
     balances = layer_balance(window.rows.tolist(), by_worker)
-    for layer, balance in list(zip(layers, balances, strict=True))[:MAX_LAYERS]:
+    for layer, balance in islice(zip(layers, balances, strict=True), MAX_LAYERS):
         yield Sample("shoal_layer_imbalance", (("layer", str(layer)),), 1 / balance.workers)
 
 

@@ -4,6 +4,7 @@ A member's life, which is the life of its connection:
 
     connected --Register--> member --Assign--> loading --Holding...--> holding
         any of them --Leave--> hands over --Released--> closes its connection
+                               (with nothing to hand over, as in other roles, at once)
         any of them --connection ends, or silent for `silence_limit_s`--> gone, at once
 
 After each of these events `Roster.settle` decides (see roster.py for GATHERING and PLACED), the new
