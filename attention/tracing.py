@@ -115,8 +115,11 @@ class Tracer:
             "request", context=self._context(parent), kind=self._api.SpanKind.SERVER
         )
 
-    def context_of(self, span: Any) -> TraceContext:
+    def context_of(self, span: Any) -> TraceContext | None:
+        """None when the SDK is disabled."""
         context = span.get_span_context()
+        if not context.is_valid:
+            return None
         return TraceContext(context.trace_id, context.span_id, bool(context.trace_flags.sampled))
 
     def fail(self, span: Any, code: str) -> None:
@@ -165,7 +168,7 @@ class Tracer:
             self._write_hop(hop, prefill if hop.begun_s < first_token_s else decode)
         whole.end(_epoch_ns(trace.ended_s))
 
-    def _write_hop(self, hop: LayerHop, parent: TraceContext) -> None:
+    def _write_hop(self, hop: LayerHop, parent: TraceContext | None) -> None:
         attributes: dict[str, Any] = {"shoal.layer": hop.layer}
         if hop.longest is not None:
             attributes |= {
@@ -179,11 +182,11 @@ class Tracer:
     def _span(
         self,
         name: str,
-        parent: TraceContext,
+        parent: TraceContext | None,
         begun_s: float,
         ended_s: float,
         attributes: Mapping[str, Any] | None = None,
-    ) -> TraceContext:
+    ) -> TraceContext | None:
         span = self._start(name, parent, begun_s, attributes)
         span.end(_epoch_ns(ended_s))
         return self.context_of(span)
@@ -191,7 +194,7 @@ class Tracer:
     def _start(
         self,
         name: str,
-        parent: TraceContext,
+        parent: TraceContext | None,
         begun_s: float,
         attributes: Mapping[str, Any] | None = None,
     ) -> Any:

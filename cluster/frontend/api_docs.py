@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 RENORMALISED_HEADER = "X-Shoal-Renormalised"
+TIMING_HEADER = "X-Shoal-Timing"
 _PARAMETERS = [
     {
         "name": "Idempotency-Key",
@@ -25,6 +26,14 @@ _PARAMETERS = [
         "schema": {"type": "number", "minimum": 0},
         "description": "Seconds until the request fails with 504, or 503 while parts are away.",
     },
+    {
+        "name": "traceparent",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": "W3C trace context: the request's spans belong to that trace. A malformed"
+        " one is ignored.",
+    },
 ]
 _ANSWER = {
     "description": "An object of OpenAI's API, or its chunks as server-sent events. Its field"
@@ -35,7 +44,14 @@ _ANSWER = {
         RENORMALISED_HEADER: {
             "description": "`true` if experts were left out before the headers were sent.",
             "schema": {"type": "string"},
-        }
+        },
+        TIMING_HEADER: {
+            "description": "Of whole answers, milliseconds in the syntax of Server-Timing:"
+            " `queue;dur=0.4, prefill;dur=21.0, decode;dur=180.2, hop;dur=95.1, expert;dur=31.7,"
+            " total;dur=202.3`. The field `timing` of the request puts it into the body, also of"
+            " streams.",
+            "schema": {"type": "string"},
+        },
     },
 }
 _REFERENCE = "#/components/schemas/{model}"

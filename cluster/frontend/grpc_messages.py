@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from cluster.frontend.choice import Delta, Likely, TokenText
 from cluster.frontend.expert_load import ExpertLoad
+from cluster.frontend.generation import Generation
 from cluster.frontend.observation import Usage
 from cluster.frontend.openai import (
     ChatCompletionRequest,
@@ -20,6 +21,7 @@ from cluster.frontend.openai import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from cluster.frontend.responses import timing_parts
 from cluster.frontend.schema_errors import parse_body
 from cluster.protos import inference_pb2 as pb
 
@@ -81,6 +83,11 @@ def usage_message(usage: Usage) -> pb.Usage:
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
     )
+
+
+def timing_message(generation: Generation) -> pb.Timing | None:
+    """Where its time went, if it was asked for."""
+    return pb.Timing(**timing_parts(generation)) if generation.request.timing else None
 
 
 def load_message(load: ExpertLoad) -> pb.ExpertLoad:

@@ -28,6 +28,7 @@ from cluster.frontend.grpc_messages import (
     delta_message,
     detokenize_body,
     load_message,
+    timing_message,
     tokenize_body,
     usage_message,
 )
@@ -36,7 +37,7 @@ from cluster.frontend.idempotency import IdempotentCall, idempotent_call
 from cluster.frontend.observation import Observation
 from cluster.frontend.observer import Origin
 from cluster.frontend.openai import SamplingFields
-from cluster.frontend.request_context import begin_request
+from cluster.frontend.request_context import begin_request, key_name
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
 
@@ -113,7 +114,7 @@ class InferenceMethods:
         request_id = self._begin(grpc_context)
         interval_s = request.interval_s if request.HasField("interval_s") else None
         try:
-            self._authorize(grpc_context)
+            self._authorize(grpc_context, request_id)
             async with aclosing(self.loads.watch(interval_s)) as watch:
                 async for load in watch:
                     yield await asyncio.to_thread(load_message, load)
@@ -130,8 +131,8 @@ class InferenceMethods:
     ) -> AsyncGenerator[ReplyT, None]:
         request_id = self._begin(context)
         try:
+            self._authorize(context, request_id)
             with self.service.observe(self._origin(context, request_id)) as observation:
-                self._authorize(context)
                 self._check_size(request)
                 generation = await start(observation)
             with closing(generation):
@@ -144,6 +145,7 @@ class InferenceMethods:
                     **common,
                     usage=usage_message(generation.usage),
                     renormalised=generation.renormalised,
+                    timing=timing_message(generation),
                 )
         except Exception as error:
             yield response(error=set_error(context, _known(error, request_id), request_id))
@@ -157,7 +159,7 @@ class InferenceMethods:
     ) -> ReplyT:
         request_id = self._begin(context)
         try:
-            self._authorize(context)
+            self._authorize(context, request_id)
             self._check_size(request)
             return await reply()
         except Exception as error:
@@ -176,10 +178,14 @@ class InferenceMethods:
         metadata = context.invocation_metadata() or ()
         traceparents = [str(value) for key, value in metadata if key == TRACEPARENT_KEY]
         traceparent = traceparents[0] if len(traceparents) == 1 else ""
-        return Origin(request_id, "grpc", traceparent=traceparent)
+        return Origin(request_id, "grpc", key_name.get(), traceparent)
 
-    def _authorize(self, context: GrpcContext) -> None:
-        self.service.authorizer.check_grpc(context.invocation_metadata())
+    def _authorize(self, context: GrpcContext, request_id: str) -> None:
+        try:
+            self.service.authorizer.check_grpc(context.invocation_metadata())
+        except ShoalError as error:
+            self.service.on_refused(request_id, error.code)
+            raise
 
     def _call(self, context: GrpcContext, body: SamplingFields) -> IdempotentCall | None:
         key = dict(context.invocation_metadata() or ()).get(IDEMPOTENCY_KEY)

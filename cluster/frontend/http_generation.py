@@ -11,7 +11,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, quote
-from cluster.frontend.api_docs import RENORMALISED_HEADER
+from cluster.frontend.api_docs import RENORMALISED_HEADER, TIMING_HEADER
 from cluster.frontend.choice import Delta
 from cluster.frontend.generation import Generation
 from cluster.frontend.http_guard import json_response
@@ -21,7 +21,7 @@ from cluster.frontend.json_body import read_json
 from cluster.frontend.observation import Observation
 from cluster.frontend.observer import Origin
 from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest, SamplingFields
-from cluster.frontend.responses import CHAT, COMPLETION, Shape, whole_answer
+from cluster.frontend.responses import CHAT, COMPLETION, Shape, timing_header, whole_answer
 from cluster.frontend.schema_errors import SchemaT, parse_body
 from cluster.frontend.service import InferenceService
 from cluster.frontend.streaming import StreamResponse, next_delta, stream_events, unless_gone
@@ -72,7 +72,8 @@ class GeneratingHandlers:
             found = await unless_gone(request, answer)
         finally:
             generation.close()
-        response = json_response(found, headers=_headers_of(generation))
+        headers = {**_headers_of(generation), TIMING_HEADER: timing_header(generation)}
+        response = json_response(found, headers=headers)
         if call is not None:
             self._service.keys.keep(call, bytes(response.body))
         return response

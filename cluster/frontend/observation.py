@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from cluster.errors import ShoalError
+from attention.tracing import Tracer
+from cluster.errors import InternalError, ShoalError
 from cluster.frontend.observer import Origin, RequestObserver, RequestRecord, Timing
 from cluster.frontend.request import GenerateRequest
+from cluster.frontend.request_span import RequestSpan
 
 Outcome = Literal["ok", "error", "cancelled"]
 
@@ -28,14 +30,17 @@ class Observation:
     leaves it before `admit` refuses the request."""
 
     def __init__(
-        self, origin: Origin, observers: Sequence[RequestObserver], clock: Callable[[], float]
+        self,
+        origin: Origin,
+        observers: Sequence[RequestObserver],
+        clock: Callable[[], float],
+        tracer: Tracer | None = None,
     ) -> None:
         self.origin = origin
+        self.span = RequestSpan(tracer, origin.traceparent)
         self.started_s = clock()
         self.e2e_s = 0.0
         """Set by `finish`."""
-        self.traceparent = ""
-        """What the workers' spans belong to, "" for none."""
         self._observers = observers
         self._clock = clock
         self._request: GenerateRequest | None = None
@@ -52,10 +57,14 @@ class Observation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._request is None and isinstance(error, Exception):
-            code = error.code if isinstance(error, ShoalError) else "internal_error"
+        if self._request is not None:
+            return
+        code = ""
+        if isinstance(error, Exception):
+            code = error.code if isinstance(error, ShoalError) else InternalError.default_code
             for observer in self._observers:
                 observer.on_refused(self.origin.request_id, code)
+        self.span.end(code)
 
     def admit(self, request: GenerateRequest) -> None:
         """The request runs from now on; `finish` must follow."""
@@ -108,7 +117,8 @@ class Observation:
             timing=timing,
             num_replays=num_replays,
             key_name=self.origin.key_name,
-            trace_id="",
+            trace_id=self.span.trace_id,
         )
+        self.span.finish(record)
         for observer in self._observers:
             observer.on_finished(record)

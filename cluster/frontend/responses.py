@@ -47,6 +47,36 @@ def usage_json(usage: Usage) -> Json:
     }
 
 
+def timing_parts(generation: Generation) -> dict[str, float]:
+    """Where the time of a finished request went, milliseconds. hop_share: of the time that its
+    steps took."""
+    timing, total_s = generation.timing, generation.observation.e2e_s
+    steps_s = timing.prefill_s + timing.decode_s
+    return {
+        "queue_ms": 1e3 * timing.queue_s,
+        "prefill_ms": 1e3 * timing.prefill_s,
+        "decode_ms": 1e3 * timing.decode_s,
+        "hop_ms": 1e3 * timing.hop_s,
+        "hop_share": timing.hop_s / steps_s if steps_s else 0.0,
+        "expert_ms": timing.expert_ms,
+        "total_ms": 1e3 * total_s,
+    }
+
+
+def timing_json(generation: Generation) -> Json:
+    """The field that says it; absent unless it was asked for."""
+    if not generation.request.timing:
+        return {}
+    return {"timing": {name: round(part, 4) for name, part in timing_parts(generation).items()}}
+
+
+def timing_header(generation: Generation) -> str:
+    """The same as one line, in the syntax of the header Server-Timing."""
+    parts = timing_parts(generation)
+    names = ("queue", "prefill", "decode", "hop", "expert", "total")
+    return ", ".join(f"{name};dur={parts[f'{name}_ms']:.3f}" for name in names)
+
+
 async def whole_answer(generation: Generation, shape: Shape, fingerprint: str | None) -> Json:
     """Run a request to its end and put its choices together."""
     request = generation.request
@@ -59,6 +89,7 @@ async def whole_answer(generation: Generation, shape: Shape, fingerprint: str | 
         "choices": choices,
         "usage": usage_json(generation.usage),
         **renormalised_json(generation.renormalised),
+        **timing_json(generation),
     }
 
 

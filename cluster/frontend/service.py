@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+from attention.tracing import Tracer
 from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, quote
 from cluster.field_names import nearest
 from cluster.frontend.admission import Admission
@@ -61,6 +62,7 @@ class InferenceService:
         system_fingerprint: str | None = None,
         authorizer: Authorizer | None = None,
         observers: Sequence[RequestObserver] = (),
+        tracer: Tracer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tokenizer = tokenizer
@@ -70,6 +72,7 @@ class InferenceService:
         self.authorizer = authorizer or Authorizer()
         """Both fronts ask it before anything else."""
         self._observers = tuple(observers)
+        self._tracer = tracer
         self._backend = backend
         self._strict_params = strict_params
         self._clock = clock
@@ -83,7 +86,7 @@ class InferenceService:
 
     def observe(self, origin: Origin) -> Observation:
         """What a front does with a generating request, up to its start, it does within this."""
-        return Observation(origin, self._observers, self._clock)
+        return Observation(origin, self._observers, self._clock, self._tracer)
 
     def on_refused(self, request_id: str, code: str) -> None:
         """Tell the observers of a request that was refused before anybody knew what it was."""

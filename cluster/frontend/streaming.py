@@ -25,6 +25,7 @@ from cluster.frontend.responses import (
     finish_choice,
     renormalised_json,
     role_choice,
+    timing_json,
     usage_json,
 )
 
@@ -116,8 +117,8 @@ async def stream_events(
         logger.exception("request %s failed in its stream", generation.request.request_id)
         yield to_event(error_body(InternalError("The server failed.")))
         return
-    if generation.request.include_usage:
-        yield writer.usage_event()
+    if generation.request.include_usage or generation.request.timing:
+        yield writer.closing_event()
     yield b"data: [DONE]\n\n"
 
 
@@ -186,11 +187,13 @@ class _ChunkWriter:
             events.append(self._event([choice], self._generation.renormalised))
         return events
 
-    def usage_event(self) -> bytes:
-        """The last chunk: no choices, only the counts."""
-        counts = usage_json(self._generation.usage)
+    def closing_event(self) -> bytes:
+        """The last chunk: no choices, only what was asked for of counts and times."""
+        chunk: Json = {**self._envelope, "choices": []}
+        if self._request.include_usage:
+            chunk["usage"] = usage_json(self._generation.usage)
         told = renormalised_json(self._generation.renormalised)
-        return to_event({**self._envelope, "choices": [], "usage": counts, **told})
+        return to_event({**chunk, **told, **timing_json(self._generation)})
 
     def _event(self, choices: list[Json], renormalised: bool = False) -> bytes:
         chunk: Json = {**self._envelope, "choices": choices, **renormalised_json(renormalised)}
