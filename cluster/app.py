@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import warnings
@@ -34,20 +33,21 @@ from cluster.config import (
 )
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.gpus import divide_gpus
+from cluster.ingress import IngressMember
 from cluster.members import (
     AttentionMember,
     ExpertMember,
-    IngressMember,
     PlacementMember,
     RouterMember,
     Site,
 )
+from cluster.observability.logs import log_with_serve
+from cluster.observability.ray_metrics import RayExport
 from experts.kernels.runtime import configure_threads
 
 ENDPOINT_TIMEOUT_S = 5.0
 ONE_HOST = ("unix", "shm", "cuda")
 """Channels whose endpoints are sockets in a folder."""
-PACKAGES = ("experts", "router", "attention", "cluster")
 
 
 def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
@@ -112,10 +112,6 @@ def _deploy_tier(
     return _deploy(name, replica, tier, tier.num_gpus, autoscaling_config=size)
 
 
-def _worker_id(role: str) -> str:
-    return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
-
-
 def _endpoint_for(config: ShoalConfig, takes_rows: bool) -> Callable[[str], str]:
     """Where a worker of this node listens. takes_rows: whether hidden states come in, the only
     thing that other memory than the socket's is worth while for."""
@@ -138,25 +134,25 @@ def _site(
     return Site(config, secret, directory, _endpoint_for(config, takes_rows), node)
 
 
-def _log_with_serve() -> None:
-    """Our events into the replica's log file of Serve, whatever level Serve itself logs at."""
-    handlers = logging.getLogger("ray.serve").handlers
-    for name in PACKAGES:
-        logger = logging.getLogger(name)
-        logger.handlers = list(handlers)
-        logger.setLevel(logging.INFO)
-
-
 class Replica:
-    """What all replicas share: where they log, and their end: Serve calls `__del__`."""
+    """What all replicas share: logs, metrics, and their end: Serve calls `__del__`."""
 
     _member: PlacementMember | ExpertMember | RouterMember | AttentionMember | IngressMember
 
-    def __init__(self) -> None:
-        _log_with_serve()
+    def __init__(self, config: ShoalConfig, role: str) -> None:
+        self._observability = config.observability
+        self._worker_id = f"{role}-{serve.get_replica_context().replica_id.unique_id}"
+        log_with_serve(self._observability.log_format, self._observability.log_prompts)
+
+    def _tell_ray(self) -> None:
+        """From now on Ray's metrics have the member's."""
+        if self._observability.metrics:
+            self._export = RayExport(self._worker_id, self._member.samples)
 
     def __del__(self) -> None:
-        if hasattr(self, "_member"):  # the constructor may have failed
+        if hasattr(self, "_export"):  # the constructor may have failed
+            self._export.close()
+        if hasattr(self, "_member"):
             self._member.close()
 
 
@@ -166,9 +162,10 @@ class PlacementReplica(Replica):
     _member: PlacementMember
 
     def __init__(self, config: ShoalConfig, secret: bytes) -> None:
-        super().__init__()
-        endpoint = _endpoint_for(config, takes_rows=False)(_worker_id("placement"))
+        super().__init__(config, "placement")
+        endpoint = _endpoint_for(config, takes_rows=False)(self._worker_id)
         self._member = PlacementMember(config, secret, endpoint)
+        self._tell_ray()
 
     def endpoint(self) -> str:
         """Where the directory listens; the one call that goes through Serve."""
@@ -181,10 +178,11 @@ class ExpertReplica(Replica):
     _member: ExpertMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
-        super().__init__()
+        super().__init__(config, "experts")
         configure_threads(config.threads("experts"))
         site = _site(config, secret, placement, takes_rows=True)
-        self._member = ExpertMember(site, _worker_id("experts"))
+        self._member = ExpertMember(site, self._worker_id)
+        self._tell_ray()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What ExpertLoadPolicy decides by; Serve asks about once a second."""
@@ -195,10 +193,11 @@ class RouterReplica(Replica):
     """Deployment `Router`."""
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
-        super().__init__()
+        super().__init__(config, "router")
         configure_threads(1)
         site = _site(config, secret, placement, takes_rows=True)
-        self._member = RouterMember(site, _worker_id("router"))
+        self._member = RouterMember(site, self._worker_id)
+        self._tell_ray()
 
 
 class AttentionReplica(Replica):
@@ -207,9 +206,10 @@ class AttentionReplica(Replica):
     _member: AttentionMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
-        super().__init__()
+        super().__init__(config, "attention")
         configure_threads(config.threads("attention"))
-        self._member = AttentionMember(_site(config, secret, placement), _worker_id("attention"))
+        self._member = AttentionMember(_site(config, secret, placement), self._worker_id)
+        self._tell_ray()
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -228,10 +228,11 @@ class IngressReplica(Replica, GrpcMethods):
     def __init__(
         self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle, tiers: list[Any]
     ) -> None:
-        super().__init__()
+        super().__init__(config, "ingress")
         # The tiers are bound so that Serve starts them; requests reach them over channels.
-        self._member = IngressMember(_site(config, secret, placement), _worker_id("ingress"))
+        self._member = IngressMember(_site(config, secret, placement), self._worker_id)
         self.service, self.loads = self._member.service, self._member.loads
+        self._tell_ray()
 
     async def drain(self) -> None:
         """Take nothing new and return when every open request has ended."""

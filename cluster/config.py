@@ -122,6 +122,13 @@ class _Tier(Computing):
             return self.scaling.max_workers
         return max(MAX_COMMANDED, self.num_workers)
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and most workers while no command sets their number."""
+        if self.scaling is not None and self.scaling.follows_load:
+            return self.scaling.min_workers, self.scaling.max_workers
+        return self.num_workers, self.num_workers
+
 
 class AttentionTier(_Tier):
     """The `Attention` deployment."""

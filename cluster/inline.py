@@ -13,10 +13,10 @@ import torch
 
 from cluster.config import ShoalConfig
 from cluster.gpus import divide_gpus
+from cluster.ingress import IngressMember
 from cluster.members import (
     AttentionMember,
     ExpertMember,
-    IngressMember,
     PlacementMember,
     RouterMember,
     Site,

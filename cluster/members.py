@@ -6,17 +6,11 @@ knows which of the two it is.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-from fastapi import FastAPI
-from starlette.responses import Response
 
 from attention.memory import context_length
 from attention.worker import AttentionWorker
@@ -29,18 +23,15 @@ from cluster.autoscaling.stats import (
     ExpertMeter,
     ExpertStats,
 )
-from cluster.backend import AttentionPool
 from cluster.config import HANDOVER_TIMEOUT_S, ComputingTier, ShoalConfig
-from cluster.frontend.api_keys import open_keys
-from cluster.frontend.auth import Authorizer
-from cluster.frontend.expert_load import LoadWatch
-from cluster.frontend.http_guard import json_response
-from cluster.frontend.http_server import build_app
-from cluster.frontend.operations import Operations
 from cluster.frontend.request import ModelInfo
-from cluster.frontend.service import InferenceService
 from cluster.generation_defaults import GenerationDefaults
-from cluster.tokenizer import Tokenizer
+from cluster.observability.member_samples import (
+    AttentionSamples,
+    DeployedRouterSamples,
+    ExpertSamples,
+    MemberSamples,
+)
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.device import ComputeDevice, host_device, open_device
@@ -49,6 +40,7 @@ from experts.directory.roster import RosterRules
 from experts.directory.server import Directory
 from experts.memory import check_slots
 from experts.messages import Assign, LoadReport, Register, Role
+from experts.metrics import Sample
 from experts.placement.rebalance import RebalanceRules
 from experts.placement.replan import slots_needed
 from experts.placement.space import ExpertSpace
@@ -58,6 +50,8 @@ from router.client import RouterClient
 from router.worker import RouterWorker
 
 logger = logging.getLogger(__name__)
+
+Samples = Callable[[], Sequence[Sample]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,10 @@ class Site:
             num_slots=num_slots,
             spare_slots=spare_slots,
         )
+
+    def told(self, samples: Samples) -> Samples | None:
+        """What a member's line to the directory shall tell of them."""
+        return samples if self.config.observability.metrics else None
 
     def open_checkpoint(self) -> Checkpoint:
         """The model's files, mapped but not read."""
@@ -197,8 +195,22 @@ class PlacementMember:
     def endpoint(self) -> str:
         return self.directory.endpoint
 
+    def samples(self) -> list[Sample]:
+        """Its numbers at this moment, as every member has them."""
+        return self.directory.samples()
+
     def close(self) -> None:
         self.directory.close()
+
+
+def _tier_bounds(config: ShoalConfig) -> dict[Role, tuple[int, int]]:
+    bounds: dict[Role, tuple[int, int]] = {
+        "experts": config.experts.bounds,
+        "attention": config.attention.bounds,
+    }
+    if config.router.mode == "deployment":
+        bounds["router"] = config.router.num_workers, config.router.num_workers
+    return bounds
 
 
 class ExpertMember:
@@ -222,6 +234,7 @@ class ExpertMember:
         space = expert_space(checkpoint.config)
         usable = slots // space.unit_size * space.unit_size
         self._meter = ExpertMeter(self.worker.counters, usable, space.num_total)
+        self.samples = MemberSamples(ExpertSamples(self.worker))
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
         self._line = DirectoryClient(
             site.directory,
@@ -230,6 +243,7 @@ class ExpertMember:
             on_assign=self._assign,
             load_source=self._load,
             on_signal=chaos.obey,
+            metrics_source=site.told(self.samples),
         )
         self._line.start()
 
@@ -269,10 +283,15 @@ class RouterMember:
             name=worker_id,
             device=site.open_device("router"),
         )
+        self.samples = MemberSamples(DeployedRouterSamples(self.worker))
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
-        register = site.register("router", worker_id, endpoint)
         self._line = DirectoryClient(
-            site.directory, site.secret, register, board.publish, on_signal=chaos.obey
+            site.directory,
+            site.secret,
+            site.register("router", worker_id, endpoint),
+            board.publish,
+            on_signal=chaos.obey,
+            metrics_source=site.told(self.samples),
         )
         self._line.start()
 
@@ -290,10 +309,16 @@ class AttentionMember:
         checkpoint, device = site.open_checkpoint(), site.open_device("attention")
         self._moe = _way_to_the_experts(site, worker_id, checkpoint, board, device)
         self.worker = AttentionWorker(checkpoint, self._moe, site.config.engine, device=device)
+        source = AttentionSamples(self.worker, self._moe, site.config.model_name)
+        self.samples = MemberSamples(source)
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
-        register = site.register("attention", worker_id, endpoint)
         self._line = DirectoryClient(
-            site.directory, site.secret, register, board.publish, on_signal=chaos.obey
+            site.directory,
+            site.secret,
+            site.register("attention", worker_id, endpoint),
+            board.publish,
+            on_signal=chaos.obey,
+            metrics_source=site.told(self.samples),
         )
         self._line.start()
         self._meter = AttentionMeter()
@@ -342,73 +367,3 @@ def _way_to_the_experts(
         site.node,
         deadline_s=settings.deadline_s,
     )
-
-
-class IngressMember:
-    """The front end: text in, text out, over the attention workers of the snapshot."""
-
-    def __init__(self, site: Site, worker_id: str) -> None:
-        config = site.config
-        authorizer = Authorizer(open_keys(config.auth))
-        self.pool = AttentionPool(site.secret)
-        self.service = InferenceService(
-            Tokenizer(config.model),
-            self.pool,
-            model_info(config),
-            strict_params=config.strict_params,
-            authorizer=authorizer,
-        )
-        register = site.register("ingress", worker_id, "")
-        self._line = DirectoryClient(site.directory, site.secret, register, self.pool.on_snapshot)
-        self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
-        operations = Operations(self._line.command, self.pool.snapshot)
-        enabled = config.enable_operations
-        if enabled is None:
-            enabled = authorizer.needs_keys
-        self._operations = operations if enabled else None
-        self._line.start()
-
-    def http_app(self, *, echo_request_id: bool = True) -> FastAPI:
-        """The HTTP API, with the state of the cluster at /status."""
-        app = build_app(self.service, self.loads, self._operations, echo_request_id=echo_request_id)
-
-        @app.get("/status")
-        async def status() -> Response:
-            """Who serves, who holds how much, how busy the engines are."""
-            return json_response(await asyncio.to_thread(self._status))
-
-        return app
-
-    def _status(self) -> dict[str, Any]:
-        snapshot, state = self.pool.snapshot(), self.pool.ready()
-        held = Counter(
-            name
-            for layer in (snapshot.holders.values() if snapshot else ())
-            for e in layer
-            for name in e
-        )
-        workers = [
-            {**worker.model_dump(), "num_experts": held[worker.worker_id]}
-            for worker in (snapshot.workers if snapshot else ())
-        ]
-        return {
-            "model": self.service.model.name,
-            "ready": state.ready,
-            "stage": state.stage,
-            "epoch": snapshot.epoch if snapshot else 0,
-            "scale": snapshot.scale if snapshot else {},
-            "replays": self.service.ledger.num_replays,
-            "parked": self.pool.num_parked,
-            "workers": workers,
-            "engines": [stats.model_dump() for stats in self.pool.stats()],
-        }
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Return when requests are served. Raises TimeoutError that says how far things are."""
-        self._line.wait_ready(timeout_s)
-        self.pool.wait_connected(timeout_s)
-
-    def close(self) -> None:
-        self.loads.close()
-        self._line.close()
-        self.pool.close()

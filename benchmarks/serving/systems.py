@@ -78,8 +78,9 @@ def _open_inline(spec: Spec) -> System:
 def _open_ray(spec: Spec) -> System:
     """A local Ray with the application, and an ingress member more: this process."""
     from cluster.config import SECRET_VARIABLE
+    from cluster.ingress import IngressMember
     from cluster.launcher import APP_NAME, LocalCluster
-    from cluster.members import IngressMember, Site
+    from cluster.members import Site
 
     config = _config(spec)
     local = LocalCluster(config, dashboard=False)

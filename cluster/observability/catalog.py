@@ -148,6 +148,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     # workers
     _computing.gauge("worker_busy", "Part of the time spent computing, 0 to 1."),
+    _attention.counter("worker_requests", "Sequences taken in."),
     _experts.counter("worker_rows", "Token rows computed."),
     _experts.gauge("worker_rows_per_s", "Token rows computed a second."),
     _experts.counter("worker_batches", "Batches computed."),
@@ -166,7 +167,9 @@ METRICS: tuple[Metric, ...] = (
     _routing.counter("resent_pairs", "(token, expert) pairs sent again."),
     _routing.counter("holder_waits", "Waits for an expert that nobody held."),
     _attention.counter("router_failovers", "Changes of the router."),
-    _serving.counter("frame_errors", "Frames refused, by the field at fault.", "field"),
+    _serving.counter(
+        "frame_errors", "Frames refused, by the field at fault; peers without the secret.", "field"
+    ),
     _serving.counter("channel_bytes", "Bytes of the data plane, in and out.", "direction"),
     # the cluster
     _placement.gauge("replicas_wanted", "Workers that a tier shall have.", "tier"),

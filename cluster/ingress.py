@@ -1,0 +1,148 @@
+"""The ingress: the front end of a cluster and what its operators see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from attention.messages import Stats
+from cluster.backend import AttentionPool
+from cluster.frontend.api_keys import open_keys
+from cluster.frontend.auth import Authorizer
+from cluster.frontend.backend import EngineBackend
+from cluster.frontend.expert_load import LoadWatch
+from cluster.frontend.http_guard import json_response
+from cluster.frontend.http_server import build_app
+from cluster.frontend.observer import RequestObserver
+from cluster.frontend.operations import Operations
+from cluster.frontend.service import InferenceService
+from cluster.members import Site, model_info
+from cluster.observability.cluster_metrics import ClusterMetrics
+from cluster.observability.exposition import CONTENT_TYPE, expose
+from cluster.observability.member_samples import MemberSamples
+from cluster.observability.rates import RequestRates
+from cluster.observability.request_log import RequestLog
+from cluster.observability.request_metrics import RequestMetrics
+from cluster.observability.status import count_events, describe_tiers, describe_workers
+from cluster.observability.text_log import LoggedBackend
+from cluster.tokenizer import Tokenizer
+from experts.directory.client import DirectoryClient
+from experts.metrics import Sample
+
+
+class IngressMember:
+    """The front end: text in, text out, over the attention workers of the snapshot."""
+
+    def __init__(self, site: Site, worker_id: str) -> None:
+        config = site.config
+        self._config = config
+        self._requests = RequestMetrics(config.model_name)
+        self._rates = RequestRates(self._requests)
+        self.samples = MemberSamples(self._samples)
+        self.pool = AttentionPool(site.secret)
+        self.service = self._open_service()
+        self._line = DirectoryClient(
+            site.directory,
+            site.secret,
+            site.register("ingress", worker_id, ""),
+            self.pool.on_snapshot,
+            metrics_source=site.told(self.samples),
+        )
+        self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
+        self.metrics = ClusterMetrics(worker_id, self.samples, self._line.ask_metrics)
+        enabled = config.enable_operations
+        if enabled is None:
+            enabled = self.service.authorizer.needs_keys
+        operations = Operations(self._line.command, self.pool.snapshot)
+        self._operations = operations if enabled else None
+        self._line.start()
+
+    def _open_service(self) -> InferenceService:
+        config, view = self._config, self._config.observability
+        tokenizer = Tokenizer(config.model)
+        backend: EngineBackend = self.pool
+        if view.log_prompts:
+            backend = LoggedBackend(self.pool, tokenizer)
+        observers: list[RequestObserver] = [RequestLog()]
+        if view.metrics:
+            observers.append(self._requests)
+        return InferenceService(
+            tokenizer,
+            backend,
+            model_info(config),
+            strict_params=config.strict_params,
+            authorizer=Authorizer(open_keys(config.auth)),
+            observers=observers,
+        )
+
+    def http_app(self, *, echo_request_id: bool = True) -> FastAPI:
+        """The HTTP API, with the state of the cluster at /status and its numbers at /metrics."""
+        app = build_app(self.service, self.loads, self._operations, echo_request_id=echo_request_id)
+
+        @app.get("/status")
+        async def status() -> Response:
+            """Who serves, who holds how much, how busy everybody is."""
+            return json_response(await asyncio.to_thread(self._status))
+
+        if self._config.observability.metrics:
+
+            @app.get("/metrics")
+            async def metrics() -> Response:
+                """Numbers of every worker, in Prometheus' text format."""
+                text = await asyncio.to_thread(lambda: expose(self.metrics.read().items()))
+                return Response(text, media_type=CONTENT_TYPE)
+
+        return app
+
+    def _samples(self) -> Iterator[Sample]:
+        self._rates.note()  # the line to the directory asks once a second
+        yield from self._requests.samples()
+        yield Sample("shoal_requests_replayed_total", (), self.service.ledger.num_replays)
+        yield Sample("shoal_requests_parked", (), self.pool.num_parked)
+
+    def _status(self) -> dict[str, Any]:
+        snapshot, state, engines = self.pool.snapshot(), self.pool.ready(), self.pool.stats()
+        samples = self.metrics.read()
+        replays = self.service.ledger.num_replays
+        return {
+            "model": self.service.model.name,
+            "ready": state.ready,
+            "stage": state.stage,
+            "epoch": snapshot.epoch if snapshot else 0,
+            "scale": snapshot.scale if snapshot else {},
+            "tiers": describe_tiers(samples),
+            "rates": self._describe_rates(engines),
+            "counters": count_events(samples, engines, replays),
+            "replays": replays,
+            "parked": self.pool.num_parked,
+            "chaos": self._config.enable_chaos and self._operations is not None,
+            "operations": self._operations is not None,
+            "workers": describe_workers(snapshot, samples),
+            "engines": [stats.model_dump() for stats in engines],
+        }
+
+    def _describe_rates(self, engines: Sequence[Stats]) -> dict[str, Any] | None:
+        """Of the requests to this ingress; what runs and waits is everybody's."""
+        if not self._config.observability.metrics:
+            return None
+        return {
+            **self._rates.read(),
+            "requests_running": sum(stats.num_running for stats in engines),
+            "requests_waiting": sum(stats.num_waiting for stats in engines),
+            "refused": self._requests.refused.total(),
+            "cancelled": self._requests.cancelled,
+        }
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return when requests are served. Raises TimeoutError that says how far things are."""
+        self._line.wait_ready(timeout_s)
+        self.pool.wait_connected(timeout_s)
+
+    def close(self) -> None:
+        self.loads.close()
+        self._line.close()
+        self.pool.close()

@@ -1,0 +1,62 @@
+"""What GET /status tells of workers and tiers, from the snapshot and everybody's samples. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from attention.messages import Stats
+from cluster.observability.cluster_metrics import Samples, by_label, sum_of, value_of
+from experts.messages import Snapshot, WorkerInfo
+from experts.metrics import Sample
+
+Json = dict[str, Any]
+
+
+def describe_workers(snapshot: Snapshot | None, samples: Samples) -> list[Json]:
+    """Every live worker, and how busy it is as far as it has said."""
+    if snapshot is None:
+        return []
+    held = Counter(name for layer in snapshot.holders.values() for e in layer for name in e)
+    return [
+        {
+            **worker.model_dump(),
+            "num_experts": held[worker.worker_id],
+            "drained": worker.worker_id in snapshot.drained,
+            **_load(worker, samples.get(worker.worker_id, ())),
+        }
+        for worker in snapshot.workers
+    ]
+
+
+def describe_tiers(samples: Samples) -> Json:
+    """Workers wanted and present of each tier; {} while the directory is away."""
+    wanted = by_label(samples, "shoal_replicas_wanted", "tier")
+    present = by_label(samples, "shoal_replicas_present", "tier")
+    return {
+        tier: {"wanted": int(wanted[tier]), "present": int(present.get(tier, 0))} for tier in wanted
+    }
+
+
+def count_events(samples: Samples, engines: Sequence[Stats], num_replays: int) -> Json:
+    """What has happened since the start of those who count it."""
+    return {
+        "replays": num_replays,
+        "deaths": int(sum_of(samples, "shoal_worker_deaths_total")),
+        "moves": int(sum_of(samples, "shoal_expert_moves_total")),
+        "hedges": int(sum_of(samples, "shoal_hedges_total")),
+        "preemptions": sum(stats.num_preemptions for stats in engines),
+    }
+
+
+def _load(worker: WorkerInfo, samples: Sequence[Sample]) -> Json:
+    """queue: sequences that wait, or batches."""
+    is_engine = worker.role == "attention"
+    name = "vllm_num_requests_waiting" if is_engine else "shoal_worker_waiting_batches"
+    num_waiting = value_of(samples, name)
+    return {
+        "busy": value_of(samples, "shoal_worker_busy"),
+        "queue": None if num_waiting is None else int(num_waiting),
+        "rows_per_s": value_of(samples, "shoal_worker_rows_per_s"),
+    }
