@@ -309,6 +309,25 @@ def test_load_and_work_are_counted(worker: ExpertWorker) -> None:
     assert sum(counters.queue_us_buckets) == 1
 
 
+def test_merged_batches_divide_the_time_by_their_pairs(folder: Path) -> None:
+    """1 and 3 pairs at 40 a second take 0.1 s together."""
+    worker = ExpertWorker(Checkpoint.open(folder), "w0", 4, emulated_pairs_per_s=40.0)
+    worker.hold([(LAYER, 0)])
+    batches = []
+    for num_pairs in (1, 3):
+        frame = request(rows(num_pairs), [(row, 0, 1.0) for row in range(num_pairs)])
+        assert frame.rows is not None and frame.row_ids is not None
+        assert frame.expert_ids is not None and frame.weights is not None
+        batches.append(_Batch(frame, frame.rows, frame.row_ids, frame.expert_ids, frame.weights))
+    worker._answer(batches)
+    small, large = (batch.reply for batch in batches)
+    assert small is not None and large is not None
+    assert small.compute_us == large.compute_us >= 100_000
+    assert large.expert_us == pytest.approx(3 * small.expert_us, abs=2)
+    busy_us = 1e6 * worker.counters.busy_s
+    assert small.expert_us + large.expert_us == pytest.approx(busy_us, abs=1)
+
+
 def test_an_emulated_device_takes_its_time(folder: Path) -> None:
     worker = ExpertWorker(Checkpoint.open(folder), "w0", 4, emulated_pairs_per_s=40.0)
     worker.hold([(LAYER, 0), (LAYER, 1)])
