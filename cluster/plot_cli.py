@@ -59,10 +59,9 @@ def latency(
     """Draw how long first tokens, further tokens and whole requests take."""
 
     def ask(client: ApiClient) -> Data:
-        before = client.read_text("/metrics") if seconds else ""
-        for _ in _ticks(seconds, 1.0):
-            pass
-        data = latency_data(before, client.read_text("/metrics"), seconds)
+        ticks = _ticks(seconds, seconds) if seconds else [0.0]
+        texts = ["", *(client.read_text("/metrics") for _ in ticks)]
+        data = latency_data(texts[-2], texts[-1], seconds)
         if not any(sum(histogram["counts"]) for histogram in data["histograms"].values()):
             raise ConfigError("no tokens were generated in that time: is anybody asking?")
         return data
@@ -108,7 +107,7 @@ def _ticks(seconds: float, interval_s: float) -> Iterator[float]:
         for tick in range(int(seconds / interval_s) + 1):
             time.sleep(max(started_s + tick * interval_s - time.monotonic(), 0))
             at_s = time.monotonic() - started_s
-            stages.show(Stage(f"{at_s:.0f} of {seconds:g} s", int(at_s), int(seconds)))
+            stages.show(Stage(f"looking for {seconds:g} s", int(at_s), int(seconds)))
             yield at_s
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cluster.observability.rates import quantile
 from cluster.plot_data import Data
@@ -52,7 +53,7 @@ def latency(data: Data) -> Figure:
     figure.suptitle(f"latencies of {seconds:g} s" if seconds else "latencies since the start")
     for axes, (name, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
         histogram = data["histograms"][name]
-        axes.set(title=title, xlabel="seconds", ylabel="% at most as long", ylim=(0, 101))
+        axes.set(title=title, xlabel="milliseconds", ylabel="% at most as long", ylim=(0, 101))
         if sum(histogram["counts"]):
             _draw_histogram(axes, histogram["bounds"], histogram["counts"])
         else:
@@ -61,15 +62,19 @@ def latency(data: Data) -> Figure:
 
 
 def _draw_histogram(axes: Any, bounds: list[float], counts: list[int]) -> None:
+    bounds = [1000 * bound for bound in bounds]
     edges = [bounds[0] / 2, *bounds, bounds[-1] * 2]  # on a logarithmic axis, so neither 0 nor inf
     filled = [bucket for bucket, count in enumerate(counts) if count]
     shown = slice(filled[0], filled[-1] + 2)
     up_to = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.plot(edges[shown], up_to[shown], color="black", marker=".")
     for number, (share, label) in enumerate(QUANTILES.items()):
         value = quantile(bounds, counts, share)
-        axes.axvline(value, color=f"C{number}", label=f"{label} {value:.3g} s")
+        axes.axvline(value, color=f"C{number}", label=f"{label} {round(value, 2):g} ms")
     axes.legend(loc="lower right")
 
 

@@ -91,11 +91,11 @@ def test_the_latencies_hold_shares_and_quantiles() -> None:
     text = metrics({"a": [1, 4, 4]})
     first_token, between, whole = latency(latency_data("", text, 0)).axes
     shares, *quantiles = first_token.lines
-    assert shares.get_xydata().tolist() == [[0.05, 0], [0.1, 25], [1, 100]]
+    assert shares.get_xydata().tolist() == [[50, 0], [100, 25], [1000, 100]]
     assert [line.get_label() for line in quantiles] == [
-        "p50 0.4 s",
-        "p90 0.88 s",
-        "p99 0.988 s",
+        "p50 400 ms",
+        "p90 880 ms",
+        "p99 988 ms",
     ]
     assert [axes.texts[0].get_text() for axes in (between, whole)] == ["none", "none"]
 
