@@ -43,6 +43,7 @@ class IngressMember:
         self._requests = RequestMetrics(config.model_name)
         self._rates = RequestRates(self._requests)
         self.samples = MemberSamples(self._samples)
+        self._tracer = site.open_tracer("ingress", worker_id)
         self.pool = AttentionPool(site.secret)
         self.service = self._open_service()
         self._line = DirectoryClient(
@@ -77,6 +78,7 @@ class IngressMember:
             strict_params=config.strict_params,
             authorizer=Authorizer(open_keys(config.auth)),
             observers=observers,
+            tracer=self._tracer,
         )
 
     def http_app(self, *, echo_request_id: bool = True) -> FastAPI:
@@ -146,3 +148,5 @@ class IngressMember:
         self.loads.close()
         self._line.close()
         self.pool.close()
+        if self._tracer is not None:
+            self._tracer.close()

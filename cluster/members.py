@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from attention.memory import context_length
+from attention.tracing import Tracer, open_tracer
 from attention.worker import AttentionWorker
 from cluster import chaos
 from cluster.autoscaling.settings import Scaling
@@ -85,6 +86,10 @@ class Site:
             num_slots=num_slots,
             spare_slots=spare_slots,
         )
+
+    def open_tracer(self, role: Role, worker_id: str) -> Tracer | None:
+        """None without traces. Raises TracesUnavailable."""
+        return open_tracer(role, worker_id) if self.config.observability.traces else None
 
     def told(self, samples: Samples) -> Samples | None:
         """What a member's line to the directory shall tell of them."""
@@ -308,7 +313,10 @@ class AttentionMember:
         board = SnapshotBoard()
         checkpoint, device = site.open_checkpoint(), site.open_device("attention")
         self._moe = _way_to_the_experts(site, worker_id, checkpoint, board, device)
-        self.worker = AttentionWorker(checkpoint, self._moe, site.config.engine, device=device)
+        self._tracer = site.open_tracer("attention", worker_id)
+        self.worker = AttentionWorker(
+            checkpoint, self._moe, site.config.engine, device=device, tracer=self._tracer
+        )
         source = AttentionSamples(self.worker, self._moe, site.config.model_name)
         self.samples = MemberSamples(source)
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
@@ -337,6 +345,8 @@ class AttentionMember:
         self.worker.close()
         self._line.close()
         self._moe.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
 
 def _commanded(line: DirectoryClient, role: Role) -> float:

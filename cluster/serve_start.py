@@ -16,7 +16,7 @@ from typing import Any
 from cluster.config import StartFailed
 
 POLL_S = 0.2
-LASTING = ("DeviceError", "ConfigError", "CheckpointError", "ValueError")
+LASTING = ("DeviceError", "ConfigError", "CheckpointError", "ValueError", "TracesUnavailable")
 """Errors of a constructor that another attempt does not mend."""
 
 

@@ -24,15 +24,18 @@ OTHER = "other"
 HOP_PARTS = ("queue", "compute", "wire", "total")
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 
+_BEYOND = ("below_min", "above_max")
 ERROR_CODES = frozenset(
     (
         *(error.default_code for error in TABLE),
+        *(f"{kind}_{end}_value" for kind in ("integer", "decimal") for end in _BEYOND),
+        *("array_above_max_length", "string_above_max_length"),
         *("context_length_exceeded", "directory_unreachable", "draining", "duplicate_key"),
         *("empty_array", "experts_unavailable", "invalid_api_key", "invalid_json", "invalid_type"),
-        *("invalid_unicode", "missing_required_parameter", "model_not_found", "no_worker"),
-        *("refused", "too_deep", "unknown_parameter", "unknown_service"),
+        *("invalid_unicode", "invalid_utf8", "missing_required_parameter", "model_not_found"),
+        *("no_worker", "refused", "too_deep", "unknown_parameter", "unknown_service"),
         *("unsupported_content_encoding", "unsupported_content_type", "unsupported_parameter"),
-        "worker_not_found",
+        *("unsupported_endpoint", "worker_not_found"),
     )
 )
 """Of the classes of cluster/errors.py, and those that the front end gives them."""

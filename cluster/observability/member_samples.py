@@ -11,9 +11,10 @@ from itertools import islice
 from threading import Lock
 
 from attention.worker import AttentionWorker
-from cluster.observability.catalog import QUEUE_BOUNDS
+from cluster.observability.catalog import HOP_PARTS, QUEUE_BOUNDS
 from cluster.observability.rates import Rate
 from experts.channel.channel import ChannelCounters
+from experts.hop import Fault
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Histogram, Labels, Sample
 from experts.worker import ExpertWorker
@@ -64,7 +65,14 @@ class RouterSamples:
         self._worker = worker
 
     def __call__(self) -> Iterator[Sample]:
-        lanes = self._worker.counters
+        lanes, clients = self._worker.counters, self._worker.hop_counters
+        for part in HOP_PARTS:
+            times = _sum_of([getattr(client, part) for client in clients])
+            yield from times.samples("shoal_hop_seconds", (("part", part),))
+        for fault in Fault:
+            count = sum(client.faults[fault] for client in clients)
+            yield Sample("shoal_hop_faults_total", (("fault", fault.name.lower()),), count)
+        yield Sample("shoal_hedges_total", (), sum(lane.hedges for lane in lanes))
         yield Sample("shoal_resent_pairs_total", (), sum(lane.resent_pairs for lane in lanes))
         yield Sample("shoal_holder_waits_total", (), sum(lane.waits for lane in lanes))
 
@@ -109,6 +117,7 @@ class AttentionSamples:
             yield Sample(f"vllm_{name}", self._model, value)
         yield Sample("shoal_worker_busy", (), min(1.0, self._busy.read(stats.busy_s)))
         yield Sample("shoal_worker_requests_total", (), stats.requests_received)
+        yield from self._worker.engine.step_times.samples("shoal_step_seconds")
         yield Sample("shoal_step_errors_total", (), stats.step_errors)
         if isinstance(self._moe, RouterClient):
             yield Sample("shoal_router_failovers_total", (), self._moe.failovers)
@@ -119,6 +128,14 @@ class AttentionSamples:
 def _by_word(name: str, label: str, counts: Mapping[str, float]) -> Iterator[Sample]:
     for word, count in counts.items():
         yield Sample(name, ((label, word),), count)
+
+
+def _sum_of(histograms: Sequence[Histogram]) -> Histogram:
+    """Of the same bounds."""
+    total = Histogram(histograms[0].bounds)
+    total.counts = [sum(counts) for counts in zip(*(h.counts for h in histograms), strict=True)]
+    total.total = sum(histogram.total for histogram in histograms)
+    return total
 
 
 def _queue(buckets: Sequence[int], total_us: int) -> Iterator[Sample]:

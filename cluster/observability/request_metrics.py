@@ -6,12 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from cluster.frontend.observer import RequestRecord
-from cluster.observability.catalog import (
-    ERROR_CODES,
-    FINISHED_REASONS,
-    METRICS,
-    OTHER,
-)
+from cluster.observability.catalog import ERROR_CODES, FINISHED_REASONS, METRICS, OTHER
 from experts.metrics import Histogram, Labels, Sample
 
 
@@ -25,7 +20,7 @@ class RequestMetrics:
         self.num_requests = 0
         """Admitted."""
         self.prompt_tokens = self.generated_tokens = 0
-        self.refused = Counter(dict.fromkeys(sorted(ERROR_CODES), 0))
+        self.refused = Counter(dict.fromkeys((*sorted(ERROR_CODES), OTHER), 0))
         self.cancelled = 0
         self._model: Labels = (("model_name", model),)
         self._failed = self.refused.copy()
