@@ -67,8 +67,11 @@ class ApiClient:
             if response.status != 200:
                 raise ApiError(_message(_json(response.read()), response.status))
             for line in response:
-                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                if line.strip() == b"data: [DONE]":
+                    return
+                if line.startswith(b"data: "):
                     yield from _text_of(_json(line[6:]))
+        raise ApiError("the answer broke off")
 
     def _fetch(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         with self._answer(method, path, body) as response:

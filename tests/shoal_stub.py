@@ -57,8 +57,10 @@ def make_status(*workers: str | dict[str, Any], **more: Any) -> dict[str, Any]:
 class ShoalStub:
     """Bodies by path (without the query): text as it is, anything else as JSON; others are 404."""
 
-    def __init__(self, bodies: dict[str, Any]) -> None:
+    def __init__(self, bodies: dict[str, Any], key: str | None = None) -> None:
+        """key: which every request has to give."""
         self.bodies = bodies
+        self._authorization = key and f"Bearer {key}"
         self.port = 0
         self.start()
 
@@ -91,7 +93,10 @@ class ShoalStub:
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         body = self.bodies.get(request.path.partition("?")[0])
         data = body if isinstance(body, str) else json.dumps(body)
-        request.send_response(404 if body is None else 200)
+        status = 404 if body is None else 200
+        if request.headers["Authorization"] != self._authorization:
+            data, status = json.dumps({"error": {"message": "no key", "code": ""}}), 401
+        request.send_response(status)
         request.send_header("Content-Length", str(len(data.encode())))
         request.end_headers()
         request.wfile.write(data.encode())

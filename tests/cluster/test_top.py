@@ -314,6 +314,14 @@ def test_no_server_is_exit_3() -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_a_key_is_given_or_asked_for() -> None:
+    with ShoalStub({"/status": STATUS, "/v1/experts/load": load_body(LOAD)}, key="k1") as server:
+        assert run(server.url, "--once", "--api-key", "k1").exit_code == 0
+        refused = run(server.url, "--once")
+    assert refused.exit_code == 3
+    assert refused.stderr == "shoal: no key Set SHOAL_API_KEY or give --api-key.\n"
+
+
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_without_a_terminal_a_line_each_interval_until_ctrl_c(
     stub: ShoalStub, options: list[str]
