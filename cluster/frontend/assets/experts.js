@@ -13,7 +13,8 @@ import { LayerTable } from "./experts/table.js";
 import { TimeLines } from "./experts/timeline.js";
 import { WorkerTable } from "./experts/workers.js";
 
-const MARKED_S = 8; // how long what changed stands out
+const WORKERS_MARKED_S = 8; // how long who came or went stands out
+const CELLS_MARKED_S = 4;
 const DOTS = { live: "good", connecting: "warn", key: "warn", directory: "bad", server: "bad" };
 
 class Page {
@@ -21,12 +22,16 @@ class Page {
     this.history = new History();
     this.map = new HeatMap(byId("map"), (cell, box) => this._point(cell, box));
     this._lines = new TimeLines(byId("lines"), (at_s) => this._seek(at_s));
-    this._workers = new WorkerTable(byId("workers"), act, (id) => this._pick(id));
+    this._workers = new WorkerTable(
+      byId("workers"),
+      (...what) => this._act(...what),
+      (id) => this._pick(id),
+    );
     this._events = new EventList(byId("events"));
     this._table = new LayerTable(byId("table"));
     this._mode = "rate";
     this._picked = null; // worker whose experts are seen alone
-    this._at_s = null; // the moment that is shown; null: now
+    this.at_s = null; // the moment that is shown; null: now
     this._listen();
     const take = (load, status) => this._take(load, status);
     this._feed = new Feed(take, (state) => this._tell(state));
@@ -35,7 +40,7 @@ class Page {
 
   /** The load on the map: of the moment shown, or the last one before it. */
   get load() {
-    return this.history.loadAt(this._at_s ?? Infinity)?.load ?? null;
+    return this.history.loadAt(this.at_s ?? Infinity)?.load ?? null;
   }
 
   _listen() {
@@ -47,7 +52,7 @@ class Page {
       this._seek(this.history.newest.at_s + Number(target.value));
     });
     byId("pause").addEventListener("click", () => {
-      this._at_s = this._at_s === null ? (this.history.newest?.at_s ?? null) : null;
+      this.at_s = this.at_s === null ? (this.history.newest?.at_s ?? null) : null;
       this._show();
     });
     document.addEventListener("shoal:theme", () => {
@@ -72,8 +77,15 @@ class Page {
   }
 
   _seek(at_s) {
-    this._at_s = at_s < this.history.newest.at_s ? at_s : null;
+    this.at_s = at_s < this.history.newest?.at_s ? at_s : null;
     this._show();
+  }
+
+  async _act(action, worker, kind) {
+    const done = await act(action, worker, kind);
+    if (!done) return;
+    this.history.note(Date.now() / 1000, done);
+    this._events.show(this.history.changes);
   }
 
   _pick(worker) {
@@ -82,25 +94,26 @@ class Page {
   }
 
   _show() {
-    const frame = this._at_s === null ? this.history.newest : this.history.at(this._at_s);
+    const frame = this.at_s === null ? this.history.newest : this.history.at(this.at_s);
     if (!frame) return;
-    const changes = this.history.changesAt(frame.at_s, MARKED_S);
-    this._showMap(frame, changes);
+    this._showMap(frame);
     this._showMoment(frame);
+    const changes = this.history.changesAt(frame.at_s, WORKERS_MARKED_S);
     this._workers.show(frame, changes, this._picked);
-    this._lines.show(this.history.frames, this._at_s);
+    this._lines.show(this.history.frames, this.at_s);
   }
 
-  _showMap(frame, changes) {
+  _showMap(frame) {
     const { load, top } = this.history.loadAt(frame.at_s) ?? frame;
+    const changes = this.history.changesAt(frame.at_s, CELLS_MARKED_S);
     byId("empty").hidden = load !== null;
     if (!load) return;
     const look = {
       mode: this._mode,
       top,
       worker: this._picked,
-      changed: new Set(changes.flatMap(({ cells }) => cells ?? [])),
-      isLive: this._at_s === null,
+      changed: changes.flatMap(({ cells }) => cells ?? []),
+      isLive: this.at_s === null,
     };
     this.map.show(load, look);
     this._table.show(load);
@@ -114,10 +127,10 @@ class Page {
     const slider = byId("moment");
     slider.min = Math.round(this.history.frames[0].at_s - newest);
     slider.value = Math.round(frame.at_s - newest);
-    const text = this._at_s === null ? "now" : clock(frame.at_s);
+    const text = this.at_s === null ? "now" : clock(frame.at_s);
     slider.ariaValueText = text;
     byId("moment-text").textContent = text;
-    byId("pause").textContent = this._at_s === null ? "Pause" : "Back to now";
+    byId("pause").textContent = this.at_s === null ? "Pause" : "Back to now";
   }
 
   _point(cell, box) {

@@ -17,16 +17,16 @@ const ACTIONS = {
   },
 };
 
-/** action: "kill" or "drain"; kind: the worker's role as the API calls it. */
+/** Kill or drain a worker; what was done, or "". kind: the worker's role as the API calls it. */
 export async function act(action, worker, kind) {
   const { name, text, path, body } = ACTIONS[action];
   const id = worker.worker_id;
-  if (!(await isConfirmed(`${name} ${id}?`, text, name))) return;
+  if (!(await isConfirmed(`${name} ${id}?`, text, name))) return "";
   try {
-    const { done } = await requestJson(path, { body: body(id, kind) });
-    toast(done);
+    return (await requestJson(path, { body: body(id, kind) })).done;
   } catch (error) {
     toast(`${name} ${id}: ${error.message}`);
+    return "";
   }
 }
 

@@ -1,7 +1,7 @@
 // What happened between two frames: who came and went, what moved. Pure.
 //
 // A change is {at_s, kind, text, worker?, cells?}; kinds: joined, left, drained, epoch, scale,
-// ready, alarm.
+// ready, alarm; command is what somebody did on this page.
 
 import { count } from "./frames.js";
 

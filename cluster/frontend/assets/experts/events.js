@@ -12,6 +12,7 @@ const MARKS = {
   scale: "↕",
   ready: "✓",
   alarm: "!",
+  command: "›",
 };
 
 export class EventList {

@@ -7,6 +7,7 @@ import { shareTables, tiersOf } from "./frames.js";
 export const KEPT_S = 300;
 const MAX_CHANGES = 500;
 const HALF_LIFE_S = 6; // of the scale's top once the load falls; it rises at once
+const CLIPPED_SHARE = 0.002; // of all cells: a few that stand out shall not darken all others
 
 export class History {
   constructor() {
@@ -34,6 +35,11 @@ export class History {
     return frame;
   }
 
+  /** Note what somebody did. */
+  note(at_s, text) {
+    this.changes.push({ at_s, kind: "command", text });
+  }
+
   /** The frame at a moment: the newest that is not later, else the oldest. */
   at(at_s) {
     return this.frames.findLast((frame) => frame.at_s <= at_s) ?? this.frames[0] ?? null;
@@ -57,8 +63,9 @@ export class History {
   _topOf(at_s, load) {
     if (load) {
       const passed_s = at_s - (this.newest?.at_s ?? at_s);
-      const busiest = load.rates.reduce((top, rate) => Math.max(top, rate), 0);
-      this._peak = Math.max(busiest, this._peak * 0.5 ** (passed_s / HALF_LIFE_S));
+      const place = Math.floor((1 - CLIPPED_SHARE) * load.rates.length);
+      const high = load.rates.toSorted()[place] ?? 0;
+      this._peak = Math.max(high, this._peak * 0.5 ** (passed_s / HALF_LIFE_S));
     }
     return roundUp(this._peak);
   }

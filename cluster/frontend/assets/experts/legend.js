@@ -19,10 +19,16 @@ export function showLegend(place, load, look, ramp) {
 }
 
 function ofRates(load, { top }, ramp) {
-  const scale = element("span", { className: "scale" });
-  const stops = [0, 0.2, 0.4, 0.6, 0.8, 1].map((share) => css(shade(ramp, share)));
-  scale.style.background = `linear-gradient(to right in oklab, ${stops.join(", ")})`;
-  return ["0", scale, `${number(top)} rows/s`];
+  const isClipped = load.rates.some((rate) => rate > top);
+  const end = `${isClipped ? "≥ " : ""}${number(top)} rows/s`;
+  return ["0", scale(ramp, 0, 0.5), number(top / 4), scale(ramp, 0.5, 1), end]; // a square root's
+}
+
+function scale(ramp, from, to) {
+  const made = element("span", { className: "scale" });
+  const stops = [0, 0.25, 0.5, 0.75, 1].map((part) => css(shade(ramp, from + (to - from) * part)));
+  made.style.background = `linear-gradient(to right in oklab, ${stops.join(", ")})`;
+  return made;
 }
 
 function ofReplicas(load, _, ramp) {

@@ -19,7 +19,7 @@ export class HeatMap {
     this._context = canvas.getContext("2d");
     this._cells = new OffscreenCanvas(1, 1);
     this._onPoint = onPoint;
-    this._look = { mode: "rate", top: 1, worker: null, changed: new Set(), isLive: true };
+    this._look = { mode: "rate", top: 1, worker: null, changed: [], isLive: true };
     this._shown = null; // rates as painted, on their way to those of the load
     this._focus = 0;
     this._hover = null;
@@ -75,7 +75,7 @@ export class HeatMap {
     new ResizeObserver(() => this._draw()).observe(canvas.parentElement);
     canvas.addEventListener("pointermove", (event) => this._hoverOver(this._cellAt(event)));
     canvas.addEventListener("pointerleave", () => this._hoverOver(null));
-    canvas.addEventListener("click", (event) => this._moveTo(this._cellAt(event) ?? this._focus));
+    canvas.addEventListener("click", (event) => this.moveTo(this._cellAt(event) ?? this._focus));
     canvas.addEventListener("keydown", (event) => this._onKey(event));
     canvas.addEventListener("focus", () => this._draw());
     canvas.addEventListener("blur", () => this._draw());
@@ -100,10 +100,11 @@ export class HeatMap {
     if (!target) return;
     event.preventDefault();
     this._hover = null;
-    this._moveTo(target[0] * numExperts + target[1]);
+    this.moveTo(target[0] * numExperts + target[1]);
   }
 
-  _moveTo(cell) {
+  /** Put the focus of the keyboard on a cell. */
+  moveTo(cell) {
     if (!this.load) return;
     this._focus = cell;
     this._describe();
@@ -155,10 +156,11 @@ export class HeatMap {
     this._drawCells();
     this._drawGaps();
     this._drawLabels();
-    for (const cell of this._look.changed) this._frame(cell, this._accent);
-    if (this.pointed !== null) this._frame(this.pointed, this._ink);
+    this._frame(this._look.changed, this._accent);
+    const pointed = this.pointed;
+    if (pointed !== null) this._frame([pointed], this._ink);
     this.drawn_ms = performance.now() - started;
-    this._onPoint(this.pointed, this.pointed === null ? null : this.boxOf(this.pointed));
+    this._onPoint(pointed, pointed === null ? null : this.boxOf(pointed));
   }
 
   _resize() {
@@ -227,18 +229,18 @@ export class HeatMap {
     }
   }
 
-  _frame(cell, style) {
+  _frame(cells, style) {
     const { left, top, across, down, gap, ratio } = this._layout;
-    const x = left + (cell % this.load.numExperts) * across;
-    const y = top + Math.floor(cell / this.load.numExperts) * down;
     const line = Math.max(1, Math.round(1.5 * ratio));
+    const [width, height] = [across - gap.across + line, down - gap.down + line];
     this._context.strokeStyle = style;
     this._context.lineWidth = line;
-    this._context.strokeRect(
-      x - line / 2,
-      y - line / 2,
-      across - gap.across + line,
-      down - gap.down + line,
-    );
+    this._context.beginPath();
+    for (const cell of cells) {
+      const x = left + (cell % this.load.numExperts) * across;
+      const y = top + Math.floor(cell / this.load.numExperts) * down;
+      this._context.rect(x - line / 2, y - line / 2, width, height);
+    }
+    this._context.stroke();
   }
 }

@@ -45,6 +45,8 @@ export function replicaTop(load) {
 
 /** Packed pixels [layers][experts * STRIPES] of rates [cells].
  *
+ * Rates are shown by their square root: a tenth of the busiest is well told from nothing.
+ *
  * paint: {mode: "rate" | "replicas" | "worker", ramp, top: rows/s at its end, alarm, ground: packed
  * pixels, only: position of the one worker whose cells keep their colour, or -1}.
  */
@@ -64,7 +66,8 @@ export function paintCells(load, rates, paint) {
         painted.fill(seen(workerPixel(load.seats[holder])), from, start + STRIPES);
       });
     } else {
-      const share = paint.mode === "rate" ? rates[cell] / paint.top : holders.length / topReplicas;
+      const isRate = paint.mode === "rate";
+      const share = isRate ? Math.sqrt(rates[cell] / paint.top) : holders.length / topReplicas;
       painted.fill(seen(shade(paint.ramp, share)), start, start + STRIPES);
     }
   }

@@ -9,7 +9,7 @@ import { KEPT_S } from "./history.js";
 const HEIGHT = 132;
 const PANELS = [
   {
-    title: "Workers present",
+    title: "Workers",
     series: [
       { label: "experts", of: ({ tiers }) => tiers.experts.present, steps: true },
       { label: "attention", of: ({ tiers }) => tiers.attention.present, steps: true },
@@ -37,10 +37,10 @@ const PANELS = [
     least: 10,
   },
   {
-    title: "Time between tokens",
+    title: "Between tokens",
     series: [
-      { label: "p50", of: (frame) => milliseconds(status?.rates?.itl_s?.p50) },
-      { label: "p99", of: (frame) => milliseconds(status?.rates?.itl_s?.p99) },
+      { label: "p50", of: ({ status }) => milliseconds(status?.rates?.itl_s?.p50) },
+      { label: "p99", of: ({ status }) => milliseconds(status?.rates?.itl_s?.p99) },
     ],
     text: (value) => `${number(value)} ms`,
     least: 10,
