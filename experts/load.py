@@ -83,6 +83,8 @@ class LoadCounter:
     def _begin_slice(self) -> None:
         """Clear what has left the window. Caller holds the lock."""
         now = int(self._clock() / self._slice_s)
+        if now == self._now:
+            return
         for number in range(max(self._now + 1, now - NUM_SLICES + 1), now + 1):
             self._slices[number % NUM_SLICES] = 0
         self._now = now
