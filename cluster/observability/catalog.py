@@ -24,6 +24,10 @@ OTHER = "other"
 HOP_PARTS = ("queue", "compute", "wire", "total")
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 
+FAILURE_CODES = frozenset(
+    ("deadline_exceeded", "engine_error", "experts_unavailable", "internal_error", "no_worker")
+)
+"""What a request that was admitted can end with."""
 _BEYOND = ("below_min", "above_max")
 ERROR_CODES = frozenset(
     (

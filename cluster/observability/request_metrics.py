@@ -6,7 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from cluster.frontend.observer import RequestRecord
-from cluster.observability.catalog import ERROR_CODES, FINISHED_REASONS, METRICS, OTHER
+from cluster.observability.catalog import (
+    ERROR_CODES,
+    FAILURE_CODES,
+    FINISHED_REASONS,
+    METRICS,
+    OTHER,
+)
 from experts.metrics import Histogram, Labels, Sample
 
 
@@ -20,10 +26,10 @@ class RequestMetrics:
         self.num_requests = 0
         """Admitted."""
         self.prompt_tokens = self.generated_tokens = 0
-        self.refused = Counter(dict.fromkeys((*sorted(ERROR_CODES), OTHER), 0))
+        self.refused = _zeros(ERROR_CODES)
         self.cancelled = 0
         self._model: Labels = (("model_name", model),)
-        self._failed = self.refused.copy()
+        self._failed = _zeros(FAILURE_CODES)
         self._finished = Counter(dict.fromkeys(FINISHED_REASONS, 0))
         self._expert_s = 0.0
         self._histograms = {
@@ -40,7 +46,7 @@ class RequestMetrics:
         self.num_requests += 1
 
     def on_refused(self, request_id: str, code: str) -> None:
-        self.refused[_known(code)] += 1
+        self.refused[code if code in ERROR_CODES else OTHER] += 1
 
     def on_tokens(self, num_tokens: int, gap_s: float | None) -> None:
         self.generated_tokens += num_tokens
@@ -77,7 +83,7 @@ class RequestMetrics:
             self.cancelled += 1
             self._finished["abort"] += unfinished
         elif record.outcome == "error":
-            self._failed[_known(record.code)] += 1
+            self._failed[record.code if record.code in FAILURE_CODES else OTHER] += 1
             self._finished["error"] += unfinished
 
     def _observe(self, record: RequestRecord) -> None:
@@ -100,8 +106,8 @@ class RequestMetrics:
         self._histograms[f"vllm_{name}"].observe(value)
 
 
-def _known(code: str) -> str:
-    return code if code in ERROR_CODES else OTHER
+def _zeros(codes: Iterable[str]) -> Counter[str]:
+    return Counter(dict.fromkeys((*sorted(codes), OTHER), 0))
 
 
 def _by_code(name: str, counts: Counter[str]) -> Iterable[Sample]:

@@ -22,6 +22,7 @@ from cluster.inline import InlineCluster
 from cluster.observability.catalog import (
     BY_NAME,
     ERROR_CODES,
+    FAILURE_CODES,
     HOP_BOUNDS,
     METRIC_OF,
     METRICS,
@@ -123,6 +124,7 @@ def test_all_codes_of_errors_are_known() -> None:
     assert set(re.findall(r'\bcode="(\w+)"', sources)) <= ERROR_CODES
     assert {error.default_code for error in TABLE} <= ERROR_CODES
     assert set(_CODES.values()) <= ERROR_CODES
+    assert FAILURE_CODES <= ERROR_CODES
     for check in (
         lambda: check_number("n", 0, 1, 2),
         lambda: check_number("top_p", 2.0, 0, 1),
