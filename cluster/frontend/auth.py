@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from cluster.errors import NotFound, PermissionDenied, Unauthenticated, quote
 from cluster.frontend.api_keys import ApiKey, KeyRing, KeyScope
+from cluster.frontend.request_context import key_name
 
 Access = Literal["open"] | KeyScope
 
@@ -103,7 +104,7 @@ def _values(headers: Iterable[Any], name: str | bytes) -> list[str]:
 
 
 def _find(keys: KeyRing, authorization: list[str]) -> ApiKey:
-    """The key of the one `Bearer` value."""
+    """The key of the one `Bearer` value; its name is the `key_name` of the request from now on."""
     if not authorization:
         raise Unauthenticated("An API key is needed: send 'Authorization: Bearer KEY'.")
     scheme, _, text = authorization[0].strip().partition(" ")
@@ -115,6 +116,7 @@ def _find(keys: KeyRing, authorization: list[str]) -> ApiKey:
     key = keys.find(text.strip())
     if key is None:
         raise Unauthenticated("The API key is not valid here.", code="invalid_api_key")
+    key_name.set(key.name)
     return key
 
 

@@ -52,6 +52,7 @@ def build_app(
         limits=lambda: service.limits,
         authorizer=service.authorizer,
         echo_request_id=echo_request_id,
+        on_refused=service.on_refused,
     )
     app.add_exception_handler(ShoalError, _on_shoal_error)
     app.add_exception_handler(HTTPException, _on_http_error)

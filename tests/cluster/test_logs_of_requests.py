@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from cluster.config import parse_config
+from cluster.frontend.api_keys import KeyRing
+from cluster.frontend.auth import Authorizer
 from cluster.inline import InlineCluster
 from cluster.observability.logs import console_logs
 from cluster.observability.request_log import RequestLog
@@ -72,10 +74,12 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Clients]]:
     """`serve(engine)`: clients of a service with a request log over it."""
     with ExitStack() as stack:
 
-        def start(engine: FakeEngine | None = None) -> Clients:
+        def start(engine: FakeEngine | None = None, keys: KeyRing | None = None) -> Clients:
             engine = engine or FakeEngine([*ids_of(ANSWER), EOS], cached=3)
             stack.callback(engine.close)
-            service = make_service(tmp_path, engine, observers=[RequestLog()])
+            service = make_service(
+                tmp_path, engine, observers=[RequestLog()], authorizer=Authorizer(keys)
+            )
             return Clients(stack, service)
 
         yield start
@@ -112,6 +116,22 @@ def test_refused_requests_have_a_line_too_and_only_one(serve: Any) -> None:
     assert len({line["request_id"] for line in refused}) == 4
     assert not clients.lines("request")
     clients.assert_nobody_told(SECRET)
+
+
+def test_keys_are_told_by_name(serve: Any, tmp_path: Path) -> None:
+    key, wrong = "the-key-of-alice", "a-key-that-is-not-there"
+    (tmp_path / "keys").write_text(f"alice inference {key}\n")
+    clients = serve(keys=KeyRing(tmp_path / "keys"))
+    assert clients.post(Authorization=f"Bearer {key}").status_code == 200
+    assert clients.chat(authorization=f"Bearer {key}") == ANSWER
+    assert clients.post(Authorization=f"Bearer {wrong}").status_code == 401
+    assert clients.post().status_code == 401
+    assert clients.chat(authorization=f"Bearer {wrong}") == ""
+    assert [line["key"] for line in clients.lines("request")] == ["alice", "alice"]
+    assert [line["code"] for line in clients.lines("refused")] == [
+        *("invalid_api_key", "missing_api_key", "invalid_api_key")
+    ]
+    clients.assert_nobody_told(key, wrong)
 
 
 @pytest.mark.parametrize(
