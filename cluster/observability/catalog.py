@@ -154,7 +154,9 @@ METRICS: tuple[Metric, ...] = (
         "request_expert_seconds", "What requests cost: time that experts computed for them."
     ),
     # workers
-    _computing.gauge("worker_busy", "Part of the time spent computing, 0 to 1."),
+    _computing.gauge(
+        "worker_busy", "Part of the time spent computing, of an engine in steps, 0 to 1."
+    ),
     _attention.counter("worker_requests", "Sequences taken in."),
     _experts.counter("worker_rows", "Token rows computed."),
     _experts.gauge("worker_rows_per_s", "Token rows computed a second."),
