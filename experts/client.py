@@ -25,7 +25,8 @@ from experts.channel.frame import (
 from experts.channel.memory import ChannelMemory
 from experts.health import WorkerHealth
 from experts.hop import Fault, Hop, check_reply
-from experts.line import HopCounters, Line
+from experts.hop_counters import HopCounters
+from experts.line import Line
 from experts.messages import WorkerInfo
 from experts.probe import Probe
 from experts.snapshots import SnapshotBoard

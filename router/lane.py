@@ -105,9 +105,10 @@ class Lane:
 
     def _account(self, pending: Pending, begun_s: float) -> None:
         """What it took: the wait since begun_s, and the experts' time."""
-        now_s = self._now()
-        self.counters.hop_s += now_s - begun_s
-        self.counters.expert_s += pending.expert_us * 1e-6
+        now_s, counters = self._now(), self.counters
+        counters.hop_s += now_s - begun_s
+        for exchange in pending.exchanges:
+            counters.expert_s += exchange.expert_us * 1e-6
         if self.hop_log is not None:
             self.hop_log += [
                 LayerHop(exchange.layer, exchange.begun_s, now_s, exchange.longest)

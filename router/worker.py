@@ -30,7 +30,7 @@ from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
 from experts.device import ComputeDevice, host_device
 from experts.health import HopTimer, Quarantine, WorkerHealth
-from experts.line import HopCounters
+from experts.hop_counters import HopCounters
 from experts.snapshots import SnapshotBoard
 from router.batcher import Batcher, MicroBatch
 from router.compute import RouterCompute, open_compute

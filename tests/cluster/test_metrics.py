@@ -31,7 +31,7 @@ from cluster.observability.catalog import (
     series_of,
 )
 from cluster.observability.member_samples import MemberSamples
-from experts.line import HOP_BOUNDS_S
+from experts.hop_counters import HOP_BOUNDS_S
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Sample
 
