@@ -122,11 +122,12 @@ def test_the_code_runs_and_answers_the_same(page: Page, inline_url: str) -> None
     page.get_by_role("button", name="As code").click()
     python = page.get_by_label("Python").inner_text()
     curl = page.get_by_label("curl").inner_text()
-    assert answers(page) == [run([sys.executable, "-c", python])]
+    answer = answers(page)[0].strip()
+    assert run([sys.executable, "-c", python]).strip() == answer
     events = [line.removeprefix("data: ") for line in run(["bash", "-c", curl + " -s"]).split("\n")]
     chunks = [json.loads(event) for event in events if event.startswith("{")]
     pieces = [choice["delta"].get("content", "") for c in chunks for choice in c["choices"]]
-    assert answers(page) == ["".join(pieces)]
+    assert "".join(pieces).strip() == answer
 
 
 def run(command: list[str]) -> str:
@@ -217,14 +218,14 @@ def test_a_conversation_is_edited_asked_again_and_cleared(page: Page, serve: Ser
     for text in "one", "two":
         ask(page, text)
         ended(page)
+    page.get_by_label("Send earlier turns").uncheck()
     page.get_by_role("button", name="Regenerate").last.click()
     ended(page)
     page.get_by_role("button", name="Edit").first.click()
     page.get_by_label("Edited message").fill("three")
     page.keyboard.press("Enter")
     ended(page)
-    two = ["one", "ok", "two"]
-    assert bodies == [["one"], two, two, ["three"]]
+    assert bodies == [["one"], ["one", "ok", "two"], ["two"], ["three"]]
     page.reload()
     expect(page.locator(".turn")).to_have_text([re.compile("three"), re.compile("ok")])
     page.get_by_role("button", name="New chat").click()
@@ -336,14 +337,23 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(
 
 HOSTILE = """
 <script>window.ran = 1</script>
+
 <img src=x onerror="window.ran = 2"> <svg onload="window.ran = 3"></svg>
+
 <iframe srcdoc="<script>parent.ran = 4</script>"></iframe>
+
 <a href="javascript:window.ran = 5">raw</a> [link](javascript:window.ran=6)
+
 [data](data:text/html,<script>window.ran=7</script>) [tab](java&#x09;script:window.ran=8)
+
 ![picture](https://example.com/spy.png) <style>body { display: none }</style>
-<form action="https://example.com"><button>Sign in</button></form> <base href="https://example.com">
+
+<form action="https://example.com"><button>Sign in</button></form><base href="https://example.com">
+
 <math><mtext><table><mglyph><style><img src=x onerror="window.ran = 9"></style></mglyph></table>
+
 `<img src=x onerror="window.ran = 10">` [fine](https://example.com/page "title") **bold**
+
 <p id=turns name=cookie style="position:fixed;inset:0">over it all</p>
 
 ```html
@@ -458,13 +468,14 @@ def test_an_answer_is_announced_as_a_whole(page: Page, serve: Serve) -> None:
 
 
 def test_markdown_is_shown(page: Page, serve: Serve) -> None:
-    url, _ = serve("# A\n\n- *b*\n\n| c |\n|---|\n| `d` |\n")
+    url, _ = serve("# A\n\n- *b*\n\n| c |\n|---|\n| `d` |\n\ndef e:\n    f\n")
     page.goto(url)
     ask(page, "Hi")
     ended(page)
     text = page.locator(".turn.assistant .text")
     for selector, found in {"h1": "A", "li > em": "b", "th": "c", "td > code": "d"}.items():
         expect(text.locator(selector)).to_have_text(found)
+    assert text.locator("> p").inner_text() == "def e:\n    f"
 
 
 def test_dark_and_light(page: Page, serve: Serve, browser: Browser) -> None:

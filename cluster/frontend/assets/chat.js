@@ -12,10 +12,12 @@ import {
 } from "./common.js";
 import { streamAnswer } from "./chat/answer.js";
 import { curlSample, pythonSample } from "./chat/samples.js";
-import { requestBody, restoreSettings } from "./chat/settings.js";
+import { requestBody, restoreSettings, suggestMemory } from "./chat/settings.js";
 import { sends, turnView } from "./chat/turn.js";
 
 const STORE = "shoal.chat";
+/** The model that ships knows these, and was trained on single questions. */
+const SHIPPED_MODEL = "shoal-tiny";
 const SUGGESTIONS = [
   "Tell me a story about a brave fox named Pip.",
   "What is 37 + 45?",
@@ -142,6 +144,7 @@ async function showModels() {
     const { data } = await requestJson("v1/models");
     byId("model").replaceChildren(...data.map(({ id }) => element("option", {}, id)));
     byId("welcome-model").textContent = data[0].id;
+    suggestMemory(data[0].id !== SHIPPED_MODEL);
     byId("welcome-facts").textContent =
       `Up to ${data[0].max_model_len.toLocaleString("en")} tokens, question and answer together.`;
   } catch (error) {
@@ -187,7 +190,9 @@ function listen() {
     draft.value = "";
     send(text);
   };
-  draft.onkeydown = (event) => sends(event) && byId("composer").requestSubmit();
+  draft.onkeydown = (event) => {
+    if (sends(event)) byId("composer").requestSubmit();
+  };
   draft.oninput = showControls;
   byId("stop").onclick = () => running.abort();
   document.addEventListener("keydown", (event) => {

@@ -25,6 +25,7 @@ const marked = new Marked({
   renderer: {
     html: ({ text }) => escaped(text), // shown as it was written
     image: ({ text }) => escaped(text), // nothing is loaded from where a model says
+    br: ({ raw }) => `<br>${raw.slice(raw.indexOf("\n") + 1)}`, // code often comes without a fence
   },
 });
 

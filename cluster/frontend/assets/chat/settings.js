@@ -3,23 +3,33 @@
 import { byId } from "../common.js";
 
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
-const KEPT = [...NUMBERS, "system", "stop_strings"];
+const TEXTS = [...NUMBERS, "system", "stop_strings"];
+const CHECKS = ["memory", "markdown"];
 const STORE = "shoal.settings";
 
-/** Fill the fields with what they had before, and keep what is typed. */
+let kept = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
+
+/** Fill the fields with what they had before, and keep what is changed. */
 export function restoreSettings() {
-  const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
-  for (const name of KEPT) byId(name).value = kept[name] ?? "";
+  for (const name of TEXTS) byId(name).value = kept[name] ?? "";
+  for (const name of CHECKS) byId(name).checked = kept[name] ?? true;
   byId("settings").addEventListener("input", () => {
-    const now = Object.fromEntries(KEPT.map((name) => [name, byId(name).value]));
-    sessionStorage.setItem(STORE, JSON.stringify(now));
+    kept = {};
+    for (const name of TEXTS) kept[name] = byId(name).value;
+    for (const name of CHECKS) kept[name] = byId(name).checked;
+    sessionStorage.setItem(STORE, JSON.stringify(kept));
   });
+}
+
+/** Whether requests carry what was said before, if nobody has decided yet. */
+export function suggestMemory(memory) {
+  byId("memory").checked = kept.memory ?? memory;
 }
 
 /** Body of a request for the next turn; fields left empty are the server's to choose. */
 export function requestBody(turns) {
   const system = byId("system").value.trim();
-  const said = turns.filter((turn) => turn.content);
+  const said = turns.filter((turn) => turn.content).slice(byId("memory").checked ? 0 : -1);
   const body = {
     model: byId("model").value,
     messages: [

@@ -99,7 +99,7 @@ function factLines(facts) {
   return lines;
 }
 
-const line = (...parts) => element("p", { className: "number" }, parts.join(" · "));
+const line = (...parts) => element("p", {}, parts.join(" · "));
 
 function speed({ tokens, promptTokens, firstMs, totalMs, perSecond }) {
   return [
