@@ -24,5 +24,6 @@ def counted(q: Queries, name: str, legend: str) -> Line:
 
 
 def counted_by(q: Queries, name: str, label: str) -> Line:
-    """Events in the window of a counter, by a label."""
-    return Line(or_zero(q.increase(name, label)), f"{{{{{label}}}}}")
+    """Events in the window of a counter, by those values of a label that had any."""
+    none = f'label_replace(vector(0), "{label}", "none", "", "")'
+    return Line(f"{q.increase(name, label)} > 0 or on() {none}", f"{{{{{label}}}}}")
