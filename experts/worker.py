@@ -89,10 +89,10 @@ class _Batch:
     weights: Tensor  # [P] float32
     reply: Frame | None = None
     slot_ids: Tensor | None = None  # [P] int32, once they are known to be here
+    num_pairs: int = field(init=False)
 
-    @property
-    def num_pairs(self) -> int:
-        return self.expert_ids.shape[0]
+    def __post_init__(self) -> None:
+        self.num_pairs = len(self.expert_ids)
 
     def pairs(self, first_row: int) -> PairBatch:
         """To be computed with `first_row` rows of others before its own."""
