@@ -10,7 +10,7 @@ from cluster.top.reading import Reading
 
 MAX_EVENTS = 100
 MAX_RATES = 60
-COUNTED = {"deaths": "death", "moves": "move of an expert", "replays": "replay of a request"}
+COUNTED = ("deaths", "moves", "replays")
 """Counters of /status whose steps are events. Hedges and preemptions may be many a second."""
 
 
@@ -90,7 +90,7 @@ def wanted_by_tier(status: dict[str, Any]) -> dict[str, int | None]:
 
 def _steps(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     """Counters start anew with their process, so a step back is none."""
-    for name, what in COUNTED.items():
+    for name in COUNTED:
         number = (after.get(name) or 0) - (before.get(name) or 0)
         if number > 0:
-            yield f"{number} x {what}"
+            yield f"{name} +{number}"

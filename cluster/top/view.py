@@ -188,7 +188,7 @@ def _replicas(status: dict[str, Any]) -> str:
 def _lists(reading: Reading, num_rows: int) -> Table:
     """The hottest experts beside the workers."""
     lists = Table.grid(padding=(0, 2), expand=True)
-    for ratio in (3, 5):
+    for ratio in (2, 3):
         lists.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
     lists.add_row(Text("hottest experts", "bold"), Text("workers", "bold"))
     hottest = _hottest(reading.load, min(num_rows, NUM_HOTTEST)) if reading.load else ()
@@ -204,7 +204,7 @@ def _lists(reading: Reading, num_rows: int) -> Table:
 
 
 def _hottest(load: Load, number: int) -> Iterator[Text]:
-    """ "3:12 830/s 25% experts-0 experts-1": layer 3, expert 12, its share, its holders."""
+    """ "3:12 830/s 25% on a1, b2": layer 3, expert 12, its share; experts-a1 and -b2 hold it."""
     found = (
         (rows, -position, -expert)
         for position, layer in enumerate(load.recent_rows)
@@ -214,9 +214,9 @@ def _hottest(load: Load, number: int) -> Iterator[Text]:
     for rows, position, expert in heapq.nlargest(number, found):
         layer, holders = load.layers[-position], load.holders[-position][-expert]
         share = rows / sum(load.recent_rows[-position])
-        names = " ".join(load.workers[holder] for holder in holders)
+        names = ", ".join(load.workers[holder].removeprefix("experts-") for holder in holders)
         rate = _number(load.per_s(rows))
-        yield Text(f"{f'{layer}:{-expert}':6} {rate:>5}/s {share:4.0%} {names}")
+        yield Text(f"{f'{layer}:{-expert}':6} {rate:>5}/s {share:4.0%} on {names}")
 
 
 def _workers(reading: Reading) -> list[dict[str, Any]]:

@@ -163,9 +163,9 @@ def test_the_hottest_experts_beside_the_workers() -> None:
     halves = [re.split(r" {2,}(?=workers|experts-\d  |attention)", text) for text in lines[start:]]
     assert halves[:4] == [
         ["hottest experts", "workers"],
-        ["0:0        8/s  50% experts-0", "experts-0   ████░░░░  50% queue 4 830 rows/s"],
-        ["0:1        4/s  25% experts-1", "experts-1   ░░░░░░░░    - queue -"],
-        ["0:2        2/s  12% experts-0", "attention-0 ░░░░░░░░    - queue -"],
+        ["0:0        8/s  50% on 0", "experts-0   ████░░░░  50% queue 4 830 rows/s"],
+        ["0:1        4/s  25% on 1", "experts-1   ░░░░░░░░    - queue -"],
+        ["0:2        2/s  12% on 0", "attention-0 ░░░░░░░░    - queue -"],
     ]
     assert not any("ingress" in text for text in lines)
 
@@ -220,7 +220,7 @@ def test_what_else_is_an_event() -> None:
         "drained: experts-1",
         "experts without a holder: 3",
         "experts: 4 wanted, 3 before",
-        "2 x move of an expert",
+        "moves +2",
     ]
 
 
@@ -261,7 +261,7 @@ def test_a_line() -> None:
         "ITL 8.1 ms, 12 ms",
         "experts 2/3",
         "attention 1/1",
-        "hottest 0:0 8/s 50% experts-0",
+        "hottest 0:0 8/s 50% on 0",
         "joined: experts-1",
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -17,9 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.config import parse_config
+from cluster.http_client import ApiClient
 from cluster.inline_server import InlineServer
+from cluster.plot_cli import plot_app
+from cluster.top.history import History
+from cluster.top.reading import read
+from cluster.top.view import line
 from tests.fakes import TIMEOUT_S
 from tests.shoal_stub import ShoalStub, load_body, make_load, make_status
 
@@ -144,6 +151,21 @@ def test_it_leaves_the_terminal_as_it_was(
     assert terminal.output.count(ENTER) == terminal.output.count(LEAVE) == 1
     assert SHOW_CURSOR in terminal.output.rpartition(LEAVE)[0][-20:] + terminal.output[-20:]
     assert b"Traceback" not in terminal.output
+
+
+def test_a_real_server_tells_all_that_is_shown(inline: str) -> None:
+    """9 tokens: one first, eight times between two (fewer if some come together), one request."""
+    client = ApiClient(inline)
+    list(client.chat([{"role": "user", "content": "Hi"}], max_tokens=9, ignore_eos=True))
+    asked = CliRunner().invoke(plot_app, f"latency --seconds 0 --json --url {inline}".split())
+    histograms = json.loads(asked.stdout)["histograms"]
+    counts = {name: sum(found["counts"]) for name, found in histograms.items()}
+    assert 1 <= counts.pop("itl_s") <= 8 and counts == {"ttft_s": 1, "e2e_s": 1}
+    deadline = time.monotonic() + TIMEOUT_S
+    text = ""
+    while " -" in text or not re.search(r"hottest \d+:\d+ .*/s +\d+% on \d", text):
+        assert time.monotonic() < deadline, text
+        text = line(History(read(client)), [])
 
 
 def test_it_says_that_the_server_is_away_and_goes_on_when_it_is_back() -> None:
