@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.autoscaling.serve_policies import NOTICES
-from cluster.deploy.manifests.alerts import BLIND_CAUSES, OVERLOAD_CODES, Scope, alerts, rule_groups
+from cluster.deploy.manifests.alerting import Scope
+from cluster.deploy.manifests.alerts import BLIND_CAUSES, OVERLOAD_CODES, alerts, rule_groups
 from cluster.deploy.sections import AlertLimits
 from cluster.errors import TABLE
 from cluster.observability.catalog import BY_NAME, ERROR_CODES

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from cluster.config import ConfigError
-from cluster.deploy.manifests.alerts import Scope, alerts
+from cluster.deploy.manifests.alerting import Scope
+from cluster.deploy.manifests.alerts import alerts
 from cluster.deploy.manifests.boards import BOARDS, TAG
 from cluster.deploy.manifests.grafana import COLUMNS, SIZES, Board, dump
-from cluster.deploy.manifests.monitoring import TARGET_LABELS, by_hand, dashboards
+from cluster.deploy.manifests.monitoring import TARGET_LABELS, by_hand
 from cluster.deploy.manifests.promql import Queries
 from cluster.deploy.sections import AlertLimits
 from cluster.observability.catalog import METRICS
@@ -44,9 +45,9 @@ def monitored(**more: Any) -> Any:
     return deployment("cpu-dev", monitoring={"enabled": True, **more})
 
 
-@pytest.fixture(params=BOARDS, ids=lambda board: board.uid)
+@pytest.fixture(params=BOARDS)
 def board(request: pytest.FixtureRequest) -> Board:
-    return request.param
+    return BOARDS[request.param]
 
 
 class TestBoards:
@@ -103,7 +104,9 @@ class TestBoards:
         assert (done.returncode, done.stderr) == (0, b"")
 
     def test_all_metrics_are_on_a_board_or_in_an_alert(self) -> None:
-        queries = [line.query for b in BOARDS for panel in b.panels for line in panel.lines]
+        queries = [
+            line.query for b in BOARDS.values() for panel in b.panels for line in panel.lines
+        ]
         queries += [a.query for a in alerts(Scope("ray", 'job="ray"'), AlertLimits())]
         asked = {
             re.sub("_(bucket|sum|count)$", "", name)
@@ -137,13 +140,19 @@ class TestQueries:
 class TestObjects:
     def test_each_board_is_a_config_map_that_grafanas_sidecar_finds(self) -> None:
         objects = rendered(monitored(dashboard_labels={"board": "yes"}))
-        for uid, text in dashboards().items():
-            board = objects[f"ConfigMap/{uid}"]
-            assert board["metadata"]["labels"]["board"] == "yes"
-            assert board["data"] == {f"{uid}.json": text}
-            assert len(text) < 2**20
-        found = rendered(monitored())["ConfigMap/shoal-overview"]["metadata"]["labels"]
-        assert found["grafana_dashboard"] == "1"
+        for name, board in BOARDS.items():
+            found = objects[f"ConfigMap/shoal-{name}"]
+            assert found["metadata"]["labels"]["board"] == "yes"
+            text = found["data"][f"{board.uid}.json"]
+            assert json.loads(text)["uid"] == board.uid and len(text) < 2**20
+        found = rendered(monitored())["ConfigMap/shoal-overview"]
+        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+    def test_two_deployments_in_one_namespace_have_objects_of_their_own(self) -> None:
+        first, second = (
+            set(rendered(monitored().model_copy(update={"name": name}))) for name in ("a", "b")
+        )
+        assert {"Namespace/shoal"} == first & second
 
     def test_rules_are_of_this_deployment(self) -> None:
         config = monitored().model_copy(update={"namespace": "ns", "name": "mine"})

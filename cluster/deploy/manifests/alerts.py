@@ -7,13 +7,12 @@ Kubernetes, by Ray's own job name on a machine without it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from cluster.deploy.manifests.promql import EXPERT_WORKERS, Queries
+from cluster.deploy.manifests.alerting import Alert, Scope
+from cluster.deploy.manifests.promql import EXPERT_WORKERS
 from cluster.deploy.sections import AlertLimits
 
-Severity = Literal["critical", "warning"]
 OVERLOAD_CODES = (
     *("server_overloaded", "model_loading", "draining"),
     *("no_worker", "experts_unavailable", "directory_unreachable"),
@@ -25,46 +24,6 @@ REFUSED_SHARE = 0.05
 DEATHS_IN_15_MIN = 3
 BUSY, CACHE_FULL = 0.7, 0.95
 HEDGED_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Of which deployment."""
-
-    job: str
-    head: str
-    """Matchers of the scrapes of Ray's head."""
-
-    def over(self, window: str) -> Queries:
-        return Queries(f'job="{self.job}"', window)
-
-
-@dataclass(frozen=True)
-class Alert:
-    """A query that gives a series while something is wrong, and a person's first steps."""
-
-    name: str
-    query: str
-    wait: str
-    """So long it must be wrong."""
-    severity: Severity
-    summary: str
-    """One line; may name labels of the series: `{{ $labels.tier }}`."""
-    meaning: str
-    todo: str
-
-    @property
-    def rule(self) -> dict[str, Any]:
-        return {
-            "alert": self.name,
-            "expr": self.query,
-            "for": self.wait,
-            "labels": {"severity": self.severity},
-            "annotations": {
-                "summary": self.summary,
-                "description": f"{self.meaning} To do: {self.todo}",
-            },
-        }
 
 
 def rule_groups(name: str, scope: Scope, limits: AlertLimits) -> dict[str, Any]:

@@ -16,8 +16,8 @@ VARIABLES = (
 QUERIES = Queries('job=~"$job",ray_io_cluster=~"$cluster"', "$__rate_interval")
 _PAGES = {"overview": board_overview, "experts": board_experts, "faults": board_faults}
 
-BOARDS = tuple(
-    Board(
+BOARDS = {
+    name: Board(
         f"{TAG}-{name}",
         page.TITLE,
         f"{page.DESCRIPTION} {WRITTEN_BY}",
@@ -25,4 +25,4 @@ BOARDS = tuple(
         page.rows(QUERIES),
     )
     for name, page in _PAGES.items()
-)
+}

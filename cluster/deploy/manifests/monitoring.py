@@ -9,9 +9,10 @@ from typing import Any
 
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.manifest import Manifest, dump_one
-from cluster.deploy.manifests.alerts import Scope, rule_groups
+from cluster.deploy.manifests.alerting import Scope
+from cluster.deploy.manifests.alerts import rule_groups
 from cluster.deploy.manifests.boards import BOARDS, TAG
-from cluster.deploy.manifests.grafana import dump
+from cluster.deploy.manifests.grafana import Board, dump
 from cluster.deploy.manifests.names import METRICS_PORTS, labels, manifest, selector
 from cluster.deploy.sections import AlertLimits
 
@@ -35,15 +36,10 @@ def objects(config: DeployConfig) -> list[Manifest]:
     scope = Scope(job, f'job="{job}",pod_tier="head"')
     rules = rule_groups(config.name, scope, config.monitoring.alerts)
     return [
-        *(_dashboard(config, uid, text) for uid, text in dashboards().items()),
+        *(_dashboard(config, name, board) for name, board in BOARDS.items()),
         _selected(config, manifest(API_VERSION, "PodMonitor", config, config.name, spec=spec)),
         _selected(config, manifest(API_VERSION, "PrometheusRule", config, config.name, spec=rules)),
     ]
-
-
-def dashboards() -> dict[str, str]:
-    """uid -> JSON."""
-    return {board.uid: dump(board, TAG) for board in BOARDS}
 
 
 def by_hand() -> dict[str, str]:
@@ -62,9 +58,10 @@ def by_hand() -> dict[str, str]:
     return {"prometheus.yml": dump_one(settings), "alerts.yml": dump_one(rules)}
 
 
-def _dashboard(config: DeployConfig, uid: str, text: str) -> Manifest:
+def _dashboard(config: DeployConfig, name: str, board: Board) -> Manifest:
     """Grafana's sidecar loads it wherever it lies."""
-    object_ = manifest("v1", "ConfigMap", config, uid, data={f"{uid}.json": text})
+    data = {f"{board.uid}.json": dump(board, TAG)}
+    object_ = manifest("v1", "ConfigMap", config, f"{config.name}-{name}", data=data)
     object_["metadata"]["labels"] |= config.monitoring.dashboard_labels
     return object_
 
