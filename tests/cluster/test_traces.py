@@ -204,3 +204,22 @@ def test_without_opentelemetry_the_way_out_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(TracesUnavailable, match=r"pip install 'shoal-serve\[otel\]'"):
         open_tracer("ingress", "ingress-1")
+
+
+def test_the_variables_name_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    tracer = open_tracer("ingress", "ingress-1")
+    attributes = tracer._provider.resource.attributes
+    tracer.close()
+    assert (attributes["service.name"], attributes["service.instance.id"]) == ("mine", "ingress-1")
+
+
+def test_a_disabled_sdk_costs_no_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    tracer, engine = open_tracer("ingress", "ingress-1"), FakeEngine([*ids_of("Hello"), EOS])
+    with http_server(make_service(tmp_path, engine, tracer=tracer)) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=BODY, timeout=TIMEOUT_S)
+        assert answer.status_code == 200
+    engine.close()
+    tracer.close()
+    assert engine.submitted[0].traceparent == ""
