@@ -30,7 +30,7 @@ def test_two_workers_share_a_gpu_unasked_and_a_router_leaves_it_alone(
     chosen = {}
     for worker in server.get("/status")["workers"]:
         if worker["role"] in ("attention", "experts", "router"):
-            lines = re.findall(r"device: (.*)", ray_harness.log_of(worker["worker_id"]))
+            lines = re.findall(r'device: (.*)"', ray_harness.log_of(worker["worker_id"]))
             chosen[worker["role"]] = lines
     on_gpu_0 = [f"CPU: {NO_CUDA} (CUDA_VISIBLE_DEVICES=0)"]
     assert chosen == {

@@ -23,6 +23,7 @@ from cluster.observability.logs import console_logs
 from cluster.observability.request_log import RequestLog
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
+from cluster.session import running
 from tests.fakes import TIMEOUT_S, FakeEngine
 from tests.serving import EOS, grpc_server, http_server, ids_of, make_service
 
@@ -30,7 +31,10 @@ SECRET = "Xylophon-Quarz"
 ANSWER = "Zebra-Walzer"
 CHAT = "/v1/chat/completions"
 QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 24}
-GRPC_QUESTION = pb.ChatRequest(messages=[pb.ChatMessage(role="user", content=SECRET)])
+GRPC_QUESTION = pb.ChatRequest(
+    messages=[pb.ChatMessage(role="user", content=SECRET)],
+    sampling=pb.SamplingParams(max_tokens=24),
+)
 
 
 class Clients:
@@ -209,3 +213,23 @@ def test_nothing_in_the_other_tiers_tells_it(checkpoint_dir: Callable[[str], Pat
         clients.post({**QUESTION, "stream": True})
         clients.assert_nobody_told(SECRET, *filter(None, [answer, text]))
         assert SECRET not in log.getvalue()
+
+
+@pytest.mark.parametrize("show_log", [True, False])
+def test_the_console_is_quiet_unless_the_log_is_asked_for(
+    checkpoint_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str], show_log: bool
+) -> None:
+    settings = {
+        "model": str(checkpoint_dir("v3")),
+        "listen": {"http_port": 0, "grpc_port": 0},
+        "observability": {"log_format": "json", "log_prompts": True},
+    }
+    with running(parse_config(settings), inline=True, show_log=show_log) as server:
+        capsys.readouterr()
+        httpx.post(f"{server.url}{CHAT}", json=QUESTION, timeout=TIMEOUT_S)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    told = {event["msg"]: event for event in map(json.loads, lines)}
+    assert ("request" in told, "prompt" in told) == (show_log, show_log)
+    if show_log:
+        assert SECRET in told["prompt"]["text"]
+        assert told["prompt"]["sequence"] == told["request"]["id"] + "-0"
