@@ -18,7 +18,10 @@ from cluster.http_client import ApiClient, ApiError
 from cluster.launcher import LocalCluster, check_ports, free_port
 from cluster.model_store import check_engine, check_model
 from cluster.observability.logs import console_logs
+from cluster.observability.text_log import WARNING as PROMPTS_ARE_LOGGED
 from experts.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 60.0
@@ -67,6 +70,8 @@ def running(
     check_ports(config)
     log, level = config.observability, logging.INFO if show_log else logging.WARNING
     with stop_signals() as signals, console_logs(log.log_format, level, log.log_prompts):
+        if log.log_prompts and not inline:  # the ingress's own warning is in its file
+            logger.warning(PROMPTS_ARE_LOGGED)
         launch = _launch(config, inline, dashboard, show_log)
         starter = _Starter(launch)
         try:
