@@ -52,7 +52,7 @@ from router.worker import RouterWorker
 
 logger = logging.getLogger(__name__)
 
-Samples = Callable[[], Sequence[Sample]]
+SampleSource = Callable[[], Sequence[Sample]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Site:
         """None without traces. Raises TracesUnavailable."""
         return open_tracer(role, worker_id) if self.config.observability.traces else None
 
-    def told(self, samples: Samples) -> Samples | None:
+    def told(self, samples: SampleSource) -> SampleSource | None:
         """What a member's line to the directory shall tell of them."""
         return samples if self.config.observability.metrics else None
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 from cluster.observability.request_metrics import RequestMetrics
@@ -58,20 +59,22 @@ class RequestRates:
     ) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._lock = Lock()
         self._moments = deque([self._now()])
 
-    def note(self) -> None:
-        """Remember the counters of now, forget those that no window needs."""
-        now = self._now()
-        if now.at_s - self._moments[-1].at_s >= MIN_INTERVAL_S / 2:
-            self._moments.append(now)
-        while len(self._moments) > 1 and now.at_s - self._moments[1].at_s >= WINDOW_S:
-            self._moments.popleft()
+    def note(self) -> _Moment:
+        """Remember the counters of now, forget those that no window needs. Returns the oldest."""
+        with self._lock:
+            now = self._now()
+            if now.at_s - self._moments[-1].at_s >= MIN_INTERVAL_S / 2:
+                self._moments.append(now)
+            while len(self._moments) > 1 and now.at_s - self._moments[1].at_s >= WINDOW_S:
+                self._moments.popleft()
+            return self._moments[0]
 
     def read(self) -> dict[str, Any]:
         """For /status. Quantiles are None without a value in the window."""
-        self.note()
-        first, last = self._moments[0], self._now()
+        first, last = self.note(), self._now()
         window_s = max(last.at_s - first.at_s, 1e-3)
         return {
             "window_s": window_s,
