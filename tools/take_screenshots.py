@@ -33,7 +33,7 @@ PROMPTS = (
     "What is the capital of Japan?",
     "Tom has a red ball. Mia has a blue kite. Who has the kite?",
 )
-LINES_S = 60
+LINES_S = 45
 """How long to wait until the time lines have something to show."""
 
 
@@ -72,7 +72,7 @@ class Camera:
     def page(self, path: str, scheme: ColorScheme = "light") -> Iterator[Page]:
         """A page of the server."""
         context = self._browser.new_context(
-            viewport=SIZE, color_scheme=scheme, device_scale_factor=2, reduced_motion="reduce"
+            viewport=SIZE, color_scheme=scheme, device_scale_factor=1.5, reduced_motion="reduce"
         )
         with context:
             page = context.new_page()

@@ -78,7 +78,12 @@ def open_map(page: Page, url: str) -> None:
     """The page with numbers on its map."""
     page.emulate_media(reduced_motion="reduce")  # colours do not ease over to the next ones
     page.goto(url + "/experts")
-    page.wait_for_function("window.shoalExperts?.load")
+    until(page, "window.shoalExperts?.load")
+
+
+def until(page: Page, condition: str, timeout_ms: float | None = None) -> None:
+    """Wait for a condition; as a function, because the page's policy lets nobody evaluate text."""
+    page.wait_for_function(f"() => {condition}", timeout=timeout_ms)
 
 
 def rates(page: Page) -> list[list[float]]:
@@ -96,7 +101,7 @@ def pixels(page: Page) -> list[tuple[int, ...]]:
         const context = copy.getContext("2d", { willReadFrequently: true });
         context.drawImage(map, 0, 0);
         return shoalExperts.load.holders.map((_, cell) => {
-            const { x, y, width, height } = shoalExperts.map.boxOf(cell);
+            const { x, y, width, height } = shoalExperts.map.picture.boxOf(cell);
             return Array.from(context.getImageData(x + width / 4, y + height / 2, 1, 1).data);
         });
     }""")
@@ -108,9 +113,18 @@ def luminance(colour: tuple[int, ...]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def told(page: Page) -> str:
+    """What Chromium tells assistive technology that the focus is on."""
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    [cell] = [node for node in nodes if node["role"]["value"] == "gridcell"]
+    session.detach()
+    return str(cell["name"]["value"])
+
+
 def point_at(page: Page, cell: int) -> None:
     """Move the pointer onto a cell."""
-    box = page.evaluate("cell => shoalExperts.map.boxOf(cell)", cell)
+    box = page.evaluate("cell => shoalExperts.map.picture.boxOf(cell)", cell)
     middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
     page.locator("#map").hover(position=middle)
 
@@ -162,7 +176,7 @@ def test_map_follows_the_domain_of_the_load(page: Page, inline_url: str) -> None
 def test_hover_and_keys_tell_of_a_cell(page: Page, inline_url: str) -> None:
     open_map(page, inline_url)
     ask(inline_url, SUMS[0])
-    page.wait_for_function("shoalExperts.load.layerRates[1] > 0")
+    until(page, "shoalExperts.load.layerRates[1] > 0")
     point_at(page, 32 + 17)
     card = page.locator("#card")
     assert "Layer 2 · expert 17" in card.inner_text()
@@ -170,9 +184,7 @@ def test_hover_and_keys_tell_of_a_cell(page: Page, inline_url: str) -> None:
         assert text in card.inner_text()
     page.mouse.move(1, 1)
     assert card.is_hidden()
-    page.keyboard.press("Tab")  # out of the top of the page
     page.locator("#map").focus()
-    cell = page.get_by_role("gridcell")
     for key, expected in (
         ("ArrowRight", "Layer 1, expert 1:"),
         ("ArrowDown", "Layer 2, expert 1:"),
@@ -183,9 +195,9 @@ def test_hover_and_keys_tell_of_a_cell(page: Page, inline_url: str) -> None:
         ("Control+Home", "Layer 1, expert 0:"),
     ):
         page.keyboard.press(key)
-        assert cell.text_content().startswith(expected), key
+        assert told(page).startswith(expected), key
         assert expected[:-1].replace(",", " ·") in card.inner_text()
-    assert "rows/s" in cell.text_content() and "replica" in cell.text_content()
+    assert "rows/s" in told(page) and "replica on experts-" in told(page)
 
 
 def test_colours_by_replicas_and_by_worker(page: Page, inline_url: str) -> None:
@@ -206,7 +218,7 @@ def test_colours_by_replicas_and_by_worker(page: Page, inline_url: str) -> None:
 def test_dark_and_light(page: Page, inline_url: str) -> None:
     page.emulate_media(color_scheme="dark")
     open_map(page, inline_url)
-    page.wait_for_function("shoalExperts.load.rates.every((rate) => rate === 0)", timeout=20_000)
+    until(page, "shoalExperts.load.rates.every((rate) => rate === 0)", 20_000)
     assert all(luminance(colour) < 60 for colour in pixels(page))
     page.get_by_role("button", name="Switch between light and dark").click()
     assert all(luminance(colour) > 200 for colour in pixels(page))
@@ -214,11 +226,11 @@ def test_dark_and_light(page: Page, inline_url: str) -> None:
 
 def test_pause_holds_the_moment_and_the_past_can_be_seen(page: Page, inline_url: str) -> None:
     open_map(page, inline_url)
-    page.wait_for_function("shoalExperts.history.frames.length >= 3")
+    until(page, "shoalExperts.history.frames.length >= 3")
     page.get_by_role("button", name="Pause").click()
     paused = page.locator("#moment-text").inner_text()
     known = page.evaluate("shoalExperts.history.frames.length")
-    page.wait_for_function(f"shoalExperts.history.frames.length >= {known + 2}")
+    until(page, f"shoalExperts.history.frames.length >= {known + 2}")
     assert page.locator("#moment-text").inner_text() == paused != "now"
     page.locator("#moment").focus()
     page.keyboard.press("Home")
@@ -249,7 +261,6 @@ def test_workers_and_replicas_come_and_go(page: Page, inline_url: str) -> None:
     page.locator("#workers tr.joined", has_text="experts-c").wait_for()
     page.locator("#workers tr.left", has_text="experts-a").wait_for()
     assert "2 of 2 present" in page.locator("#workers").inner_text()
-    page.locator("#workers tr.left").wait_for(state="detached", timeout=15_000)
 
 
 @pytest.mark.parametrize(
@@ -296,10 +307,10 @@ def test_directory_away_is_said_and_ends(page: Page, inline_url: str, problems: 
     page.route(STREAM, lambda route: route.fulfill(status=503, json=error))
     page.goto(inline_url + "/experts")
     page.locator("#feed[data-kind=directory]", has_text=message).wait_for()
-    page.wait_for_function("shoalExperts.history.newest?.status")  # the rest goes on
+    until(page, "shoalExperts.history.newest?.status")  # the rest goes on
     page.unroute(STREAM)
     page.locator("#feed[data-kind=live]").wait_for()
-    page.wait_for_function("window.shoalExperts?.load")
+    until(page, "window.shoalExperts?.load")
     assert all("503" in problem for problem in problems)
     problems.clear()
 
@@ -319,8 +330,8 @@ def test_asks_for_a_key_once(page: Page, inline_url: str, problems: list[str]) -
     page.goto(inline_url + "/experts")
     page.locator("#feed[data-kind=key]", has_text="Key?").wait_for()
     page.get_by_label("API key").fill("right")
-    page.get_by_role("button", name="Use").click()
-    page.wait_for_function("window.shoalExperts?.load")
+    page.get_by_role("button", name="Use", exact=True).click()
+    until(page, "window.shoalExperts?.load")
     assert refused == 2  # the stream and the state, once each
     assert all("401" in problem for problem in problems)
     problems.clear()
@@ -333,12 +344,12 @@ def test_draws_a_map_of_v3s_size_within_a_frame(
     stream(page, lambda n: [load_of(workers, 58, 256, hot=n % 256)])
     statuses(page, lambda: status_of(workers))
     page.goto(inline_url + "/experts")  # with motion: about 20 pictures a second
-    page.wait_for_function("shoalExperts.history.frames.length >= 3")
+    until(page, "shoalExperts.history.frames.length >= 3")
     drawn_ms = page.evaluate("""async () => {
         const all = [];
         for (let i = 0; i < 60; i += 1) {
             shoalExperts.map.moveTo(i * 200);
-            all.push(shoalExperts.map.drawn_ms);
+            all.push(shoalExperts.map.picture.drawn_ms);
             await new Promise(requestAnimationFrame);
         }
         return all;
@@ -369,10 +380,10 @@ def test_killed_expert_worker_vanishes_and_another_appears(
             line.get_by_role("button", name="Kill").click()
             page.get_by_role("dialog").get_by_role("button", name="Kill").click()
             wait_for_events(page, f"expert worker {victim} left")
-            page.wait_for_function("shoalExperts.load.workers.length === 1")
+            until(page, "shoalExperts.load.workers.length === 1")
             page.locator("#workers tr.joined").wait_for(timeout=120_000)
-            page.wait_for_function("shoalExperts.load.workers.length === 2")
-            page.wait_for_function("shoalExperts.load.holders.every((of) => of.length === 2)")
+            until(page, "shoalExperts.load.workers.length === 2")
+            until(page, "shoalExperts.load.holders.every((of) => of.length === 2)")
             page.locator("#workers tr", has_text=victim).wait_for(state="detached")
         assert "2 of 2 present" in page.locator("#workers").inner_text()
         assert len(answers) >= 2 and set(answers) == {"length"}

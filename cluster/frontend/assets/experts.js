@@ -117,7 +117,7 @@ class Page {
     };
     this.map.show(load, look);
     this._table.show(load);
-    showLegend(byId("legend"), load, look, this.map.ramp);
+    showLegend(byId("legend"), load, look, this.map.picture.ramp);
     byId("map-place").classList.toggle("stale", frame.load === null);
     byId("summary").textContent = summaryOf(load);
   }

@@ -9,12 +9,13 @@ const AWAY = 12; // CSS pixels from the cell
 export function showCard(card, load, cell, box) {
   card.hidden = cell === null;
   if (cell === null) return;
-  const { layer, expert, rate, share, timesEven, holders } = cellOf(load, cell);
+  const { layer, expert, rate, share, timesEven, holders, balance } = cellOf(load, cell);
   const lines = [
     ["rows/s", number(rate)],
     ["of the layer", `${percent(share)}, ${timesEven.toFixed(1)} × even`],
     ["replicas", String(holders.length)],
     ["held by", holders.join(", ") || "nobody"],
+    ["balance", `${percent(balance)}, workers of this layer`],
   ];
   card.replaceChildren(
     element("h3", {}, `Layer ${layer} · expert ${expert}`),

@@ -51,6 +51,7 @@ export function cellOf(load, cell) {
     expert: cell % load.numExperts,
     rate,
     share: total > 0 ? rate / total : 0,
+    balance: load.balancedness[position],
     timesEven: total > 0 ? (rate * load.numExperts) / total : 0,
     holders: load.holders[cell].map((worker) => load.workers[worker]),
   };

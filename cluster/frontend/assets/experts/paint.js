@@ -13,19 +13,21 @@ const MAX_REPLICAS_SHOWN = 4; // the scale of replicas goes at least this far
  */
 export function layoutOf(width, numLayers, numExperts, ratio) {
   const left = Math.round(36 * ratio);
+  const right = Math.round(66 * ratio);
   const top = Math.round(20 * ratio);
-  const fitting = Math.floor((width - left) / Math.max(numExperts, 1));
+  const fitting = Math.floor((width - left - right) / Math.max(numExperts, 1));
   const across = Math.round(Math.min(Math.max(fitting, 1), 64 * ratio));
   const down = Math.round(Math.min(Math.max(across * 1.2, 8 * ratio), 44 * ratio));
   const gapOf = (pitch) =>
     Math.round((pitch >= 20 * ratio ? 2 : pitch >= 7 * ratio ? 1 : 0) * ratio);
   return {
     left,
+    right,
     top,
     across,
     down,
     gap: { across: gapOf(across), down: gapOf(down) },
-    width: left + across * numExperts,
+    width: left + across * numExperts + right,
     height: top + down * numLayers,
     ratio,
   };

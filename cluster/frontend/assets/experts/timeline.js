@@ -1,5 +1,5 @@
-// Time lines of the last minutes: workers present, busy, tokens/s, time between tokens. One canvas
-// each under a common cursor; a click goes to that moment.
+// Time lines of the last minutes: workers present, busy, tokens/s, time between tokens (ITL). One
+// canvas each under a common cursor; a click goes to that moment.
 
 import { colour, element } from "../common.js";
 import uPlot from "../vendor/uPlot.esm.js";
@@ -37,7 +37,7 @@ const PANELS = [
     least: 10,
   },
   {
-    title: "Between tokens",
+    title: "ITL",
     series: [
       { label: "p50", of: ({ status }) => milliseconds(status?.rates?.itl_s?.p50) },
       { label: "p99", of: ({ status }) => milliseconds(status?.rates?.itl_s?.p99) },

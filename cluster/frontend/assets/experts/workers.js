@@ -117,7 +117,7 @@ class Row {
     if (this._role === "experts") this._name.ariaPressed = this._isPicked;
     this._badge.textContent = change || (worker.drained ? "drained" : "");
     this._showColour(frame.load);
-    this._showNumbers(worker);
+    this._showNumbers(change === "left" ? {} : worker);
     const [drain, kill] = this._buttons;
     if (kill) kill.hidden = !frame.status?.chaos || change === "left";
     if (drain) drain.hidden = !this._canDrain(frame, change);
