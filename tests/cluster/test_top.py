@@ -122,6 +122,12 @@ def test_a_screen_fits_the_terminal(load: Load | None, size: tuple[int, int]) ->
     assert lines[-1].startswith("q quit")
 
 
+@pytest.mark.parametrize("size", [(1, 1), (9, 4), (40, 10)])
+def test_a_tiny_terminal_shows_the_beginning(size: tuple[int, int]) -> None:
+    width, height = size
+    assert lines_of(history_of(load=V3), width, height)[0] == lines_of(history_of(), width, 30)[0]
+
+
 def test_keys_reach_every_layer() -> None:
     reading = Reading(0.0, STATUS, V3)
     scroll = Scroll.of(reading, 24)
