@@ -79,13 +79,6 @@ class Hop:
         self.fault, self.detail = fault, detail
 
 
-def parts_of(reply: Frame, took_s: float) -> tuple[float, float, float]:
-    """What the wait for an answer was, seconds: in the other side's queue, computed there, the rest
-    there and back."""
-    queue_s, compute_s = reply.queue_us * 1e-6, reply.compute_us * 1e-6
-    return queue_s, compute_s, max(0.0, took_s - queue_s - compute_s)
-
-
 def check_reply(hop: Hop, frame: Frame) -> Fault | None:
     """What is wrong with an answer to this hop, None when its rows can be added. Sets missing."""
     if frame.kind != Kind.EXPERT_RESULT or frame.layer != hop.frame.layer:

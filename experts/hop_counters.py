@@ -1,11 +1,12 @@
 """What a client of the expert workers counts.
 
 A hop takes some 200 us and a histogram of four parts 1.4 us, so that what is known of an answer is
-put aside (0.1 us) and sorted, many at a time, when somebody asks (0.2 us each).
+put aside (0.1 us) and sorted, many at a time, when somebody asks (0.3 us each).
 """
 
 import threading
 from collections import deque
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,8 @@ class HopCounters:
         with self._lock:
             if num := len(self._unsorted):
                 taken = [self._unsorted.popleft() for _ in range(num)]
-                queue_us, compute_us, total = np.array(taken).T
+                flat = np.fromiter(chain.from_iterable(taken), np.float64, 3 * num)
+                queue_us, compute_us, total = flat.reshape(num, 3).T
                 queue, compute = queue_us * 1e-6, compute_us * 1e-6
                 wire = np.maximum(0.0, total - queue - compute)
                 parts = (queue, compute, wire, total)

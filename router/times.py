@@ -3,7 +3,6 @@
 from typing import NamedTuple, Self
 
 from experts.channel.frame import Frame
-from experts.hop import parts_of
 
 
 class HopTimes(NamedTuple):
@@ -26,7 +25,8 @@ class Wait(NamedTuple):
 
     @classmethod
     def of(cls, worker_id: str, reply: Frame, took_s: float) -> Self:
-        return cls(worker_id, took_s, *parts_of(reply, took_s))
+        queue_s, compute_s = reply.queue_us * 1e-6, reply.compute_us * 1e-6
+        return cls(worker_id, took_s, queue_s, compute_s, max(0.0, took_s - queue_s - compute_s))
 
 
 class LayerHop(NamedTuple):

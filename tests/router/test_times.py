@@ -9,9 +9,8 @@ import torch
 
 from experts.channel.frame import Frame, Kind
 from experts.checkpoint import Checkpoint
-from experts.hop import parts_of
 from router.batcher import MicroBatch
-from router.times import LayerHop
+from router.times import LayerHop, Wait
 from tests.router.pool import NewPool, some_rows, spread
 
 LAYER = 2
@@ -29,8 +28,8 @@ class Kept:
 
 def test_parts_of_an_answer() -> None:
     reply = Frame(Kind.EXPERT_RESULT, queue_us=200, compute_us=300)
-    assert parts_of(reply, 1e-3) == pytest.approx((200e-6, 300e-6, 500e-6))
-    assert parts_of(reply, 1e-4)[2] == 0.0, "clocks differ"
+    assert Wait.of("w0", reply, 1e-3) == ("w0", 1e-3, *map(pytest.approx, (2e-4, 3e-4, 5e-4)))
+    assert Wait.of("w0", reply, 1e-4).wire_s == 0.0, "clocks differ"
 
 
 def test_merged_micro_batches_pay_by_their_rows(new_pool: NewPool, checkpoint: Checkpoint) -> None:
