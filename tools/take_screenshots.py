@@ -18,9 +18,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import httpx
-from playwright.sync_api import Browser, ColorScheme, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 SIZE = {"width": 1280, "height": 800}
@@ -69,7 +70,7 @@ class Camera:
         self._browser, self._url, self._key, self._folder = browser, url, key, folder
 
     @contextmanager
-    def page(self, path: str, scheme: ColorScheme = "light") -> Iterator[Page]:
+    def page(self, path: str, scheme: Literal["light", "dark"] = "light") -> Iterator[Page]:
         """A page of the server."""
         context = self._browser.new_context(
             viewport=SIZE, color_scheme=scheme, device_scale_factor=1.5, reduced_motion="reduce"
