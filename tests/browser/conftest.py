@@ -1,6 +1,6 @@
 """Fixtures of the web pages' tests: Chromium, and pages in which nothing may go wrong unseen.
 
-Fixtures end with each file: playwright keeps an event loop running, which later tests must not find.
+They end with each file: playwright keeps an event loop running, which later tests must not find.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 30_000
 PREFIX = "/behind/a/proxy"
 
 

@@ -94,6 +94,8 @@ def test_an_answer_streams(page: Page, inline_url: str) -> None:
     facts = page.locator(".facts").inner_text()
     found = re.match(r"(\d+) tokens · ([\d.]+) tok/s · first token [\d.]+ m?s · [\d.]+ m?s", facts)
     assert found, facts
+    went = r"queue .* · prefill .* · decode .* · waiting for experts \d+ % · cost [\d.]+ expert-ms"
+    assert re.search(went, facts), facts
     body = {"messages": [{"role": "user", "content": STORY}]}
     whole = httpx.post(inline_url + "/v1/chat/completions", json=body, timeout=60).json()
     assert answers(page) == [whole["choices"][0]["message"]["content"]]
@@ -264,6 +266,15 @@ def test_an_error_within_a_stream_keeps_what_came(page: Page, serve: Serve) -> N
     ended(page)
     assert answers(page) == ["some text"]
     expect(page.locator(".note.error")).to_be_visible()
+
+
+def test_experts_that_were_away_are_told_of(page: Page, serve: Serve) -> None:
+    url, _ = serve("text", renormalised=[2])
+    page.goto(url)
+    ask(page, "Hi")
+    ended(page)
+    expect(page.locator(".note")).to_contain_text("Experts were away for a while")
+    assert answers(page) == ["text"]
 
 
 def test_a_server_that_is_gone(page: Page, serve: Serve, problems: list[str]) -> None:

@@ -3,9 +3,9 @@
 import { eventsOf, request } from "../common.js";
 
 /**
- * Streams the answer to `body` into `turn`: content, and at its end facts {tokens, promptTokens,
- * firstMs, totalMs, perSecond, timing}, ending (OpenAI's finish reason) or what `stopped` or
- * `error` it ended with. Calls `changed` after every piece. Never throws.
+ * Streams the answer to `body` into `turn`: content, renormalised (experts were away), facts
+ * {tokens, promptTokens, firstMs, totalMs, perSecond, timing}, and how it ended: ending (OpenAI's
+ * finish reason), stopped or error. Calls `changed` after every piece. Never throws.
  */
 export async function streamAnswer(body, turn, signal, changed) {
   const clock = new Stopwatch();
@@ -18,6 +18,7 @@ export async function streamAnswer(body, turn, signal, changed) {
       usage = chunk.usage ?? usage;
       timing = chunk.timing ?? timing;
       turn.ending = choice?.finish_reason ?? turn.ending;
+      turn.renormalised = chunk.renormalised ?? turn.renormalised;
       if (choice?.delta?.content) {
         clock.piece();
         turn.content += choice.delta.content;

@@ -20,16 +20,13 @@ export function turnView(turn, actions) {
   if (turn.role === "user") return userView(turn, actions, article, text);
   const note = element("p", { className: "note" });
   const facts = element("div", { className: "facts small muted" });
-  const tools = element(
-    "p",
-    { className: "tools" },
-    button("Copy", () => copyText(turn.content)),
-    button("Regenerate", actions.regenerate),
-  );
+  const copy = button("Copy", () => copyText(turn.content));
+  const again = button("Regenerate", actions.regenerate);
+  const tools = element("p", { className: "tools" }, copy, again);
   article.append(note, facts, tools);
   const update = ({ live, asMarkdown }) => {
     showText(text, turn.content, asMarkdown);
-    text.hidden = !turn.content;
+    text.hidden = copy.hidden = !turn.content;
     article.ariaBusy = String(live);
     note.textContent = noteOf(turn, live);
     note.hidden = !note.textContent;
@@ -82,11 +79,12 @@ function button(name, action) {
   return element("button", { className: "quiet small", type: "button", onclick: action }, name);
 }
 
-function noteOf({ content, error, stopped, ending }, live) {
+function noteOf({ content, error, stopped, ending, renormalised }, live) {
   if (error) return [error.message, error.code && `(${error.code})`].filter(Boolean).join(" ");
   if (stopped) return "Stopped.";
   if (live) return content ? "" : "…";
   if (ENDINGS[ending]) return `The answer was ${ENDINGS[ending]}.`;
+  if (renormalised) return "Experts were away for a while: the others answered in their place.";
   return content ? "" : "The answer is empty.";
 }
 
