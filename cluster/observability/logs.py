@@ -25,6 +25,7 @@ from cluster.frontend.request_context import request_id
 LogFormat = Literal["text", "json"]
 PACKAGES = ("experts", "router", "attention", "cluster")
 MAX_CAUSES = 8
+_to_json = json.JSONEncoder(default=str).encode
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")
 """Printable ASCII that needs no quotes: neither space, quote, backslash nor equals sign."""
@@ -115,7 +116,7 @@ def _utc(time_s: float) -> str:
 
 
 def _json_line(event: dict[str, Any]) -> str:
-    return json.dumps(event, default=str).replace("\x7f", "\\u007f")
+    return _to_json(event).replace("\x7f", "\\u007f")
 
 
 def _text_line(event: dict[str, Any]) -> str:
@@ -124,8 +125,8 @@ def _text_line(event: dict[str, Any]) -> str:
 
 def _quoted(value: Any) -> str:
     """Bare if nothing in it could be taken for something else, otherwise a JSON string."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text).replace("\x7f", "\\u007f")
+    text = value if isinstance(value, str) else _to_json(value)
+    return text if _PLAIN.fullmatch(text) else _to_json(text).replace("\x7f", "\\u007f")
 
 
 def _without_words(error: BaseException, depth: int = MAX_CAUSES) -> Iterator[str]:
