@@ -16,8 +16,9 @@ from cluster.console import stdout, stop_signals
 from cluster.http_client import ApiClient
 from cluster.top.history import History
 from cluster.top.keyboard import QUIT, Keyboard
+from cluster.top.layout import Scroll
 from cluster.top.reading import Poller, Reading, read, read_or_away
-from cluster.top.view import Scroll, line, screen
+from cluster.top.view import line, screen
 
 TIMEOUT_S = 5.0
 TICK_S = 0.1

@@ -6,7 +6,6 @@ import heapq
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -16,66 +15,13 @@ from rich.text import Text
 
 from cluster.top.heat_map import BARS, heat_map
 from cluster.top.history import History, rates_of
+from cluster.top.layout import NUM_HOTTEST, Sizes, workers_of
 from cluster.top.reading import Load, Reading
 
-NUM_HOTTEST = 8
-NUM_EVENTS = 5
-MIN_LINES = 3
-NUM_FIXED_LINES = 11
-"""One of title, five of numbers, two above the heat map, two heads of lists, one of keys."""
-MIN_HEIGHT = NUM_FIXED_LINES + 2 * MIN_LINES
 NUM_RATES = 24
 BAR_WIDTH = 8
 BUSY, VERY_BUSY = 0.5, 0.85
-WORKING_ROLES = ("experts", "attention", "router")
 KEYS = "q quit   up, down, PgUp, PgDn, Home, End: layers"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many lines each part of a screen has."""
-
-    layers: int
-    rows: int
-    """Of the hottest experts, beside the workers."""
-    events: int
-
-    @classmethod
-    def of(cls, reading: Reading, height: int | None) -> Sizes:
-        """As in `screen`."""
-        num_layers = len(reading.load.layers) if reading.load else 0
-        num_rows = max(NUM_HOTTEST, len(_workers(reading)))
-        if height is None:
-            return cls(num_layers, num_rows, 0)
-        free = max(height - NUM_FIXED_LINES, 0)
-        rows = min(num_rows, max(free // 3, free - num_layers - NUM_EVENTS, MIN_LINES))
-        layers = min(num_layers, max(free - rows - min(NUM_EVENTS, free // 6), MIN_LINES))
-        return cls(layers, rows, max(free - rows - layers, 0))
-
-
-@dataclass(frozen=True)
-class Scroll:
-    """Which layer may be the topmost one."""
-
-    page: int
-    """Layers shown at once."""
-    last: int
-    """The position from which on the last layers are shown."""
-
-    @classmethod
-    def of(cls, reading: Reading, height: int) -> Scroll:
-        """On a screen of `height` lines."""
-        page = Sizes.of(reading, height).layers
-        return cls(page, len(reading.load.layers) - page if reading.load else 0)
-
-    def to(self, position: int) -> int:
-        """The nearest position there is."""
-        return min(max(position, 0), self.last)
-
-    def step(self, key: str) -> int:
-        """By how much a key moves."""
-        steps = {"up": -1, "down": 1, "page up": -self.page, "page down": self.page}
-        return {**steps, "home": -self.last, "end": self.last}.get(key, 0)
 
 
 def screen(history: History, width: int, height: int | None = None, first_layer: int = 0) -> Group:
@@ -192,7 +138,7 @@ def _lists(reading: Reading, num_rows: int) -> Table:
         lists.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
     lists.add_row(Text("hottest experts", "bold"), Text("workers", "bold"))
     hottest = _hottest(reading.load, min(num_rows, NUM_HOTTEST)) if reading.load else ()
-    found = _workers(reading)
+    found = workers_of(reading)
     name_width = max((len(worker["worker_id"]) for worker in found), default=0)
     workers = [_worker(worker, name_width) for worker in found]
     if len(workers) > num_rows:
@@ -217,11 +163,6 @@ def _hottest(load: Load, number: int) -> Iterator[Text]:
         names = ", ".join(load.workers[holder].removeprefix("experts-") for holder in holders)
         rate = _number(load.per_s(rows))
         yield Text(f"{f'{layer}:{-expert}':6} {rate:>5}/s {share:4.0%} on {names}")
-
-
-def _workers(reading: Reading) -> list[dict[str, Any]]:
-    workers = [w for w in (reading.status or {})["workers"] if w["role"] in WORKING_ROLES]
-    return sorted(workers, key=lambda w: (WORKING_ROLES.index(w["role"]), w["worker_id"]))
 
 
 def _worker(worker: dict[str, Any], name_width: int) -> Text:

@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from cluster.http_client import ApiClient, ApiError
 from cluster.top.heat_map import Grid, heat_map
 from cluster.top.history import History, changes
+from cluster.top.layout import MIN_HEIGHT, Scroll
 from cluster.top.reading import Load, Reading, read, read_or_away
-from cluster.top.view import MIN_HEIGHT, Scroll, line, screen
+from cluster.top.view import line, screen
 from cluster.top_cli import top
 from tests.shoal_stub import ShoalStub, load_body, make_load, make_status, make_worker
 
