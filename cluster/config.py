@@ -123,11 +123,9 @@ class _Tier(Computing):
         return max(MAX_COMMANDED, self.num_workers)
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """Least and most workers while no command sets their number."""
-        if self.scaling is not None and self.scaling.follows_load:
-            return self.scaling.min_workers, self.scaling.max_workers
-        return self.num_workers, self.num_workers
+    def follows_load(self) -> bool:
+        """Whether a policy decides the size while no command does."""
+        return self.scaling is not None and self.scaling.follows_load
 
 
 class AttentionTier(_Tier):

@@ -16,7 +16,6 @@ from attention.memory import context_length
 from attention.tracing import Tracer, open_tracer
 from attention.worker import AttentionWorker
 from cluster import chaos
-from cluster.autoscaling.settings import Scaling
 from cluster.autoscaling.stats import (
     UNKNOWN,
     AttentionMeter,
@@ -147,19 +146,17 @@ def redundancy(config: ShoalConfig, space: ExpertSpace) -> int:
     return -(-space.num_total // (8 * space.unit_size)) * space.unit_size
 
 
-def tier_bounds(config: ShoalConfig) -> dict[Role, tuple[int, int]]:
-    """Least and most workers of each tier while no command sets their number."""
-
-    def bounds(scaling: Scaling | None, num_workers: int) -> tuple[int, int]:
-        if scaling is None or not scaling.follows_load:
-            return num_workers, num_workers
-        return scaling.min_workers, scaling.max_workers
-
-    return {
-        "experts": bounds(config.experts.scaling, config.experts.num_workers),
-        "attention": bounds(config.attention.scaling, config.attention.num_workers),
-        "router": bounds(None, config.router.num_workers * (config.router.mode == "deployment")),
-    }
+def fixed_sizes(config: ShoalConfig) -> dict[Role, int]:
+    """Workers that each tier shall have while no command says otherwise; those that follow the load
+    are left out."""
+    sizes: dict[Role, int] = {}
+    if not config.experts.follows_load:
+        sizes["experts"] = config.experts.num_workers
+    if not config.attention.follows_load:
+        sizes["attention"] = config.attention.num_workers
+    if config.router.mode == "deployment":
+        sizes["router"] = config.router.num_workers
+    return sizes
 
 
 def model_info(config: ShoalConfig) -> ModelInfo:
@@ -191,7 +188,7 @@ class PlacementMember:
                 "experts": config.experts.max_workers,
                 "attention": config.attention.max_workers,
             },
-            tier_bounds=tier_bounds(config),
+            fixed_sizes=fixed_sizes(config),
         )
         self.directory = Directory(rules, enable_chaos=config.enable_chaos)
         self.directory.start(endpoint, secret)
@@ -206,16 +203,6 @@ class PlacementMember:
 
     def close(self) -> None:
         self.directory.close()
-
-
-def _tier_bounds(config: ShoalConfig) -> dict[Role, tuple[int, int]]:
-    bounds: dict[Role, tuple[int, int]] = {
-        "experts": config.experts.bounds,
-        "attention": config.attention.bounds,
-    }
-    if config.router.mode == "deployment":
-        bounds["router"] = config.router.num_workers, config.router.num_workers
-    return bounds
 
 
 class ExpertMember:

@@ -87,24 +87,29 @@ class ExpertLoad:
 
     @cached_property
     def compact_body(self) -> bytes:
-        """The same as matrices, for views that draw them; a holder is an index into `workers`."""
+        """The same as matrices, for views that draw them; a holder is an index into `workers`.
+        Layer by layer too."""
         layers = range(len(self.reply.layers))
         holders = [self.holders(i) for i in layers]
         present = (worker.worker_id for worker in self.reply.workers)
         known = (name for layer in holders for names in layer for name in names)
         index = {name: i for i, name in enumerate(dict.fromkeys(chain(present, known)))}
-        return to_json(
-            {
-                **self._head,
-                "layers": self.reply.layers,
-                "workers": list(index),
-                "rows": self.reply.rows,
-                "recent_rows": self.reply.recent_rows,
-                "holders": [[[index[n] for n in names] for names in layer] for layer in holders],
-                "balancedness": [balance.workers for balance in self.balance],
-                "expert_balancedness": [balance.experts for balance in self.balance],
-            }
-        )
+        matrices = {
+            b"rows": self.reply.rows,
+            b"recent_rows": self.reply.recent_rows,
+            b"holders": ([[index[n] for n in names] for names in layer] for layer in holders),
+        }
+        head = {
+            **self._head,
+            "layers": self.reply.layers,
+            "workers": list(index),
+            "balancedness": [balance.workers for balance in self.balance],
+            "expert_balancedness": [balance.experts for balance in self.balance],
+        }
+        parts = [
+            b',"%s":[%s]' % (name, b",".join(map(to_json, rows))) for name, rows in matrices.items()
+        ]
+        return to_json(head)[:-1] + b"".join(parts) + b"}"
 
     @property
     def _head(self) -> Json:

@@ -31,11 +31,14 @@ def describe_workers(snapshot: Snapshot | None, samples: Samples) -> list[Json]:
 
 
 def describe_tiers(samples: Samples) -> Json:
-    """Workers wanted and present of each tier; {} while the directory is away."""
+    """Workers wanted and present of each tier; wanted is null where a policy follows the load. {}
+    while the directory is away."""
     wanted = by_label(samples, "shoal_replicas_wanted", "tier")
     present = by_label(samples, "shoal_replicas_present", "tier")
     return {
-        tier: {"wanted": int(wanted[tier]), "present": int(present.get(tier, 0))} for tier in wanted
+        tier: {"wanted": int(wanted[tier]) if tier in wanted else None, "present": int(number)}
+        for tier, number in present.items()
+        if number or tier in wanted  # routers may live inside the attention workers
     }
 
 

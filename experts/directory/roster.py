@@ -44,8 +44,8 @@ class RosterRules:
     Placement waits for `expected_experts` workers; once `grace_s` have passed since the first one,
     for as many as can hold everything. `redundancy`: slots of the pool that take replicas. What a
     worker has not loaded after `load_limit_s` without progress goes to another one. `max_workers`:
-    most that a command may ask for, by tier; absent: any number. `tier_bounds`: least and most
-    workers that a tier shall have while no command sets their number, for those who watch.
+    most that a command may ask for, by tier; absent: any number. `fixed_sizes`: workers that
+    a tier shall have while no command says otherwise, for those who watch.
     """
 
     space: ExpertSpace
@@ -56,7 +56,7 @@ class RosterRules:
     load_limit_s: float = 60.0
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
     max_workers: Mapping[Tier, int] = field(default_factory=dict)
-    tier_bounds: Mapping[Role, tuple[int, int]] = field(default_factory=dict)
+    fixed_sizes: Mapping[Role, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -36,15 +36,14 @@ def placement_samples(roster: Roster, window: ClusterLoad, recent: ClusterLoad) 
 
 
 def _replicas(roster: Roster) -> Iterator[Sample]:
-    """Wanted: by command, else as many as there are within the bounds of the tier."""
-    snapshot, bounds = roster.snapshot, roster.rules.tier_bounds
+    """Wanted: by command, else as configured. What a policy wants only the policy knows."""
+    snapshot = roster.snapshot
+    wanted = {**roster.rules.fixed_sizes, **snapshot.scale}
     for tier in TIERS:
-        labels, present = (("tier", tier),), len(snapshot.workers_of(tier))
-        yield Sample("shoal_replicas_present", labels, present)
-        if tier in bounds:
-            least, most = bounds[tier]
-            wanted = snapshot.scale.get(tier, min(max(present, least), most))
-            yield Sample("shoal_replicas_wanted", labels, wanted)
+        labels = (("tier", tier),)
+        yield Sample("shoal_replicas_present", labels, len(snapshot.workers_of(tier)))
+        if tier in wanted:
+            yield Sample("shoal_replicas_wanted", labels, wanted[tier])
 
 
 def _layer_imbalance(layers: tuple[int, ...], window: ClusterLoad) -> Iterator[Sample]:

@@ -247,6 +247,7 @@ class TestStatus:
         assert describe_tiers(samples) == {
             "experts": {"wanted": 3, "present": 2},
             "attention": {"wanted": 1, "present": 1},
+            "router": {"wanted": None, "present": 1},
         }
         events = {"replays": 5, "deaths": 3, "moves": 0, "hedges": 8, "preemptions": 0}
         assert count_events(samples, [], num_replays=5) == events

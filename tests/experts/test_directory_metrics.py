@@ -41,7 +41,7 @@ RULES = RosterRules(
     SPACE,
     expected_experts=2,
     needs_router=False,
-    tier_bounds={"experts": (2, 2), "attention": (1, 4)},
+    fixed_sizes={"experts": 2},
 )
 PATIENCE_S = 20.0  # only a broken test waits so long
 BUSY = Sample("shoal_worker_busy", (), 0.5)
@@ -150,18 +150,20 @@ def test_the_busiest_experts_are_named_by_rank(world: World) -> None:
     assert [(layers[rank], experts[rank]) for rank in ranks[:3]] == [(4, 2), (3, 0), (-1, -1)]
 
 
-def test_replicas_are_wanted_by_command_or_within_the_bounds_of_the_tier(world: World) -> None:
+def test_replicas_are_wanted_by_command_or_as_configured(world: World) -> None:
+    """What a policy wants of a tier that follows the load is not known here."""
     a, b = world.join("a"), world.join("b")
     attention = [world.join(f"att{i}", "attention") for i in range(3)]
     world.join("i", "ingress")
     present = {"experts": 2, "attention": 3, "router": 0}
     assert world.own("shoal_replicas_present") == present
-    assert world.own("shoal_replicas_wanted") == {"experts": 2, "attention": 3}
+    assert world.own("shoal_replicas_wanted") == {"experts": 2}
     for connection in (b, *attention):
         world.end(connection)
     assert world.own("shoal_replicas_present") == {"experts": 1, "attention": 0, "router": 0}
-    assert world.own("shoal_replicas_wanted") == {"experts": 2, "attention": 1}
+    assert world.own("shoal_replicas_wanted") == {"experts": 2}
     world.say(a, Scale(role="experts", workers=3))
+    world.say(a, Scale(role="attention", workers=1))
     assert world.own("shoal_replicas_wanted") == {"experts": 3, "attention": 1}
 
 
