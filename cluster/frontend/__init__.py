@@ -16,6 +16,9 @@ responses.py     Deltas to OpenAI objects            streaming.py  and to server
 http_server.py   routes (http_generation.py: those that generate; http_guard.py: request ids,
                  header bounds, last-resort errors; json_body.py: bytes to JSON,
                  guarded; api_docs.py: bodies in /openapi.json)
+observation.py   one request as observers hear of it (observer.py)
+request_context.py  the request that a task works for: its id, the name of its key
+web.py           the pages / and /experts: static files with their headers
 operations.py    commands that change the cluster
 expert_load.py   rows, replicas and holders of every expert: read or watched
 grpc_server.py   methods (grpc_messages.py: messages to bodies; grpc_errors.py: statuses)
