@@ -110,8 +110,7 @@ class Engine:
 
     def _run(self, schedule: Schedule, start_s: float) -> list[TokenOutput]:
         try:
-            with self._meter.step(schedule, start_s):
-                results = self._runner.run(schedule, self._wait_until_s(schedule))
+            results = self._compute(schedule, start_s)
         except Unavailable as error:
             return self._stall(schedule, error)
         except Exception as error:  # of the experts or of ours: it must not end the other requests
@@ -122,6 +121,13 @@ class Engine:
             for item, result in zip(schedule.items, results, strict=True)
             if (output := self._update(item, result)) is not None
         ]
+
+    def _compute(self, schedule: Schedule, start_s: float) -> Sequence[ItemResult]:
+        self._meter.begin_step(schedule)
+        try:
+            return self._runner.run(schedule, self._wait_until_s(schedule))
+        finally:
+            self._meter.end_step(schedule, start_s)
 
     def _update(self, item: ScheduledRequest, result: ItemResult) -> TokenOutput | None:
         """Book an item's result; its output, if there is anything to tell."""

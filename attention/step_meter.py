@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 from attention.metrics import STEP_BOUNDS_S
@@ -35,6 +34,9 @@ class StepMeter:
         self._clock = clock
         self._tracer = tracer
         self._num_traced = 0  # open requests with a trace
+        self._before = HopTimes()  # as the step began
+        self._traces: list[SequenceTrace] = []  # that want the hops of this step
+        self._log: list[LayerHop] = []
 
     def arrived(self, request: Request) -> None:
         """A request that can run; `left` follows."""
@@ -44,32 +46,31 @@ class StepMeter:
             )
             self._num_traced += request.trace is not None
 
-    @contextmanager
-    def step(self, schedule: Schedule, start_s: float) -> Iterator[None]:
-        """Book what happens within, also if it fails."""
-        before = self._moe.hop_times
-        traces = self._traces(schedule) if self._num_traced else []
-        log: list[LayerHop] = []
-        if traces:
-            self._moe.log_hops(log)
-        try:
-            yield
-        finally:
-            self.now_s = self._clock()
-            self.step_times.observe(self.now_s - start_s)
-            self._book(schedule, start_s, before)
-            if traces:
-                self._moe.log_hops(None)
-            for trace in traces:
-                trace.hops += log
+    def begin_step(self, schedule: Schedule) -> None:
+        """`end_step` follows, whether the step succeeds or fails."""
+        self._before = self._moe.hop_times
+        if self._num_traced:
+            self._traces = self._wanting_hops(schedule)
+            self._log = []
+            self._moe.log_hops(self._log)
 
-    def _traces(self, schedule: Schedule) -> list[SequenceTrace]:
+    def end_step(self, schedule: Schedule, start_s: float) -> None:
+        """Book what it took."""
+        self.now_s = self._clock()
+        self.step_times.observe(self.now_s - start_s)
+        self._book(schedule, start_s)
+        if self._num_traced:
+            self._moe.log_hops(None)
+            for trace in self._traces:
+                trace.hops += self._log
+
+    def _wanting_hops(self, schedule: Schedule) -> list[SequenceTrace]:
         found = (item.request.trace for item in schedule.items)
         return [trace for trace in found if trace is not None and trace.wants_hops]
 
-    def _book(self, schedule: Schedule, start_s: float, before: HopTimes) -> None:
+    def _book(self, schedule: Schedule, start_s: float) -> None:
         """Every request waited for the whole hops, and pays for its own tokens."""
-        after = self._moe.hop_times
+        before, after = self._before, self._moe.hop_times
         hop_s = after.hop_s - before.hop_s
         expert_s = (after.expert_s - before.expert_s) / schedule.num_tokens
         for item in schedule.items:
