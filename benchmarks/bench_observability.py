@@ -9,8 +9,9 @@ process of the other servers is stopped (SIGSTOP), so that nobody pays for their
            agents; a JSON line a request
   traces   that, and spans of every request, sent to a collector that throws them away
 
-Of each round the ratio of an arm to `off` is taken; printed are the medians of these and their 95 %
-intervals (by ranks). Processor time counts all processes of a server, Ray's included.
+Blocks are short, about a second: what else the machine does changes slowly, so all arms of a round
+meet the same. Of each round the ratio of an arm to `off` is taken; printed are the medians of these
+and their 95 % intervals (by ranks). Processor time is that of all processes of a server.
 """
 
 from __future__ import annotations
@@ -217,10 +218,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ray", action="store_true", help="on Ray, not all in one process")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--requests", type=int, default=32, help="of a block")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=8, help="of a block")
     args = parser.parse_args()
     scenario = Scenario("observed", 32, args.new_tokens, args.requests, args.concurrency)
     where = machine.describe()
