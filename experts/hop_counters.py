@@ -1,7 +1,7 @@
 """What a client of the expert workers counts.
 
 A hop takes some 200 us and a histogram of four parts 1.4 us, so that what is known of an answer is
-put aside (0.1 us) and sorted, many at a time, when somebody asks (0.3 us each).
+put aside (0.1 us) and sorted, many at a time, when somebody asks (0.4 us each).
 """
 
 import threading
