@@ -125,6 +125,7 @@ class ArmServer:
     def stop(self) -> None:
         """End it as Ctrl-C would."""
         self.signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)  # a thread that still stands would miss the next signal
         self._process.terminate()
         try:
             self._process.wait(GRACE_S)
