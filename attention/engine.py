@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from attention.messages import FinishReason, Stats, Submit, TokenOutput
@@ -262,6 +263,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             cached_tokens=scheduler.num_cached_tokens,
             **{name: getattr(counters, name) for name in counters.__slots__},
+            **asdict(scheduler.prompts),
         )
 
 

@@ -161,6 +161,12 @@ class Stats(Message):
     """Tokens prefilled: without prefix-cache hits, with recomputation after a preemption."""
     cached_tokens: int = 0
     """Tokens not prefilled, as their blocks were shared."""
+    admitted_prompt_tokens: int = 0
+    """Tokens of the prompts admitted, each prompt once; cached ones included."""
+    admitted_cached_tokens: int = 0
+    """Of these, those whose blocks were shared."""
+    recomputed_tokens: int = 0
+    """Tokens prefilled again, after a preemption or after another worker."""
     generated_tokens: int = 0
     busy_s: float = 0.0
     """Seconds spent in steps."""

@@ -48,6 +48,25 @@ class Schedule:
     num_tokens: int
 
 
+@dataclass(slots=True)
+class PromptCounters:
+    """Of admissions. A prompt counts once: not again after a preemption, nor where a request goes
+    on that has begun on another worker."""
+
+    admitted_prompt_tokens: int = 0
+    admitted_cached_tokens: int = 0
+    """Of them, those found in the prefix cache."""
+    recomputed_tokens: int = 0
+    """Of requests taken in again: what the prefix cache did not have."""
+
+    def count(self, request: Request, is_again: bool) -> None:
+        if is_again:
+            self.recomputed_tokens += request.remaining_tokens
+        else:
+            self.admitted_prompt_tokens += request.num_prompt_tokens
+            self.admitted_cached_tokens += request.num_cached_tokens
+
+
 class Scheduler:
     """Owns the request queues and the blocks."""
 
@@ -60,6 +79,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.prompts = PromptCounters()
 
     @property
     def has_work(self) -> bool:
@@ -157,9 +177,11 @@ class Scheduler:
         request.num_computed_tokens = len(shared) * self.pool.block_size
         request.num_published_blocks = len(shared)
         self.num_cached_tokens += request.num_computed_tokens
+        is_again = request.was_admitted or request.num_output_tokens > 0
         if not request.was_admitted:
             request.was_admitted = True
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        self.prompts.count(request, is_again)
         return True
 
     def _cached_prefix(self, request: Request) -> list[int]:

@@ -11,7 +11,7 @@ from attention.config import AttentionConfig
 from attention.kv_cache import BlockPool
 from attention.messages import SamplingParams, Submit
 from attention.request import Request, RequestState
-from attention.scheduler import RequestRefused, Schedule, Scheduler
+from attention.scheduler import PromptCounters, RequestRefused, Schedule, Scheduler
 
 
 def scheduler(
@@ -111,6 +111,27 @@ def test_the_youngest_is_preempted_waits_first_and_is_computed_again() -> None:
     for _ in range(6):
         assert step(core) == {"old": 1}
     assert step(core) == {"young": 5, "next": 1}
+
+
+def test_a_prompt_is_counted_once_and_what_is_computed_again_apart() -> None:
+    core = scheduler(num_blocks=4, block_size=4)
+    core.add(request("old", 7, max_tokens=9))
+    core.add(request("young", 3, max_tokens=9))
+    while core.has_work:
+        step(core)
+    assert core.num_preemptions == 1
+    assert core.prompts == PromptCounters(7 + 3, 0, recomputed_tokens=5)
+    core.add(request("replayed", 7, max_tokens=4, emitted_ids=[8, 9]))
+    assert step(core) == {"replayed": 9}
+    assert core.prompts == PromptCounters(7 + 3, 0, recomputed_tokens=5 + 9)
+
+
+def test_what_the_prefix_cache_has_of_a_prompt_is_counted_once() -> None:
+    core = scheduler()
+    for name in "ab":
+        core.add(request(name, 9, max_tokens=1, first_id=5))
+        step(core)
+    assert core.prompts == PromptCounters(9 + 9, admitted_cached_tokens=8)
 
 
 def test_a_prefix_is_shared_and_the_last_token_is_always_computed() -> None:
