@@ -84,14 +84,15 @@ class ApiClient:
         headers, data = self._headers, None
         if body is not None:
             headers, data = headers | {"Content-Type": "application/json"}, json.dumps(body)
+        fault, advice = f"no Shoal at {self.url}", "; start it with `shoal serve`"
         try:
             connection.request(method, path, data, headers)
-            yield connection.getresponse()
+            response = connection.getresponse()
+            fault, advice = f"the answer of {self.url} broke off", ""
+            yield response
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ApiError(
-                f"no Shoal at {self.url}: {reason}; start it with `shoal serve`"
-            ) from None
+            raise ApiError(f"{fault}: {reason}{advice}") from None
         finally:
             connection.close()
 

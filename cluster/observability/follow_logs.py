@@ -39,12 +39,19 @@ class LogFollower:
         self._stream.flush()
 
     def _added(self, path: Path) -> str:
-        """Whole lines behind what was read; a file that got shorter was rotated, so all of it."""
-        start = self._read.get(path, 0)
+        """Whole lines behind what was read. A file that got shorter was rotated: the rest of the
+        old one, then all of it."""
+        start, rest = self._read.get(path, 0), b""
         if path.stat().st_size < start:
-            start = 0
-        with path.open("rb") as file:
-            file.seek(start)
-            lines, newline, _ = file.read().rpartition(b"\n")
-        self._read[path] = start + len(lines) + len(newline)
-        return (lines + newline).decode("utf-8", "replace")
+            rest, start = _whole_lines(path.with_name(f"{path.name}.1"), start), 0
+        lines = _whole_lines(path, start)
+        self._read[path] = start + len(lines)
+        return (rest + lines).decode("utf-8", "replace")
+
+
+def _whole_lines(path: Path, start: int) -> bytes:
+    """Behind the first `start` bytes."""
+    with path.open("rb") as file:
+        file.seek(start)
+        lines, newline, _ = file.read().rpartition(b"\n")
+    return lines + newline

@@ -49,7 +49,7 @@ CALLS: dict[str, Callable[[ApiClient], object]] = {
 def test_an_answer_that_breaks_off_is_an_api_error(call: str) -> None:
     with (
         server_that_sends(STREAM + b"9\r\n{") as url,
-        pytest.raises(ApiError, match=f"no Shoal at {url}: IncompleteRead"),
+        pytest.raises(ApiError, match=f"the answer of {url} broke off: IncompleteRead"),
     ):
         CALLS[call](ApiClient(url))
 
@@ -62,11 +62,20 @@ def test_a_chat_that_breaks_off_is_an_api_error_after_its_text() -> None:
             next(pieces)
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
-def test_an_answer_that_hangs_is_an_api_error(answer: bytes) -> None:
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (b"", "no Shoal at {}: timed out; start it"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+            "the answer of {} broke off: timed out$",
+        ),
+    ],
+)
+def test_an_answer_that_hangs_is_an_api_error(answer: bytes, fault: str) -> None:
     with (
         server_that_sends(answer, hangs=True) as url,
-        pytest.raises(ApiError, match=f"no Shoal at {url}: timed out"),
+        pytest.raises(ApiError, match=fault.format(url)),
     ):
         ApiClient(url, timeout_s=0.1).read("/status")
 

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -249,3 +250,19 @@ def test_files_of_all_replicas_are_followed_by_whole_lines(tmp_path: Path) -> No
     second.write_text("three\nunfinished")
     follower.stop()
     assert shown.getvalue() == "one\ntwo\nthree\n"
+
+
+def test_no_line_is_lost_when_a_file_is_rotated(tmp_path: Path) -> None:
+    shown, log = io.StringIO(), tmp_path / "replica_shoal_a.log"
+    log.write_text("one is long enough\n")
+    follower = LogFollower(tmp_path, shown)
+    deadline_s = time.monotonic() + 10
+    while not shown.getvalue():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    with log.open("a") as file:
+        file.write("two\n")
+    log.rename(tmp_path / "replica_shoal_a.log.1")
+    log.write_text("three\n")
+    follower.stop()
+    assert shown.getvalue() == "one is long enough\ntwo\nthree\n"

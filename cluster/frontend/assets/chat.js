@@ -72,7 +72,14 @@ function clear() {
   byId("draft").focus();
 }
 
-const keep = () => sessionStorage.setItem(STORE, JSON.stringify(turns));
+/** For a reload; what is too long for the browser's store lives as long as the page. */
+function keep() {
+  try {
+    sessionStorage.setItem(STORE, JSON.stringify(turns));
+  } catch {
+    sessionStorage.removeItem(STORE);
+  }
+}
 
 // ---- what is seen
 
