@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.errors import TABLE
+from cluster.errors import TABLE, EngineFailed, MethodNotAllowed
 
 Kind = Literal["counter", "gauge", "histogram"]
 MemberRole = Literal["placement", "experts", "router", "attention", "ingress", "controller"]
@@ -31,18 +31,17 @@ FAILURE_CODES = frozenset(
 _BEYOND = ("below_min", "above_max")
 ERROR_CODES = frozenset(
     (
-        *(error.default_code for error in TABLE),
+        *(e.default_code for e in TABLE if e not in (EngineFailed, MethodNotAllowed)),
         *(f"{kind}_{end}_value" for kind in ("integer", "decimal") for end in _BEYOND),
         *("array_above_max_length", "string_above_max_length"),
-        *("context_length_exceeded", "directory_unreachable", "draining", "duplicate_key"),
-        *("empty_array", "experts_unavailable", "invalid_api_key", "invalid_json", "invalid_type"),
-        *("invalid_unicode", "invalid_utf8", "missing_required_parameter", "model_not_found"),
-        *("no_worker", "refused", "too_deep", "unknown_parameter", "unknown_service"),
+        *("context_length_exceeded", "draining", "duplicate_key", "empty_array"),
+        *("invalid_api_key", "invalid_json", "invalid_type", "invalid_unicode", "invalid_utf8"),
+        *("missing_required_parameter", "model_not_found", "too_deep", "unknown_parameter"),
         *("unsupported_content_encoding", "unsupported_content_type", "unsupported_parameter"),
-        *("unsupported_endpoint", "worker_not_found"),
+        *("unsupported_endpoint",),
     )
 )
-"""Of the classes of cluster/errors.py, and those that the front end gives them."""
+"""What a request can be refused with before it is admitted."""
 
 HOP_BOUNDS = tuple(m * 10.0**e for e in range(-5, 1) for m in (1.0, 2.5, 5.0)) + (10.0,)
 STEP_BOUNDS = tuple(b for b in HOP_BOUNDS if b >= 1e-4)
