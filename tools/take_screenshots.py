@@ -98,7 +98,7 @@ def shoot_chat(camera: Camera) -> None:
 
 
 def shoot_experts(camera: Camera) -> None:
-    """The map in its three colourings, light and dark, and a worker that dies."""
+    """The map by rows/s, light and dark, by worker, and a worker that dies."""
     with camera.page("/experts", "dark") as dark, camera.page("/experts") as page:
         page.wait_for_timeout(1000 * LINES_S)
         camera.keep(dark, "experts-dark", whole=True)
@@ -109,11 +109,8 @@ def shoot_experts(camera: Camera) -> None:
         camera.keep(page, "experts-cell")
         page.get_by_text("Worker", exact=True).first.click()
         camera.keep(page, "experts-by-worker")
-        page.get_by_text("Replicas", exact=True).first.click()
-        camera.keep(page, "experts-by-replicas")
         kill = page.get_by_role("button", name="Kill").first
         if kill.is_visible():
-            page.get_by_text("Worker", exact=True).first.click()
             kill.click()
             page.get_by_role("dialog").get_by_role("button", name="Kill").click()
             expect(page.locator("tr.joined")).to_be_visible(timeout=90_000)

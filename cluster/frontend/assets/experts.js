@@ -40,7 +40,7 @@ class Page {
 
   /** The load on the map: of the moment shown, or the last one before it. */
   get load() {
-    return this.history.loadAt(this.at_s ?? Infinity)?.load ?? null;
+    return this.history.lastWith("load", this.at_s ?? Infinity)?.load ?? null;
   }
 
   _listen() {
@@ -98,13 +98,19 @@ class Page {
     if (!frame) return;
     this._showMap(frame);
     this._showMoment(frame);
-    const changes = this.history.changesAt(frame.at_s, WORKERS_MARKED_S);
-    this._workers.show(frame, changes, this._picked);
+    this._showWorkers(frame);
     this._lines.show(this.history.frames, this.at_s);
   }
 
+  _showWorkers(frame) {
+    const known = this.history.lastWith("status", frame.at_s) ?? frame;
+    const changes = this.history.changesAt(frame.at_s, WORKERS_MARKED_S);
+    this._workers.show(known, changes, this._picked);
+    byId("workers").classList.toggle("stale", frame.status === null);
+  }
+
   _showMap(frame) {
-    const { load, top } = this.history.loadAt(frame.at_s) ?? frame;
+    const { load, top } = this.history.lastWith("load", frame.at_s) ?? frame;
     const changes = this.history.changesAt(frame.at_s, CELLS_MARKED_S);
     byId("empty").hidden = load !== null;
     if (!load) return;

@@ -16,9 +16,9 @@ const NAMES = {
 /** Changes from one frame to a later one; either may lack load or status. */
 export function changesBetween(before, after) {
   const changes = [];
-  if (before.status && after.status) changes.push(...ofMembers(before.status, after.status));
+  const [was, is] = [before.status, after.status];
+  if (was && is) changes.push(...ofMembers(was, is), ...ofCounters(was, is), ...ofTiers(was, is));
   if (before.load && after.load) changes.push(...ofHolders(before.load, after.load));
-  if (before.status && after.status) changes.push(...ofTiers(before.status, after.status));
   return changes.map((change) => ({ at_s: after.at_s, ...change }));
 }
 
@@ -86,4 +86,11 @@ function* ofTiers(before, after) {
       yield { kind: "scale", text: `${tier}: ${count(now, "worker")} wanted, ${old} before` };
     }
   }
+}
+
+function* ofCounters(before, after) {
+  const grown = (name) => (after.counters?.[name] ?? 0) - (before.counters?.[name] ?? 0);
+  const [deaths, replays] = [grown("deaths"), grown("replays")];
+  if (deaths > 0) yield { kind: "alarm", text: `${count(deaths, "worker")} died` };
+  if (replays > 0) yield { kind: "ready", text: `${count(replays, "request")} went on elsewhere` };
 }

@@ -34,12 +34,16 @@ export function readLoad(body) {
   };
 }
 
-/** `load` with the tables of `before` where they say the same, so that history shares them. */
+/** `load` with what `before` says in the same words, so that history keeps it once. */
 export function shareTables(load, before) {
-  const isSame =
-    before && before.epoch === load.epoch && before.workers.join() === load.workers.join();
-  return isSame ? { ...load, workers: before.workers, holders: before.holders } : load;
+  if (before?.workers.join() !== load.workers.join()) return load;
+  const isSame = before.epoch === load.epoch;
+  const holders = isSame ? before.holders : load.holders.map(sharedWith(before.holders));
+  return { ...load, workers: before.workers, holders };
 }
+
+const sharedWith = (old) => (holders, cell) =>
+  old[cell]?.join() === holders.join() ? old[cell] : holders;
 
 /** All that is known of one cell. */
 export function cellOf(load, cell) {

@@ -45,9 +45,9 @@ export class History {
     return this.frames.findLast((frame) => frame.at_s <= at_s) ?? this.frames[0] ?? null;
   }
 
-  /** The newest frame up to a moment that has a load, or null. */
-  loadAt(at_s) {
-    return this.frames.findLast((frame) => frame.load && frame.at_s <= at_s) ?? null;
+  /** The newest frame up to a moment that has a "load" or a "status", or null. */
+  lastWith(what, at_s) {
+    return this.frames.findLast((frame) => frame[what] && frame.at_s <= at_s) ?? null;
   }
 
   /** Changes of the `span_s` seconds before a moment. */

@@ -21,7 +21,8 @@ export function showLegend(place, load, look, ramp) {
 function ofRates(load, { top }, ramp) {
   const isClipped = load.rates.some((rate) => rate > top);
   const end = `${isClipped ? "≥ " : ""}${number(top)} rows/s`;
-  return ["0", scale(ramp, 0, 0.5), number(top / 4), scale(ramp, 0.5, 1), end]; // a square root's
+  const middle = top < 100 ? String(top / 4) : number(top / 4); // the scale is a square root's
+  return ["0", scale(ramp, 0, 0.5), middle, scale(ramp, 0.5, 1), end];
 }
 
 function scale(ramp, from, to) {
