@@ -1,9 +1,9 @@
 """Run all tests in the time that two cores allow.
 
-Unit tests keep one core busy; tests with a Ray cluster mostly wait for processes to start. So both
-run at the same time, the unit tests with their output in a file that is shown when they end. What
-times real failures has the machine to itself, afterwards. Arguments (a path, -k, ...) go to a
-single pytest as they are.
+Unit tests keep a core busy; tests with a Ray cluster mostly wait for processes to start. So both
+run at the same time, the unit tests in two halves that give way to the others, with their output
+in files that are shown when they end. What times real failures has the machine to itself, afterwards.
+Arguments (a path, -k, ...) go to a single pytest as they are.
 """
 
 from __future__ import annotations
@@ -15,12 +15,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 UNIT, RAY, ALONE = "not ray and not alone", "ray and not alone", "alone"
 NO_TESTS = 5  # pytest's exit status when nothing was selected
-UNIT_NICENESS = 5
+UNIT_NICENESS = 10
+TESTS = Path("tests")
+SECOND_HALF = ("benchmarks", "browser", "gpu", "k8s", "tools")
+"""Folders of tests whose unit tests take as long as all others."""
+
+
+def unit_halves() -> list[list[str]]:
+    """Paths for pytest: together, each test once."""
+    second = [str(TESTS / name) for name in SECOND_HALF]
+    found = {str(path) for path in (*TESTS.glob("*/"), *TESTS.glob("test_*.py"))}
+    return [
+        sorted(path for path in found if Path(path).name[:1] not in "_." and path not in second),
+        second,
+    ]
 
 
 def start(
@@ -34,18 +48,20 @@ def run_all() -> int:
     """The worst exit status. Ctrl-C ends what runs, as pytest does, and is passed on."""
     running: list[subprocess.Popen[bytes]] = []
     begun_s = time.monotonic()
-    with tempfile.TemporaryFile() as unit_output:
+    with ExitStack() as stack:
         try:
-            running.append(start(UNIT, ["-p", "no:cacheprovider"], UNIT_NICENESS, unit_output))
+            outputs = []
+            for paths in unit_halves():
+                outputs.append(stack.enter_context(tempfile.TemporaryFile()))
+                arguments = ["-p", "no:cacheprovider", *paths]
+                running.append(start(UNIT, arguments, UNIT_NICENESS, outputs[-1]))
             print("unit tests run in the background, tests on Ray here", flush=True)
             running.append(start(RAY, []))
-            statuses = [running[1].wait(), running[0].wait()]
-            unit_output.seek(0)
-            sys.stdout.flush()
-            sys.stdout.buffer.write(unit_output.read())
-            sys.stdout.flush()
+            statuses = [process.wait() for process in reversed(running)]
+            for output in outputs:
+                show(output)
             running.append(start(ALONE, []))
-            statuses.append(running[2].wait())
+            statuses.append(running[-1].wait())
         except KeyboardInterrupt:
             for process in running:
                 if process.poll() is None:
@@ -56,6 +72,13 @@ def run_all() -> int:
     worst = max(0 if status == NO_TESTS else abs(status) for status in statuses)
     print(f"all tests: {'passed' if not worst else 'FAILED'} in {took_s / 60:.1f} minutes")
     return worst
+
+
+def show(output: IO[bytes]) -> None:
+    output.seek(0)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(output.read())
+    sys.stdout.flush()
 
 
 def main() -> int:
