@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -22,16 +22,23 @@ from cluster.frontend.operations import Operations
 from cluster.frontend.service import InferenceService
 from cluster.members import Site, model_info
 from cluster.observability.cluster_metrics import ClusterMetrics
-from cluster.observability.exposition import CONTENT_TYPE, expose
+from cluster.observability.exposition import CONTENT_TYPE
 from cluster.observability.member_samples import MemberSamples
-from cluster.observability.rates import RequestRates
+from cluster.observability.rates import Samples
 from cluster.observability.request_log import RequestLog
 from cluster.observability.request_metrics import RequestMetrics
-from cluster.observability.status import count_events, describe_tiers, describe_workers
+from cluster.observability.status import (
+    count_events,
+    count_requests,
+    describe_tiers,
+    describe_workers,
+)
 from cluster.observability.text_log import LoggedBackend
 from cluster.tokenizer import Tokenizer
 from experts.directory.client import DirectoryClient
 from experts.metrics import Sample
+
+View = TypeVar("View")
 
 
 class IngressMember:
@@ -41,7 +48,6 @@ class IngressMember:
         config = site.config
         self._config = config
         self._requests = RequestMetrics(config.model_name)
-        self._rates = RequestRates(self._requests)
         self.samples = MemberSamples(self._samples)
         self._tracer = site.open_tracer("ingress", worker_id)
         self.pool = AttentionPool(site.secret)
@@ -51,7 +57,7 @@ class IngressMember:
             site.secret,
             site.register("ingress", worker_id, ""),
             self.pool.on_snapshot,
-            metrics_source=site.told(self.samples),
+            metrics_source=site.told(self._told),
         )
         self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
         self.metrics = ClusterMetrics(worker_id, self.samples, self._line.ask_metrics)
@@ -88,20 +94,26 @@ class IngressMember:
         @app.get("/status")
         async def status() -> Response:
             """Who serves, who holds how much, how busy everybody is."""
-            return json_response(await asyncio.to_thread(self._status))
+            return json_response(await self._read(self._status))
 
         if self._config.observability.metrics:
 
             @app.get("/metrics")
             async def metrics() -> Response:
                 """Numbers of every worker, in Prometheus' text format."""
-                text = await asyncio.to_thread(lambda: expose(self.metrics.read().items()))
-                return Response(text, media_type=CONTENT_TYPE)
+                return Response(await self._read(self.metrics.text), media_type=CONTENT_TYPE)
 
         return app
 
+    async def _read(self, view: Callable[[], View]) -> View:
+        """Not in the default executor, in which prompts become tokens."""
+        return await asyncio.get_running_loop().run_in_executor(self.metrics.thread, view)
+
+    def _told(self) -> Sequence[Sample]:
+        self.metrics.tick()  # the line to the directory asks once a second
+        return self.samples()
+
     def _samples(self) -> Iterator[Sample]:
-        self._rates.note()  # the line to the directory asks once a second
         yield from self._requests.samples()
         yield Sample("shoal_requests_replayed_total", (), self.service.ledger.num_replays)
         yield Sample("shoal_requests_parked", (), self.pool.num_parked)
@@ -109,7 +121,6 @@ class IngressMember:
     def _status(self) -> dict[str, Any]:
         snapshot, state, engines = self.pool.snapshot(), self.pool.ready(), self.pool.stats()
         samples = self.metrics.read()
-        replays = self.service.ledger.num_replays
         return {
             "model": self.service.model.name,
             "ready": state.ready,
@@ -117,9 +128,9 @@ class IngressMember:
             "epoch": snapshot.epoch if snapshot else 0,
             "scale": snapshot.scale if snapshot else {},
             "tiers": describe_tiers(samples),
-            "rates": self._describe_rates(engines),
-            "counters": count_events(samples, engines, replays),
-            "replays": replays,
+            "rates": self._describe_rates(samples, engines),
+            "counters": count_events(samples, engines),
+            "replays": self.service.ledger.num_replays,
             "parked": self.pool.num_parked,
             "chaos": self._config.enable_chaos and self._operations is not None,
             "operations": self._operations is not None,
@@ -127,17 +138,11 @@ class IngressMember:
             "engines": [stats.model_dump() for stats in engines],
         }
 
-    def _describe_rates(self, engines: Sequence[Stats]) -> dict[str, Any] | None:
-        """Of the requests to this ingress; what runs and waits is everybody's."""
+    def _describe_rates(self, samples: Samples, engines: Sequence[Stats]) -> dict[str, Any] | None:
+        """Of the whole cluster: every ingress tells the same."""
         if not self._config.observability.metrics:
             return None
-        return {
-            **self._rates.read(),
-            "requests_running": sum(stats.num_running for stats in engines),
-            "requests_waiting": sum(stats.num_waiting for stats in engines),
-            "refused": self._requests.refused.total(),
-            "cancelled": self._requests.cancelled,
-        }
+        return {**self.metrics.rates.read(), **count_requests(samples, engines)}
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return when requests are served. Raises TimeoutError that says how far things are."""
@@ -147,6 +152,7 @@ class IngressMember:
     def close(self) -> None:
         self.loads.close()
         self._line.close()
+        self.metrics.close()
         self.pool.close()
         if self._tracer is not None:
             self._tracer.close()

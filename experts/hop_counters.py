@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from experts.channel.frame import Frame
 from experts.hop import Fault
-from experts.metrics import Histogram
+from experts.metrics import HOP_BOUNDS_S, Histogram
 
-HOP_BOUNDS_S = (*(m * 10.0**e for e in range(-5, 1) for m in (1.0, 2.5, 5.0)), 10.0)
 MAX_UNSORTED = 65_536
 """Answers between two looks; of more the oldest are left out of the histograms."""
 

@@ -17,6 +17,9 @@ LabelName = Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]
 LabelValue = Annotated[str, Field(max_length=128)]
 Labels = Annotated[tuple[tuple[LabelName, LabelValue], ...], Field(max_length=8)]
 
+HOP_BOUNDS_S = (*(m * 10.0**e for e in range(-5, 1) for m in (1.0, 2.5, 5.0)), 10.0)
+"""Of the histograms of hops."""
+
 
 class Sample(NamedTuple):
     """One series at one moment, named as Prometheus names it: `_total`, `_bucket`, `_sum`, ..

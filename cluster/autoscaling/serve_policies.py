@@ -80,6 +80,8 @@ class _LoadPolicy:
             decision = self._decide(ctx)
         except Exception as error:
             self._notice("error", f"{type(error).__name__}: {error}; the target is held")
+            with suppress(Exception):
+                self._count(ctx.deployment_name, "error")
             return ctx.target_num_replicas, {}
         self._memory = decision.memory
         with suppress(Exception):  # what cannot be logged or counted is decided all the same

@@ -48,7 +48,7 @@ class ExpertStats(WorkerStats):
     queue_p95_ms: Amount
     """95th percentile of how long the batches waited for their turn; 0 without batches."""
     rows_per_s: Amount
-    """Token rows computed."""
+    """(token, expert) pairs computed: unlike tokens, as many however many workers share them."""
     num_held: Amount
     """(layer, expert) pairs that it can compute now."""
     num_slots: Amount
@@ -94,7 +94,7 @@ class ExpertCounters(Protocol):
     @property
     def busy_s(self) -> float: ...
     @property
-    def rows(self) -> int: ...
+    def pairs(self) -> int: ...
     @property
     def queue_us_buckets(self) -> Sequence[int]:
         """Batches by `queue_us.bit_length()`: bucket b counts waits of [2^(b-1), 2^b) us."""
@@ -133,7 +133,7 @@ class ExpertMeter:
             # A batch counts when it ends, so a long one may fill more than its interval.
             busy_fraction=min(1.0, max(0.0, counters.busy_s - self._busy_s) / elapsed_s),
             queue_p95_ms=quantile_us(waits, 0.95) / 1e3,
-            rows_per_s=max(0, counters.rows - self._rows) / elapsed_s,
+            rows_per_s=max(0, counters.pairs - self._pairs) / elapsed_s,
             num_held=num_held,
             num_slots=0 if is_drained else self._num_slots,
             num_experts=self._num_experts,
@@ -145,7 +145,7 @@ class ExpertMeter:
     def _remember(self, now_s: float) -> None:
         self._read_s = now_s
         self._busy_s = self._counters.busy_s
-        self._rows = self._counters.rows
+        self._pairs = self._counters.pairs
         self._waits = list(self._counters.queue_us_buckets)
 
 

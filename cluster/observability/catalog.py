@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from attention.metrics import STEP_BOUNDS_S
 from cluster.errors import TABLE, EngineFailed, MethodNotAllowed
+from experts.metrics import HOP_BOUNDS_S
 
 Kind = Literal["counter", "gauge", "histogram"]
 MemberRole = Literal["placement", "experts", "router", "attention", "ingress", "controller"]
 Bounds = tuple[float, ...]
 
-MAX_LAYERS = 128
-TOP_EXPERTS = 16
 OTHER = "other"
 """Label value for what is outside its set."""
 
@@ -43,8 +43,6 @@ ERROR_CODES = frozenset(
 )
 """What a request can be refused with before it is admitted."""
 
-HOP_BOUNDS = tuple(m * 10.0**e for e in range(-5, 1) for m in (1.0, 2.5, 5.0)) + (10.0,)
-STEP_BOUNDS = tuple(b for b in HOP_BOUNDS if b >= 1e-4)
 QUEUE_BOUNDS = tuple(2**bits / 1e6 for bits in range(4, 25))
 """Seconds: 16 us to 17 s."""
 TTFT_BOUNDS = (
@@ -119,12 +117,14 @@ METRICS: tuple[Metric, ...] = (
     _engines.gauge("num_requests_waiting", "Sequences that wait for their first step."),
     _engines.gauge("num_requests_swapped", "Always 0: what is preempted is computed again."),
     _engines.gauge("kv_cache_usage_perc", "Part of the cache blocks in use, 0 to 1."),
-    _engines.counter("prompt_tokens", "Prompt tokens, those of shared blocks included."),
+    _engines.counter(
+        "prompt_tokens", "Tokens of the prompts taken in, each prompt once, cached ones included."
+    ),
     _engines.counter("generation_tokens", "Tokens generated."),
-    _engines.counter("prefix_cache_queries", "Tokens looked up in the prefix cache."),
-    _engines.counter("prefix_cache_hits", "Tokens found in the prefix cache."),
+    _engines.counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    _engines.counter("prefix_cache_hits", "Of these, those found there."),
     _engines.counter("num_preemptions", "Sequences preempted for lack of blocks."),
-    # vLLM's, of the requests
+    # vLLM's, of the requests; all but the gaps between outputs of those that ended well
     _requests.histogram("time_to_first_token_seconds", "To the first token.", TTFT_BOUNDS),
     _requests.histogram(
         "inter_token_latency_seconds", "Between two outputs of a sequence.", TOKEN_TIME_BOUNDS
@@ -132,7 +132,7 @@ METRICS: tuple[Metric, ...] = (
     _requests.histogram(
         "request_time_per_output_token_seconds", "Mean after the first.", TOKEN_TIME_BOUNDS
     ),
-    _requests.histogram("e2e_request_latency_seconds", "To the end.", REQUEST_TIME_BOUNDS),
+    _requests.histogram("e2e_request_latency_seconds", "To a good end.", REQUEST_TIME_BOUNDS),
     _requests.histogram("request_queue_time_seconds", "Not computing.", REQUEST_TIME_BOUNDS),
     _requests.histogram(
         "request_prefill_time_seconds", "From first step to first token.", REQUEST_TIME_BOUNDS
@@ -146,6 +146,7 @@ METRICS: tuple[Metric, ...] = (
     # requests, ours
     _ingress.counter("requests_replayed", "Sequences continued on another attention worker."),
     _ingress.gauge("requests_parked", "Sequences that wait for an attention worker."),
+    _ingress.counter("requests_admitted", "Requests taken in, however they end."),
     _ingress.counter("requests_refused", "Requests that were not admitted.", "code"),
     _ingress.counter("requests_failed", "Admitted requests that ended in an error.", "code"),
     _ingress.counter("requests_cancelled", "Requests whose client went away."),
@@ -157,18 +158,24 @@ METRICS: tuple[Metric, ...] = (
         "worker_busy", "Part of the time spent computing, of an engine in steps, 0 to 1."
     ),
     _attention.counter("worker_requests", "Sequences taken in."),
-    _experts.counter("worker_rows", "Token rows computed."),
-    _experts.gauge("worker_rows_per_s", "Token rows computed a second."),
+    _attention.counter(
+        "recomputed_tokens", "Computed again, after a preemption or another worker's end."
+    ),
+    _experts.counter("worker_rows", "Rows computed: (token, expert) pairs."),
+    _experts.gauge("worker_rows_per_s", "Rows, (token, expert) pairs, computed a second."),
     _experts.counter("worker_batches", "Batches computed."),
     _serving.gauge("worker_waiting_batches", "Batches that wait for their turn."),
     _experts.histogram("worker_queue_seconds", "Batches' waits for their turn.", QUEUE_BOUNDS),
     _experts.counter("worker_refusals", "Batches not computed.", "reason"),
     _experts.gauge("experts_held", "(layer, expert) pairs that can be computed."),
-    _attention.histogram("step_seconds", "Steps of the engine.", STEP_BOUNDS),
+    _attention.histogram("step_seconds", "Steps of the engine.", STEP_BOUNDS_S),
     _attention.counter("step_errors", "Steps that failed."),
     # hops
     _routing.histogram(
-        "hop_seconds", "Hops to expert workers: in its queue, computing, else.", HOP_BOUNDS, "part"
+        "hop_seconds",
+        "Hops to expert workers: in its queue, computing, else.",
+        HOP_BOUNDS_S,
+        "part",
     ),
     _routing.counter("hop_faults", "Hops without a usable answer.", "fault"),
     _routing.counter("hedges", "Batches sent to another holder as well."),
@@ -189,7 +196,9 @@ METRICS: tuple[Metric, ...] = (
     _placement.gauge(
         "layer_imbalance", "Rows of a layer's busiest worker over their mean; 1 is even.", "layer"
     ),
-    _placement.gauge("expert_rows_per_s", "Rows a second of the busiest experts.", "rank"),
+    _placement.gauge(
+        "expert_rows_per_s", "Rows, (token, expert) pairs, a second of the busiest experts.", "rank"
+    ),
     _placement.gauge("expert_rank_layer", "Layer of the expert of a rank, -1: none.", "rank"),
     _placement.gauge("expert_rank_expert", "Id of the expert of a rank, -1: none.", "rank"),
     # told by Serve's controller, to Ray only

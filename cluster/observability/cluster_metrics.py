@@ -6,8 +6,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+from cluster.observability.exposition import Exposition
+from cluster.observability.rates import ClusterRates, Samples
 from experts.messages import MetricsReply
 from experts.metrics import Sample
 
@@ -15,9 +18,8 @@ logger = logging.getLogger(__name__)
 
 SHARED_S = 0.5
 """So long an answer of the directory serves all who ask. Members report once a second."""
-
-Samples = Mapping[str, Sequence[Sample]]
-"""By worker id."""
+NOTED_EVERY_S = 10.0
+"""At least."""
 
 
 class ClusterMetrics:
@@ -30,22 +32,51 @@ class ClusterMetrics:
         ask: Callable[[], MetricsReply],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """own: the samples of this worker, always fresh. `ask` blocks and raises OSError."""
+        """own: the samples of this worker. `ask` blocks and raises OSError."""
         self._worker_id = worker_id
         self._own = own
         self._ask = ask
         self._clock = clock
         self._lock = threading.Lock()
         self._asked_s = -math.inf
-        self._others: Samples = {}
+        self._workers: Samples = {}
+        self._exposition = Exposition()
+        self._text: bytes | None = None
+        self.rates = ClusterRates(clock)
+        self.thread = ThreadPoolExecutor(1, "cluster-metrics")
+        """For readers that must not block: a directory that hangs holds up no other work."""
 
     def read(self) -> Samples:
         """Of all workers; while the directory is away, this one's. Blocks for seconds at most."""
         with self._lock:
-            if self._clock() - self._asked_s >= SHARED_S:
-                self._others = self._ask_all()
-                self._asked_s = self._clock()
-            return {**self._others, self._worker_id: self._own()}
+            return self._read()
+
+    def text(self) -> bytes:
+        """The same for Prometheus."""
+        with self._lock:
+            workers = self._read()
+            if self._text is None:
+                self._text = self._exposition.text(workers.items())
+            return self._text
+
+    def tick(self) -> None:
+        """To be called about once a second, so that rates are known to the first who asks too.
+        Returns at once."""
+        if self._clock() - self._asked_s >= NOTED_EVERY_S:
+            self.thread.submit(self.read)
+
+    def close(self) -> None:
+        """End the thread, after what it is at."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self) -> Samples:
+        if self._clock() - self._asked_s >= SHARED_S:
+            others = self._ask_all()
+            self._asked_s = self._clock()
+            self._workers = {**others, self._worker_id: self._own()}
+            self._text = None
+            self.rates.note(self._workers)
+        return self._workers
 
     def _ask_all(self) -> Samples:
         try:

@@ -47,8 +47,8 @@ class ExpertSamples:
     def __call__(self) -> Iterator[Sample]:
         worker, counters = self._worker, self._worker.counters
         yield Sample("shoal_worker_busy", (), min(1.0, self._busy.read(counters.busy_s)))
-        yield Sample("shoal_worker_rows_total", (), counters.rows)
-        yield Sample("shoal_worker_rows_per_s", (), self._rows.read(counters.rows))
+        yield Sample("shoal_worker_rows_total", (), counters.pairs)
+        yield Sample("shoal_worker_rows_per_s", (), self._rows.read(counters.pairs))
         yield Sample("shoal_worker_batches_total", (), counters.batches)
         yield Sample("shoal_worker_waiting_batches", (), worker.num_waiting)
         yield Sample("shoal_experts_held", (), len(worker.holds))
@@ -108,15 +108,16 @@ class AttentionSamples:
             "num_requests_waiting": stats.num_waiting,
             "num_requests_swapped": 0,
             "kv_cache_usage_perc": 1 - stats.kv_blocks_free / max(1, stats.kv_blocks_total),
-            "prompt_tokens_total": stats.prompt_tokens + stats.cached_tokens,
+            "prompt_tokens_total": stats.admitted_prompt_tokens,
             "generation_tokens_total": stats.generated_tokens,
-            "prefix_cache_queries_total": stats.prompt_tokens + stats.cached_tokens,
-            "prefix_cache_hits_total": stats.cached_tokens,
+            "prefix_cache_queries_total": stats.admitted_prompt_tokens,
+            "prefix_cache_hits_total": stats.admitted_cached_tokens,
             "num_preemptions_total": stats.num_preemptions,
         }.items():
             yield Sample(f"vllm_{name}", self._model, value)
         yield Sample("shoal_worker_busy", (), min(1.0, self._busy.read(stats.busy_s)))
         yield Sample("shoal_worker_requests_total", (), stats.requests_received)
+        yield Sample("shoal_recomputed_tokens_total", (), stats.recomputed_tokens)
         yield from self._worker.engine.step_times.samples("shoal_step_seconds")
         yield Sample("shoal_step_errors_total", (), stats.step_errors)
         if isinstance(self._moe, RouterClient):

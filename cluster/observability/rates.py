@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
 from typing import Any
 
-from cluster.observability.request_metrics import RequestMetrics
-from experts.metrics import Histogram
+from cluster.observability.catalog import METRIC_OF
+from experts.metrics import Sample
 
 WINDOW_S = 10.0
 MIN_INTERVAL_S = 1.0
+COUNTED = {
+    "generated_tokens_per_s": "vllm_generation_tokens_total",
+    "prompt_tokens_per_s": "vllm_prompt_tokens_total",
+    "requests_per_s": "shoal_requests_admitted_total",
+}
+TIMED = {
+    "ttft_s": "vllm_time_to_first_token_seconds_bucket",
+    "itl_s": "vllm_inter_token_latency_seconds_bucket",
+}
+WATCHED = {*COUNTED.values(), *TIMED.values()}
+
+Samples = Mapping[str, Sequence[Sample]]
+"""By worker id."""
+Series = tuple[str, str]
+"""Name and bound of a bucket, "" of others: summed over all other labels."""
 
 
 class Rate:
@@ -39,83 +54,74 @@ class Rate:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Counters of the requests at one time."""
+    """How much the series had grown at one time."""
 
     at_s: float
-    num_requests: int
-    prompt_tokens: int
-    generated_tokens: int
-    first_tokens: tuple[int, ...]
-    """Counts of the histogram, as are the gaps."""
-    gaps: tuple[int, ...]
+    grown: Mapping[Series, float]
 
 
-class RequestRates:
-    """The requests of an ingress over the last WINDOW_S, as far as somebody called `note` about
-    once a second. Any thread."""
+class ClusterRates:
+    """Of the requests of the whole cluster over the last WINDOW_S, as far as somebody called `note`
+    meanwhile. Any thread."""
 
-    def __init__(
-        self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._metrics = metrics
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = Lock()
-        self._moments = deque([self._now()])
+        self._values: Mapping[tuple[str, Series], float] = {}
+        self._moments: deque[_Moment] = deque()
 
-    def note(self) -> _Moment:
-        """Remember the counters of now, forget those that no window needs. Returns the oldest."""
+    def note(self, workers: Samples) -> None:
+        """Remember how much the workers' counters have grown since the last time. Of one that was
+        not here then, it is not known: it may have counted for days."""
         with self._lock:
-            now = self._now()
-            if now.at_s - self._moments[-1].at_s >= MIN_INTERVAL_S / 2:
-                self._moments.append(now)
-            while len(self._moments) > 1 and now.at_s - self._moments[1].at_s >= WINDOW_S:
+            now_s, values = self._clock(), dict(_watched(workers))
+            grown = defaultdict(float, self._moments[-1].grown if self._moments else {})
+            for key in values.keys() & self._values.keys():
+                grown[key[1]] += max(0.0, values[key] - self._values[key])
+            self._values = values
+            self._moments.append(_Moment(now_s, grown))
+            while len(self._moments) > 1 and now_s - self._moments[1].at_s >= WINDOW_S:
                 self._moments.popleft()
-            return self._moments[0]
 
     def read(self) -> dict[str, Any]:
-        """For /status. Quantiles are None without a value in the window."""
-        first, last = self.note(), self._now()
-        window_s = max(last.at_s - first.at_s, 1e-3)
+        """For /status, after the first note. Quantiles are None without a value in the window."""
+        with self._lock:
+            first, last = self._moments[0], self._moments[-1]
+        window_s = last.at_s - first.at_s
+
+        def grown(series: Series) -> float:
+            return last.grown.get(series, 0.0) - first.grown.get(series, 0.0)
+
         return {
             "window_s": window_s,
-            "generated_tokens_per_s": (last.generated_tokens - first.generated_tokens) / window_s,
-            "prompt_tokens_per_s": (last.prompt_tokens - first.prompt_tokens) / window_s,
-            "requests_per_s": (last.num_requests - first.num_requests) / window_s,
-            "ttft_s": _quantiles(
-                self._metrics.time_to_first_token, first.first_tokens, last.first_tokens
-            ),
-            "itl_s": _quantiles(self._metrics.inter_token_latency, first.gaps, last.gaps),
+            **{key: grown((name, "")) / max(window_s, 1e-3) for key, name in COUNTED.items()},
+            **{key: _quantiles(METRIC_OF[name].bounds, name, grown) for key, name in TIMED.items()},
         }
 
-    def _now(self) -> _Moment:
-        metrics = self._metrics
-        return _Moment(
-            self._clock(),
-            metrics.num_requests,
-            metrics.prompt_tokens,
-            metrics.generated_tokens,
-            tuple(metrics.time_to_first_token.counts),
-            tuple(metrics.inter_token_latency.counts),
-        )
+
+def _watched(workers: Samples) -> Iterator[tuple[tuple[str, Series], float]]:
+    """(worker, series) and its value, of what the rates are made of."""
+    for worker_id, samples in workers.items():
+        for name, labels, value in samples:
+            if name in WATCHED:
+                yield (worker_id, (name, dict(labels).get("le", ""))), value
 
 
 def _quantiles(
-    histogram: Histogram, before: Sequence[int], after: Sequence[int]
+    bounds: Sequence[float], name: str, grown: Callable[[Series], float]
 ) -> dict[str, float] | None:
-    counts = [new - old for new, old in zip(after, before, strict=True)]
-    if not any(counts):
+    at_most = [grown((name, str(bound))) for bound in (*bounds, "+Inf")]
+    if not at_most[-1]:
         return None
-    return {
-        "p50": quantile(histogram.bounds, counts, 0.5),
-        "p99": quantile(histogram.bounds, counts, 0.99),
-    }
+    counts = [more - less for less, more in pairwise((0.0, *at_most))]
+    return {"p50": quantile(bounds, counts, 0.5), "p99": quantile(bounds, counts, 0.99)}
 
 
-def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float:
+def quantile(bounds: Sequence[float], counts: Sequence[float], part: float) -> float:
     """Of values counted by upper bound and evenly spread below it; those above the last bound
     count as that. bounds: [B]; counts: [B + 1], not all zero."""
     rank = part * sum(counts)
-    below = 0
+    below = 0.0
     for (low, high), count in zip(pairwise((0.0, *bounds)), counts[:-1], strict=True):
         if count and below + count >= rank:
             return low + (high - low) * (rank - below) / count

@@ -23,12 +23,9 @@ class RequestMetrics:
     """
 
     def __init__(self, model: str) -> None:
-        self.num_requests = 0
-        """Admitted."""
-        self.prompt_tokens = self.generated_tokens = 0
-        self.refused = _zeros(ERROR_CODES)
-        self.cancelled = 0
         self._model: Labels = (("model_name", model),)
+        self._admitted = self._cancelled = 0
+        self._refused = _zeros(ERROR_CODES)
         self._failed = _zeros(FAILURE_CODES)
         self._finished = Counter(dict.fromkeys(FINISHED_REASONS, 0))
         self._expert_s = 0.0
@@ -37,27 +34,27 @@ class RequestMetrics:
             for metric in METRICS
             if metric.kind == "histogram" and metric.roles == ("ingress",)
         }
-        self.time_to_first_token = self._histograms["vllm_time_to_first_token_seconds"]
-        self.inter_token_latency = self._histograms["vllm_inter_token_latency_seconds"]
 
     # ---- as RequestObserver
 
     def on_started(self, request_id: str) -> None:
-        self.num_requests += 1
+        self._admitted += 1
 
     def on_refused(self, request_id: str, code: str) -> None:
-        self.refused[code if code in ERROR_CODES else OTHER] += 1
+        self._refused[code if code in ERROR_CODES else OTHER] += 1
+
+    def on_kept(self, request_id: str) -> None:
+        """Nothing: it ran no request."""
 
     def on_tokens(self, num_tokens: int, gap_s: float | None) -> None:
-        self.generated_tokens += num_tokens
         if gap_s is not None:
-            self.inter_token_latency.observe(gap_s)
+            self._see("inter_token_latency_seconds", gap_s)
 
     def on_finished(self, record: RequestRecord) -> None:
-        self.prompt_tokens += record.prompt_tokens
         self._expert_s += record.timing.expert_ms / 1e3
         self._count_end(record)
-        self._observe(record)
+        if record.outcome == "ok":  # fast failures would make the latencies look better
+            self._observe(record)
 
     # ---- for others
 
@@ -68,9 +65,10 @@ class RequestMetrics:
         for reason, count in self._finished.items():
             labels = (*self._model, ("finished_reason", reason))
             yield Sample("vllm_request_success_total", labels, count)
-        yield from _by_code("shoal_requests_refused_total", self.refused)
+        yield Sample("shoal_requests_admitted_total", (), self._admitted)
+        yield from _by_code("shoal_requests_refused_total", self._refused)
         yield from _by_code("shoal_requests_failed_total", self._failed)
-        yield Sample("shoal_requests_cancelled_total", (), self.cancelled)
+        yield Sample("shoal_requests_cancelled_total", (), self._cancelled)
         yield Sample("shoal_request_expert_seconds_total", (), self._expert_s)
 
     # ---- inside
@@ -80,7 +78,7 @@ class RequestMetrics:
             self._finished[reason if reason in FINISHED_REASONS else "error"] += 1
         unfinished = record.num_sequences - len(record.finish_reasons)
         if record.outcome == "cancelled":
-            self.cancelled += 1
+            self._cancelled += 1
             self._finished["abort"] += unfinished
         elif record.outcome == "error":
             self._failed[record.code if record.code in FAILURE_CODES else OTHER] += 1

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from attention.messages import Stats
-from cluster.observability.cluster_metrics import Samples, by_label, sum_of, value_of
+from cluster.observability.cluster_metrics import by_label, sum_of, value_of
+from cluster.observability.rates import Samples
 from experts.messages import Snapshot, WorkerInfo
 from experts.metrics import Sample
 
@@ -42,14 +43,25 @@ def describe_tiers(samples: Samples) -> Json:
     }
 
 
-def count_events(samples: Samples, engines: Sequence[Stats], num_replays: int) -> Json:
-    """What has happened since the start of those who count it."""
+def count_events(samples: Samples, engines: Sequence[Stats]) -> Json:
+    """What has happened in the whole cluster: deaths and moves since Placement's start; replays,
+    hedges and preemptions as far as workers that live count them, so they may shrink."""
     return {
-        "replays": num_replays,
+        "replays": int(sum_of(samples, "shoal_requests_replayed_total")),
         "deaths": int(sum_of(samples, "shoal_worker_deaths_total")),
         "moves": int(sum_of(samples, "shoal_expert_moves_total")),
         "hedges": int(sum_of(samples, "shoal_hedges_total")),
         "preemptions": sum(stats.num_preemptions for stats in engines),
+    }
+
+
+def count_requests(samples: Samples, engines: Sequence[Stats]) -> Json:
+    """Sequences that run and wait now; requests refused and cancelled by the live ingresses."""
+    return {
+        "requests_running": sum(stats.num_running for stats in engines),
+        "requests_waiting": sum(stats.num_waiting for stats in engines),
+        "refused": int(sum_of(samples, "shoal_requests_refused_total")),
+        "cancelled": int(sum_of(samples, "shoal_requests_cancelled_total")),
     }
 
 

@@ -177,6 +177,18 @@ def test_a_broken_context_holds_the_target(name: str) -> None:
     assert ExpertLoadPolicy()(ctx)[0] == 2
 
 
+def test_every_decision_is_counted_by_its_cause_a_policy_that_raises_too() -> None:
+    config = serve_config(PROMPT)
+    policy = ExpertLoadPolicy()
+    counted: list[tuple[str, str]] = []
+    policy._count = lambda *labels: counted.append(labels)  # type: ignore[method-assign]
+    policy(context([expert(0.5)] * 3, config))
+    broken = context([expert(0.5)] * 3, config)
+    broken.running_replicas = None  # type: ignore[assignment]
+    policy(broken)
+    assert counted == [("Experts", "steady"), ("Experts", "error")]
+
+
 def test_a_change_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     config = serve_config(PROMPT)
     policy = serve_calls(config)

@@ -31,7 +31,7 @@ class Clock:
 @dataclass
 class Counters:
     busy_s: float = 0.0
-    rows: int = 0
+    pairs: int = 0
     queue_us_buckets: list[int] = field(default_factory=lambda: [0] * 33)
 
 
@@ -43,9 +43,9 @@ def engine(**changes: Any) -> Stats:
 
 
 def test_rates_are_those_since_the_last_reading() -> None:
-    clock, counters = Clock(), Counters(busy_s=7.0, rows=900)
+    clock, counters = Clock(), Counters(busy_s=7.0, pairs=900)
     meter = ExpertMeter(counters, num_slots=8, num_experts=16, clock=clock)
-    counters.busy_s, counters.rows = 7.5, 1400
+    counters.busy_s, counters.pairs = 7.5, 1400
     counters.queue_us_buckets[11] = 10
     clock.now_s += 2
     first = meter.read(num_held=6)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from attention.metrics import STEP_BOUNDS_S
 from cluster.config import parse_config
 from cluster.errors import TABLE, InvalidRequest
 from cluster.frontend.checks import check_length, check_number
@@ -23,15 +23,12 @@ from cluster.observability.catalog import (
     BY_NAME,
     ERROR_CODES,
     FAILURE_CODES,
-    HOP_BOUNDS,
     METRIC_OF,
     METRICS,
-    STEP_BOUNDS,
     MemberRole,
     series_of,
 )
 from cluster.observability.member_samples import MemberSamples
-from experts.hop_counters import HOP_BOUNDS_S
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Sample
 
@@ -118,9 +115,13 @@ def test_attention_workers_that_route_themselves_tell_the_hops(
     assert len(set(hops.values())) == 1 and min(hops.values()) > 0
 
 
-def test_bounds_are_those_that_are_counted_by() -> None:
-    assert HOP_BOUNDS == HOP_BOUNDS_S
-    assert STEP_BOUNDS == STEP_BOUNDS_S
+@pytest.mark.parametrize("role", ROLES)
+def test_bounds_are_those_that_are_counted_by(cluster: InlineCluster, role: MemberRole) -> None:
+    bounds: dict[str, set[str]] = {}
+    for name, labels, _ in samples_of(cluster, role):
+        if "le" in dict(labels):
+            bounds.setdefault(METRIC_OF[name].name, set()).add(dict(labels)["le"])
+    assert bounds == {name: {*map(str, BY_NAME[name].bounds), "+Inf"} for name in bounds}
 
 
 def test_all_codes_of_errors_are_known() -> None:
@@ -162,9 +163,21 @@ def test_a_request_is_counted(cluster: InlineCluster, client: TestClient) -> Non
     assert grown("ingress", "vllm_request_generation_tokens_sum") == 5
     assert grown("ingress", "vllm_request_prompt_tokens_sum") == 5
     assert grown("ingress", "shoal_request_expert_seconds_total") > 0
+    assert grown("ingress", "shoal_requests_admitted_total") == 1
     num_hops = 3 * 5  # MoE layers, steps; each to at least one worker
     assert grown("router", "shoal_hop_seconds_count") >= num_hops
     assert grown("experts", "shoal_worker_batches_total") > 0
+
+
+def test_rows_of_a_worker_are_those_of_its_experts(
+    cluster: InlineCluster, client: TestClient
+) -> None:
+    """One per token and expert, as in the heat map, where a page shows both."""
+    assert client.post("/v1/completions", json=REQUEST).status_code == 200
+    for member in cluster.experts:
+        by_expert = np.frombuffer(member.worker.load_counter.report().rows, "<i8")
+        rows = values(member.samples())["shoal_worker_rows_total"]
+        assert 0 < rows == by_expert.sum()
 
 
 def families_of(client: TestClient) -> dict[str, Any]:
