@@ -224,9 +224,11 @@ class Times(Section):
 
 
 class AlertLimits(Section):
-    """What is too slow, in the slowest hundredth over ten minutes; below what the histograms can
-    tell."""
+    """What is too slow: a start, or the slowest hundredth over ten minutes; of the latter less than
+    the histograms can tell."""
 
+    start_s: Annotated[int, Field(ge=60, le=86_400)] = 900
+    """So long a worker may take until it is ready: its pod, its image, its weights."""
     first_token_s: Annotated[float, Field(gt=0, lt=2560)] = 10.0
     token_gap_s: Annotated[float, Field(gt=0, lt=80)] = 0.5
     """Between two tokens of a stream."""

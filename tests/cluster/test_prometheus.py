@@ -42,6 +42,8 @@ DATA_TIMEOUT_S = 90.0
 VARIABLES = {"$job": ".*", "$cluster": ".*", "$__rate_interval": "1m"}
 RAYS_VARIABLES = {"$deployment": ".*", "$vllm_model_name": ".*", "$workerid": ".*"}
 RAYS_VARIABLES |= {"$interval": "1m", "[24h:1m]": "[10m:1s]"}  # looks at more than whole minutes
+BRIEFLY_TRUE = {"ShoalWorkersMissing", "ShoalScalingBlind", "ShoalHopsFail"}
+"""While a dead worker is replaced; none fires then, for it must be so for 15 minutes."""
 NOT_OURS = ("nixl", "kv_offload", "external_prefix_cache")
 """Features of vLLM that stock panels show besides."""
 
@@ -209,8 +211,8 @@ def test_every_alert_looks_at_series_that_there_are(prometheus: Prometheus) -> N
 
 def test_every_rule_is_evaluated_and_one_death_calls_nobody(prometheus: Prometheus) -> None:
     wait_for("all were evaluated", lambda: {r["health"] for r in rules(prometheus)} == {"ok"})
-    firing = {rule["name"] for rule in rules(prometheus) if rule["state"] == "firing"}
-    assert firing <= {"ShoalFramesDamaged"}
+    active = {rule["name"] for rule in rules(prometheus) if rule["state"] != "inactive"}
+    assert active <= BRIEFLY_TRUE
 
 
 def test_the_harm_was_counted(prometheus: Prometheus) -> None:

@@ -19,7 +19,7 @@ from cluster.deploy.manifests.alerts import alerts
 from cluster.deploy.manifests.boards import BOARDS, TAG
 from cluster.deploy.manifests.grafana import COLUMNS, SIZES, Board, dump
 from cluster.deploy.manifests.monitoring import TARGET_LABELS, by_hand
-from cluster.deploy.manifests.promql import Queries
+from cluster.deploy.manifests.promql import NoneOf, Queries
 from cluster.deploy.sections import AlertLimits
 from cluster.observability.catalog import METRICS
 from tests.k8s.deployments import deployment, rendered, templates
@@ -34,6 +34,7 @@ NOT_SHOWN = {
     "vllm_request_time_per_output_token_seconds",
     "shoal_worker_requests_total",  # the same as vllm_request_success_total, by worker
     "shoal_worker_rows_per_s",  # for readers without a Prometheus, which has the rate
+    "shoal_replicas_wanted",  # by hand; Serve's targets are those that follow the load, too
 }
 URLS = {
     "prometheus_url": "http://prometheus.monitoring:9090",
@@ -123,6 +124,9 @@ class TestQueries:
         assert self.queries.rate("shoal_hop_faults_total", "fault") == (
             'sum by (fault) (rate(ray_shoal_hop_faults_total{job="ray"}[5m]))'
         )
+        assert self.queries.peak("shoal_worker_busy", worker_id=NoneOf(("a", "b"))) == (
+            'max(max_over_time(ray_shoal_worker_busy{job="ray",worker_id!~"a|b"}[5m]))'
+        )
         assert self.queries.quantile(0.9, "shoal_hop_seconds", part=("queue", "wire")) == (
             "histogram_quantile(0.9, sum by (le) (rate("
             'ray_shoal_hop_seconds_bucket{job="ray",part=~"queue|wire"}[5m])))'
@@ -170,7 +174,7 @@ class TestObjects:
     def test_a_prometheus_by_hand_starts_with_these_files(self, tmp_path: Path) -> None:
         for name, text in by_hand().items():
             (tmp_path / name).write_text(text)
-        command = [str(PROMTOOL), "check", "config", tmp_path / "prometheus.yml"]
+        command = [str(PROMTOOL), "check", "config", str(tmp_path / "prometheus.yml")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "1 rule files found" in done.stdout

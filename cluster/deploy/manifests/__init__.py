@@ -8,6 +8,6 @@ access.py        Namespace, service accounts, the deployer's Role
 disruption.py    PriorityClasses, PodDisruptionBudgets
 storage.py       the claim that holds the model
 network.py       gateway.py  redis.py  what a cluster may have besides, as has
-monitoring.py    whom Prometheus scrapes;  alerts.py  when it calls;  boards.py  what Grafana shows
+monitoring.py    whom Prometheus scrapes;  *alerts.py  when it calls;  boards.py  what Grafana shows
 promql.py        queries of both;  board_*.py  their panels;  grafana.py  panels -> JSON
 """

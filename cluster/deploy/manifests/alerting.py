@@ -21,6 +21,11 @@ class Scope:
     def over(self, window: str) -> Queries:
         return Queries(f'job="{self.job}"', window)
 
+    @property
+    def was_ready(self) -> str:
+        """True within an hour of a time when all was there: this is not the first start."""
+        return f"{self.over('1h').peak('shoal_placement_ready')} == 1"
+
 
 @dataclass(frozen=True)
 class Alert:

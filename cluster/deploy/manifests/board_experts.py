@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.deploy.manifests.board_lines import percentiles
+from cluster.deploy.manifests.board_lines import percentiles, replicas
 from cluster.deploy.manifests.grafana import Line, Panel, Row
 from cluster.deploy.manifests.promql import EXPERT_WORKERS, Queries
 
@@ -29,7 +29,7 @@ def _load(q: Queries) -> tuple[Panel, ...]:
             "Rows",
             "ops",
             (Line(q.rate("shoal_worker_rows_total", "worker_id"), "{{worker_id}}"),),
-            "Token rows that each expert worker computes a second.",
+            "(token, expert) pairs that each expert worker computes a second.",
         ),
         Panel(
             "Busy",
@@ -138,15 +138,16 @@ def _hops(q: Queries) -> tuple[Panel, ...]:
 
 
 def _pool(q: Queries) -> tuple[Panel, ...]:
+    wanted, _ = replicas(q, deployment="Experts")
     return (
         Panel(
             "Expert workers",
             "short",
-            tuple(
-                Line(q.max(f"shoal_replicas_{which}", tier="experts"), which)
-                for which in ("wanted", "present")
+            (
+                Line(wanted, "wanted"),
+                Line(q.max("shoal_replicas_present", tier="experts"), "present"),
             ),
-            "Wanted by load or by command, and there.",
+            "Wanted by load, by command or as configured, and there.",
         ),
         Panel(
             "Experts held",

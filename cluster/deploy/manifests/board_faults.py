@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.deploy.manifests.board_lines import counted, counted_by
+from cluster.deploy.manifests.board_lines import counted, counted_by, missing
 from cluster.deploy.manifests.grafana import Line, Panel, Row
 from cluster.deploy.manifests.promql import Queries
 
@@ -26,7 +26,6 @@ def rows(q: Queries) -> tuple[Row, ...]:
 
 
 def _workers(q: Queries) -> tuple[Panel, ...]:
-    wanted, present = (q.max(f"shoal_replicas_{which}", "tier") for which in ("wanted", "present"))
     return (
         Panel(
             "Deaths",
@@ -37,8 +36,8 @@ def _workers(q: Queries) -> tuple[Panel, ...]:
         Panel(
             "Missing workers",
             "short",
-            (Line(f"{wanted} - {present}", "{{tier}}"),),
-            "Wanted and not there: starting, waiting for a node, or failing.",
+            (Line(missing(q), "{{deployment}}"),),
+            "Wanted and not healthy: starting, waiting for a node, or failing.",
         ),
         Panel(
             "Ready",
@@ -78,13 +77,15 @@ def _hops(q: Queries) -> tuple[Panel, ...]:
             "Damaged frames",
             "short",
             (counted_by(q, "shoal_frame_errors_total", "field"),),
-            "By the field that was wrong; its connection is ended.",
+            "By the field that was wrong, which ends the connection; `auth` and `handshake` are of"
+            " peers that are no members, `truncated` of the dead, `handler` of our own code.",
         ),
         Panel(
             "Failed steps",
             "short",
             (counted(q, "shoal_step_errors_total", "steps"),),
-            "Of engines; the sequences in them fail.",
+            "Of engines: its sequences fail. One that waited for experts in vain is done again with"
+            " those that can wait.",
         ),
     )
 

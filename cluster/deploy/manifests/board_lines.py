@@ -1,4 +1,4 @@
-"""Lines that several boards draw."""
+"""What several boards draw, and alerts look at."""
 
 from __future__ import annotations
 
@@ -27,3 +27,17 @@ def counted_by(q: Queries, name: str, label: str) -> Line:
     """Events in the window of a counter, by those values of a label that had any."""
     none = f'label_replace(vector(0), "{label}", "none", "", "")'
     return Line(f"{q.increase(name, label)} > 0 or on() {none}", f"{{{{{label}}}}}")
+
+
+def replicas(q: Queries, **labels: Value) -> tuple[str, str]:
+    """Wanted and healthy ones by deployment, as Serve counts. Wanted: by load, by command or as
+    configured. A deployment that never had a healthy one has no such series."""
+    names = ("serve_autoscaling_target_replicas", "serve_deployment_replica_healthy")
+    wanted, healthy = (q.sum(name, "deployment", application="shoal", **labels) for name in names)
+    return wanted, healthy
+
+
+def missing(q: Queries) -> str:
+    """Replicas wanted and not healthy, by deployment."""
+    wanted, healthy = replicas(q)
+    return f"{wanted} - ({healthy} or {wanted} * 0)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.deploy.manifests.board_lines import percentiles
+from cluster.deploy.manifests.board_lines import percentiles, replicas
 from cluster.deploy.manifests.grafana import Line, Panel, Row
 from cluster.deploy.manifests.promql import Queries, or_zero
 
@@ -68,15 +68,22 @@ def _now(q: Queries) -> tuple[Panel, ...]:
 
 
 def _requests(q: Queries) -> tuple[Panel, ...]:
-    ended = Line(q.rate("vllm_request_success_total", "finished_reason"), "{{finished_reason}}")
-    refused = Line(or_zero(q.rate("shoal_requests_refused_total")), "refused")
+    ends = ("admitted", "refused", "failed", "cancelled")
+    reasons = q.rate("vllm_request_success_total", "finished_reason")
+    admitted = q.rate("shoal_requests_admitted_total")
     parts = ("queue", "prefill", "decode")
     return (
         Panel(
             "Requests",
             "reqps",
-            (ended, refused),
-            "By how they ended; abort: the client went away.",
+            tuple(Line(or_zero(q.rate(f"shoal_requests_{end}_total")), end) for end in ends),
+            "Of those that were admitted some fail, of some the client goes away.",
+        ),
+        Panel(
+            "Sequences that ended",
+            "reqps",
+            (Line(reasons, "{{finished_reason}}"),),
+            "A request has n of them. abort: the client went away.",
         ),
         Panel(
             "Time to the first token",
@@ -107,8 +114,7 @@ def _requests(q: Queries) -> tuple[Panel, ...]:
             "s",
             (
                 Line(
-                    f"{q.rate('shoal_request_expert_seconds_total')}"
-                    f" / {q.count('vllm_e2e_request_latency_seconds')}",
+                    f"{q.rate('shoal_request_expert_seconds_total')} / {admitted}",
                     "expert seconds",
                 ),
             ),
@@ -156,6 +162,7 @@ def _tokens(q: Queries) -> tuple[Panel, ...]:
 
 
 def _capacity(q: Queries) -> tuple[Panel, ...]:
+    wanted, _ = replicas(q)
     return (
         Panel(
             "Sequences",
@@ -179,6 +186,12 @@ def _capacity(q: Queries) -> tuple[Panel, ...]:
             "Sequences that gave their cache to others and are computed again.",
         ),
         Panel(
+            "Computed again",
+            "ops",
+            (Line(q.rate("shoal_recomputed_tokens_total"), "tokens"),),
+            "Tokens a second, after preemptions and deaths of attention workers.",
+        ),
+        Panel(
             "Busy",
             "percentunit",
             (Line(q.max("shoal_worker_busy", "worker_id"), "{{worker_id}}"),),
@@ -188,10 +201,10 @@ def _capacity(q: Queries) -> tuple[Panel, ...]:
             "Workers",
             "short",
             (
-                Line(q.max("shoal_replicas_wanted", "tier"), "{{tier}} wanted"),
+                Line(wanted, "{{deployment}} wanted"),
                 Line(q.max("shoal_replicas_present", "tier"), "{{tier}} present"),
             ),
-            "Of each tier.",
+            "Wanted by load, by command or as configured; present: known to the directory.",
         ),
         Panel(
             "Steps",

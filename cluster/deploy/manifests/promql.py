@@ -11,16 +11,12 @@ from cluster.observability.catalog import BY_NAME, Kind, Metric
 
 PREFIX = "ray_"
 """Ray's agents put it before the names of all metrics that they serve."""
+OF_SERVE = ("deployment", "application")
 OF_RAY = {
     metric.name: metric
     for metric in (
-        Metric(
-            "serve_deployment_replica_healthy",
-            "gauge",
-            "Healthy replicas.",
-            (),
-            ("deployment", "application"),
-        ),
+        Metric("serve_autoscaling_target_replicas", "gauge", "Wanted replicas.", (), OF_SERVE),
+        Metric("serve_deployment_replica_healthy", "gauge", "1 if healthy.", (), OF_SERVE),
         Metric("node_mem_used", "gauge", "Bytes.", ()),
         Metric("node_mem_total", "gauge", "Bytes.", ()),
     )
@@ -28,8 +24,17 @@ OF_RAY = {
 """What boards and alerts ask of Ray itself."""
 ADDED = ("worker_id", "instance", "le")
 """Labels that exports, Prometheus and histograms add to those of a metric."""
-Value = str | tuple[str, ...]
-"""Of a label: it, or any of several patterns."""
+
+
+@dataclass(frozen=True)
+class NoneOf:
+    """Any value of a label but these."""
+
+    values: tuple[str, ...]
+
+
+Value = str | tuple[str, ...] | NoneOf
+"""Of a label: it, any of several patterns, or none of several."""
 EXPERT_WORKERS = ("experts-.*",)
 """Their worker ids."""
 
@@ -60,6 +65,11 @@ class Queries:
     def max(self, name: str, *by: str, **labels: Value) -> str:
         """Of a gauge."""
         return self._of_gauge("max", name, by, labels)
+
+    def peak(self, name: str, **labels: Value) -> str:
+        """Of a gauge, the highest value in the window."""
+        series = self._series(name, "gauge", "", (), labels)
+        return _aggregate("max", (), f"max_over_time({series}[{self.window}])")
 
     def count(self, name: str, **labels: Value) -> str:
         """How many values a second a histogram observed."""
@@ -103,6 +113,8 @@ class Queries:
 def _matcher(label: str, value: Value) -> str:
     if isinstance(value, str):
         return f'{label}="{value}"'
+    if isinstance(value, NoneOf):
+        return f'{label}!~"{"|".join(value.values)}"'
     return f'{label}=~"{"|".join(value)}"'
 
 
