@@ -43,6 +43,7 @@ from cluster.members import (
 )
 from cluster.observability.logs import log_with_serve
 from cluster.observability.ray_metrics import RayExport
+from cluster.observability.traces import check_traces
 from experts.kernels.runtime import configure_threads
 
 ENDPOINT_TIMEOUT_S = 5.0
@@ -53,6 +54,7 @@ ONE_HOST = ("unix", "shm", "cuda")
 def build_app(args: ShoalConfig | dict[str, Any]) -> serve.Application:
     """The application of a configuration. Raises ConfigError."""
     config = args if isinstance(args, ShoalConfig) else parse_config(args)
+    check_traces(config.observability)
     config = divide_gpus(config, None).config
     if config.channel in ONE_HOST and config.runtime_dir is None:
         raise ConfigError(

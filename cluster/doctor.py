@@ -12,7 +12,10 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
+
+from cluster.observability.traces import INSTALL, missing_package
 
 PINNED = {"ray": "2.60.0", "torch": "2.13.0"}
 MIN_MEMORY_BYTES = 3 << 30
@@ -32,7 +35,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, cheap ones first."""
-    return [_python(), *_versions(), _memory(), _shm(), *_ports(), _kernels(), _device(), _token()]
+    machine = [_python(), *_versions(), _memory(), _shm(), *_ports(), _kernels(), _device()]
+    return [*machine, _token(), _traces()]
 
 
 def _python() -> Finding:
@@ -108,10 +112,17 @@ def _token() -> Finding:
     return Finding("Ray token", "ok", "on; the dashboard asks for the text of ~/.ray/auth_token")
 
 
+def _traces() -> Finding:
+    missing = missing_package()
+    text = f"no {missing}, which `--traces` needs: {INSTALL}" if missing else "OpenTelemetry"
+    return Finding("traces", "ok", text)
+
+
 def render(findings: list[Finding]) -> Table:
     """A table for people."""
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     table = Table("check", "", "finding", box=None)
     for finding in findings:
-        table.add_row(finding.name, f"[{colours[finding.level]}]{finding.level}[/]", finding.text)
+        level = f"[{colours[finding.level]}]{finding.level}[/]"
+        table.add_row(finding.name, level, escape(finding.text))
     return table

@@ -19,6 +19,7 @@ from cluster.launcher import LocalCluster, check_ports, free_port
 from cluster.model_store import check_engine, check_model
 from cluster.observability.logs import console_logs
 from cluster.observability.text_log import WARNING as PROMPTS_ARE_LOGGED
+from cluster.observability.traces import check_traces
 from experts.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def running(
     """
     check_model(config.model)
     check_engine(config)
+    check_traces(config.observability)
     _check_keys(config)
     config = _to_serve_here(config)
     check_ports(config)

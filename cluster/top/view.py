@@ -121,9 +121,11 @@ def _quantiles(seconds: dict[str, float] | None) -> str:
 
 
 def _replicas(status: dict[str, Any]) -> str:
-    """ "experts 2/3": two are there of three that are wanted."""
+    """ "experts 2/3": two are there of three that are wanted. "experts 2": as many as the load asks
+    for."""
     return "  ".join(
-        f"{tier} {_number(size.get('present'))}/{_number(size.get('wanted'))}"
+        f"{tier} {_number(size.get('present'))}"
+        + (f"/{wanted}" if (wanted := size.get("wanted")) is not None else "")
         for tier, size in (status.get("tiers") or {}).items()
     )
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.config import ConfigError
 from cluster.launcher import free_port
 from cluster.model_store import split_model_and_prompt
 
@@ -97,6 +99,30 @@ def test_an_engine_that_cannot_be_built_never_starts(
     settings.write_text("attention: {engine: {kv_cache_bytes: 10}}")
     result = shoal("serve", str(checkpoint_dir("v3")), "--config", str(settings))
     assert result.returncode == 2 and "kv_cache_bytes" in result.stderr
+
+
+def test_traces_without_their_packages_never_start(
+    tmp_path: Path, checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "opentelemetry").mkdir()
+    (tmp_path / "opentelemetry" / "__init__.py").touch()  # found before the real one
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = shoal("serve", str(checkpoint_dir("v3")), "--traces")
+    assert result.returncode == 2
+    assert "opentelemetry.sdk is missing; pip install 'shoal-serve[otel]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "pip install 'shoal-serve[otel]'" in " ".join(shoal("doctor").stdout.split())
+
+
+def test_an_application_with_traces_is_refused_without_their_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with warnings.catch_warnings():  # Ray imports what pydantic deprecates
+        warnings.simplefilter("ignore")
+        from cluster.app import build_app
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(ConfigError, match=r"opentelemetry.sdk.trace is missing; pip install"):
+        build_app({"runtime_dir": "/tmp", "observability": {"traces": True}})
 
 
 def test_a_taken_port_is_named(checkpoint_dir: Callable[[str], Path]) -> None:

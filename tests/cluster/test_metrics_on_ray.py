@@ -19,6 +19,7 @@ pytestmark = pytest.mark.ray
 
 TOLD_TIMEOUT_S = 40.0
 """Workers tell Ray every 5 s, Ray its agents every 10 s."""
+REQUEST = {"prompt": "hello", "max_tokens": 4, "ignore_eos": True}
 ROLES = {"placement", "experts", "router", "attention", "ingress"}
 NOT_OURS = ("nixl", "kv_offload", "external_prefix_cache")
 """Features of vLLM that Ray's panels show besides."""
@@ -52,7 +53,7 @@ def role_of(sample: Any) -> str:
 @pytest.fixture
 def requested(server: Server) -> Server:
     """Some request has come through."""
-    server.post("/v1/completions", {"prompt": "hello", "max_tokens": 4, "ignore_eos": True})
+    server.post("/v1/completions", REQUEST)
     return server
 
 
@@ -137,8 +138,11 @@ def test_actors_have_readable_names(server: Server) -> None:
 
 
 def test_status_tells_tiers_and_rates(requested: Server) -> None:
-    wait_for(lambda: not requested.get("/status")["tiers"], 5.0)
+    def missing() -> bool:
+        requested.post("/v1/completions", REQUEST)
+        return not requested.get("/status")["rates"]["generated_tokens_per_s"] > 0
+
+    wait_for(missing, 15.0)  # engines tell once a second; growth is between two looks
     status = requested.get("/status")
     assert status["tiers"]["experts"] == {"wanted": 2, "present": 2}
-    assert status["rates"]["generated_tokens_per_s"] > 0
     assert all(w["busy"] is not None for w in status["workers"] if w["role"] == "experts")

@@ -273,6 +273,12 @@ def test_a_line() -> None:
     ]
 
 
+def test_a_tier_that_follows_the_load_has_no_size_to_reach() -> None:
+    tiers = {"experts": {"wanted": None, "present": 2}, "attention": {"wanted": 0, "present": 1}}
+    lines = lines_of(history_of(STATUS | {"tiers": tiers}))
+    assert "replicas experts 2  attention 1/0" in lines
+
+
 # ---- against a server
 
 
