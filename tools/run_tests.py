@@ -2,8 +2,8 @@
 
 Unit tests keep a core busy; tests with a Ray cluster mostly wait for processes to start. So both
 run at the same time, the unit tests in two halves that give way to the others, with their output
-in files that are shown when they end. What times real failures has the machine to itself, afterwards.
-Arguments (a path, -k, ...) go to a single pytest as they are.
+in files that are shown when they end. What times real failures has the machine to itself,
+afterwards. Arguments (a path, -k, ...) go to a single pytest as they are.
 """
 
 from __future__ import annotations
