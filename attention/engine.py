@@ -271,16 +271,23 @@ def _is_due(request: Request, now_s: float) -> bool:
     return request.deadline_s is not None and request.deadline_s <= now_s
 
 
-def _output(request: Request, result: ItemResult | None = None, **end: Any) -> TokenOutput:
+def _output(
+    request: Request,
+    result: ItemResult | None = None,
+    finish_reason: FinishReason | None = None,
+    stop_reason: int | None = None,
+    error: str | None = None,
+) -> TokenOutput:
     """A message with what `result` brought, the first time with what concerns the prompt. Fields
     that keep their default are left out: checking one costs 0.1 us a token."""
     fields: dict[str, Any] = {
         "request_id": request.request_id,
-        "num_prompt_tokens": request.num_prompt_tokens,
+        "step_us": round(request.step_s * 1e6),
         "hop_us": round(request.hop_s * 1e6),
         "expert_us": round(request.expert_s * 1e6),
-        **end,
     }
+    if finish_reason is not None:
+        fields |= {"finish_reason": finish_reason, "stop_reason": stop_reason, "error": error}
     if result is not None and result.sampled is not None:
         fields["token_ids"] = [result.sampled.token_id]
         if result.sampled.logprob is not None:
@@ -291,18 +298,8 @@ def _output(request: Request, result: ItemResult | None = None, **end: Any) -> T
             fields["prompt_logprobs"], request.first_output_sent = request.prompt_logprobs, True
     if request.tell_renormalised:
         fields["renormalised"], request.tell_renormalised = True, False
-    if not request.times_told:
-        fields |= _times(request)
+    if not request.prefill_told and (prefill_s := request.prefill_s) is not None:
+        fields["prefill_us"], request.prefill_told = round(prefill_s * 1e6), True
     if request.num_preemptions:
         fields["num_preemptions"] = request.num_preemptions
     return TokenOutput(**fields)
-
-
-def _times(request: Request) -> dict[str, int]:
-    """queue_us and prefill_us, once there is a token."""
-    first_step_s, first_token_s = request.first_step_s, request.first_token_s
-    if first_step_s is None or first_token_s is None:
-        return {}
-    request.times_told = True
-    queue_s, prefill_s = first_step_s - request.arrived_s, first_token_s - first_step_s
-    return {"queue_us": round(queue_s * 1e6), "prefill_us": round(prefill_s * 1e6)}

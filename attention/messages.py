@@ -110,20 +110,19 @@ class TokenOutput(Message):
     """For finish_reason "error" and "unavailable": one line to show to a client."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """In the first output, if asked for: one entry a prompt token, None for the first."""
-    num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens whose cache blocks were shared instead of computed. Only in the first output,
     and not when a request that has emitted_ids is replayed: adding them up counts each once."""
     renormalised: bool = False
     """Some expert of some layer was left out in this output's step, the others' weights scaled."""
-    queue_us: Annotated[int, Field(ge=0)] | None = None
-    """In the first output with a token: from its arrival to its first step."""
     prefill_us: Annotated[int, Field(ge=0)] | None = None
-    """In the same: from its first step to its first token."""
+    """In the first output with a token: from its first step to that token."""
+    step_us: Annotated[int, Field(ge=0)] = 0
+    """So far: what the steps it took part in took."""
     hop_us: Annotated[int, Field(ge=0)] = 0
-    """So far: what the steps it took part in spent on the way to routed experts and back."""
+    """So far: what these steps spent on the way to routed experts and back."""
     expert_us: Annotated[int, Field(ge=0)] = 0
-    """So far: its share, by tokens, of what expert workers computed for these steps."""
+    """So far: its share, by tokens, of what expert workers computed for them."""
     num_preemptions: Annotated[int, Field(ge=0)] | None = None
     """So far; None: none."""
 

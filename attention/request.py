@@ -62,11 +62,13 @@ class Request:
     first_step_s: float | None = None
     first_token_s: float | None = None
     """On the engine's clock, as is arrived_s."""
-    times_told: bool = False
+    prefill_told: bool = False
+    step_s: float = 0.0
+    """That the steps it took part in took."""
     hop_s: float = 0.0
-    """That its steps spent on the way to the routed experts and back."""
+    """That they spent on the way to the routed experts and back."""
     expert_s: float = 0.0
-    """Its share of what expert workers computed for these steps."""
+    """Its share of what expert workers computed for them."""
     num_preemptions: int = 0
     trace: SequenceTrace | None = None
     """None: nobody wants its spans."""
@@ -107,6 +109,13 @@ class Request:
     def remaining_tokens(self) -> int:
         """Tokens not yet in the cache; 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def prefill_s(self) -> float | None:
+        """From its first step to its first token; None before."""
+        if self.first_step_s is None or self.first_token_s is None:
+            return None
+        return self.first_token_s - self.first_step_s
 
     @property
     def wants_prompt_logprobs(self) -> bool:

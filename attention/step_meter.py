@@ -8,7 +8,7 @@ from typing import Protocol
 from attention.metrics import STEP_BOUNDS_S
 from attention.request import Request
 from attention.scheduler import Schedule
-from attention.tracing import SequenceTrace, Tracer
+from attention.tracing import SequenceTrace, TracedStep, Tracer
 from experts.metrics import Histogram
 from router.times import HopTimes, LayerHop
 
@@ -34,7 +34,7 @@ class StepMeter:
         self._clock = clock
         self._tracer = tracer
         self._num_traced = 0  # open requests with a trace
-        self._before = HopTimes()  # as the step began
+        self._times = moe.hop_times  # as the last step ended: nobody else uses the client
         self._traces: list[SequenceTrace] = []  # that want the hops of this step
         self._log: list[LayerHop] = []
 
@@ -48,7 +48,6 @@ class StepMeter:
 
     def begin_step(self, schedule: Schedule) -> None:
         """`end_step` follows, whether the step succeeds or fails."""
-        self._before = self._moe.hop_times
         if self._num_traced:
             self._traces = self._wanting_hops(schedule)
             self._log = []
@@ -61,22 +60,30 @@ class StepMeter:
         self._book(schedule, start_s)
         if self._num_traced:
             self._moe.log_hops(None)
+            step = TracedStep(start_s, self.now_s, self._log)
             for trace in self._traces:
-                trace.hops += self._log
+                trace.steps.append(step)
 
     def _wanting_hops(self, schedule: Schedule) -> list[SequenceTrace]:
-        found = (item.request.trace for item in schedule.items)
-        return [trace for trace in found if trace is not None and trace.wants_hops]
+        return [
+            request.trace
+            for request in (item.request for item in schedule.items)
+            if request.trace is not None
+            and request.trace.wants_hops(is_decoding=request.first_token_s is not None)
+        ]
 
     def _book(self, schedule: Schedule, start_s: float) -> None:
-        """Every request waited for the whole hops, and pays for its own tokens."""
-        before, after = self._before, self._moe.hop_times
+        """Every request waited for the whole step and its hops, and pays for its own tokens."""
+        before, after = self._times, self._moe.hop_times
+        self._times = after
+        step_s = self.now_s - start_s
         hop_s = after.hop_s - before.hop_s
         expert_s = (after.expert_s - before.expert_s) / schedule.num_tokens
         for item in schedule.items:
             request = item.request
             if request.first_step_s is None:
                 request.first_step_s = start_s
+            request.step_s += step_s
             request.hop_s += hop_s
             request.expert_s += expert_s * item.num_tokens
 
@@ -95,6 +102,7 @@ class StepMeter:
             "shoal.output_tokens": request.num_output_tokens,
             "shoal.replayed_tokens": len(request.submit.emitted_ids),
             "shoal.preemptions": request.num_preemptions,
+            "shoal.step_ms": 1e3 * request.step_s,
             "shoal.hop_ms": 1e3 * request.hop_s,
             "shoal.expert_ms": 1e3 * request.expert_s,
         }

@@ -6,6 +6,7 @@ numbers are collected; its spans are made at its end, in a thread of their own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import queue
@@ -20,8 +21,12 @@ from router.times import LayerHop
 
 logger = logging.getLogger(__name__)
 
-MAX_HOP_SPANS = 128
-"""Of one sequence: its first steps' hops, to the end of the step that reaches it."""
+MAX_DECODE_STEPS = 3
+MAX_HOPS = 64
+"""Of one sequence: its first step and its first decode steps are traced layer by layer, to the end
+of the step that reaches so many hops. A hop is 10 us of spans, a step and any other part 0.1 ms."""
+MAX_WAITING = 1024
+"""Sequences that have ended and have no spans yet; what ends meanwhile gets none."""
 _CLOSE_TIMEOUT_S = 5.0
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
@@ -52,21 +57,46 @@ class TraceContext(NamedTuple):
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.is_sampled:02x}"
 
 
+class TracedStep(NamedTuple):
+    """A step of the engine; several sequences may share it. Times on time.monotonic()."""
+
+    begun_s: float
+    ended_s: float
+    hops: list[LayerHop]
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What became of each layer's hop, in microseconds: one attribute a layer."""
+        return {f"shoal.hop.{hop.layer:03}": self._tell(hop) for hop in self.hops}
+
+    def _tell(self, hop: LayerHop) -> str:
+        times = f"at {_us(hop.begun_s - self.begun_s)} took {_us(hop.ended_s - hop.begun_s)} us"
+        wait = hop.longest
+        if wait is None:
+            return times
+        return (
+            f"{times}: queue {_us(wait.queue_s)} compute {_us(wait.compute_s)}"
+            f" wire {_us(wait.wire_s)} of {wait.worker_id}"
+        )
+
+
 @dataclass(slots=True, eq=False)
 class SequenceTrace:
     """What becomes the spans of a sequence at one worker. Times are on time.monotonic()."""
 
     parent: TraceContext
     arrived_s: float
-    hops: list[LayerHop] = field(default_factory=list)
+    steps: list[TracedStep] = field(default_factory=list)
     first_step_s: float | None = None
     first_token_s: float | None = None
     ended_s: float = 0.0
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def wants_hops(self) -> bool:
-        return len(self.hops) < MAX_HOP_SPANS
+    def wants_hops(self, is_decoding: bool) -> bool:
+        """Whether its next step is to be traced: one of its prefill, and some behind it."""
+        if len(self.steps) > (MAX_DECODE_STEPS if is_decoding else 0):
+            return False
+        return sum(len(step.hops) for step in self.steps) < MAX_HOPS
 
 
 class TracesUnavailable(RuntimeError):
@@ -103,16 +133,19 @@ class Tracer:
 
     def __init__(self, provider: Any) -> None:
         self._api = importlib.import_module("opentelemetry.trace")
+        self._no_context = importlib.import_module("opentelemetry.context").Context()
         self._provider = provider
         self._tracer = provider.get_tracer("shoal")
-        self._ended: queue.SimpleQueue[SequenceTrace | None] = queue.SimpleQueue()
+        self.num_dropped = 0
+        """Sequences that have no spans, as too many ended at once."""
+        self._ended: queue.Queue[SequenceTrace | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write, name="traces", daemon=True)
         self._thread.start()
 
     def start_request(self, parent: TraceContext | None) -> Any:
         """The span of a request from now on, for its owner to name and end."""
         return self._tracer.start_span(
-            "request", context=self._context(parent), kind=self._api.SpanKind.SERVER
+            "request", context=self._remote(parent), kind=self._api.SpanKind.SERVER
         )
 
     def context_of(self, span: Any) -> TraceContext | None:
@@ -135,13 +168,21 @@ class Tracer:
         return SequenceTrace(parent, arrived_s)
 
     def end_sequence(self, trace: SequenceTrace) -> None:
-        """Have its spans made. Returns at once."""
-        self._ended.put(trace)
+        """Have its spans made, or drop it. Returns at once."""
+        try:
+            self._ended.put_nowait(trace)
+        except queue.Full:
+            if not self.num_dropped:
+                logger.warning("more sequences end than spans can be made of: some are dropped")
+            self.num_dropped += 1
 
     def close(self) -> None:
         """Make and export what is left."""
-        self._ended.put(None)
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        with contextlib.suppress(queue.Full):
+            self._ended.put(None, timeout=_CLOSE_TIMEOUT_S)
+            self._thread.join(_CLOSE_TIMEOUT_S)
+        if self.num_dropped:
+            logger.warning("%d sequences were dropped without spans", self.num_dropped)
         self._provider.shutdown()
 
     # --- the thread ---
@@ -156,67 +197,55 @@ class Tracer:
     def _write_sequence(self, trace: SequenceTrace) -> None:
         first_step_s = _or(trace.first_step_s, trace.ended_s)
         first_token_s = _or(trace.first_token_s, trace.ended_s)
-        whole = self._start("sequence", trace.parent, trace.arrived_s, trace.attributes)
-        parent = self.context_of(whole)
-        self._span("queue", parent, trace.arrived_s, first_step_s)
-        prefill = decode = parent
+        parent = self._remote(trace.parent)
+        whole = self._start("sequence", parent, trace.arrived_s, trace.attributes)
+        within = self._api.set_span_in_context(whole, self._no_context)
+        self._span("queue", within, trace.arrived_s, first_step_s)
+        prefill = decode = within
         if trace.first_step_s is not None:
-            prefill = self._span("prefill", parent, first_step_s, first_token_s)
+            prefill = self._span("prefill", within, first_step_s, first_token_s)
         if trace.first_token_s is not None:
-            decode = self._span("decode", parent, first_token_s, trace.ended_s)
-        for hop in trace.hops:
-            self._write_hop(hop, prefill if hop.begun_s < first_token_s else decode)
+            decode = self._span("decode", within, first_token_s, trace.ended_s)
+        for step in trace.steps:
+            parent = prefill if step.begun_s < first_token_s else decode
+            self._span("step", parent, step.begun_s, step.ended_s, step.attributes)
         whole.end(_epoch_ns(trace.ended_s))
-
-    def _write_hop(self, hop: LayerHop, parent: TraceContext | None) -> None:
-        attributes: dict[str, Any] = {"shoal.layer": hop.layer}
-        if hop.longest is not None:
-            attributes |= {
-                "shoal.worker_id": hop.longest.worker_id,
-                "shoal.hop.queue_ms": 1e3 * hop.longest.queue_s,
-                "shoal.hop.compute_ms": 1e3 * hop.longest.compute_s,
-                "shoal.hop.wire_ms": 1e3 * hop.longest.wire_s,
-            }
-        self._span(f"hop layer {hop.layer}", parent, hop.begun_s, hop.ended_s, attributes)
 
     def _span(
         self,
         name: str,
-        parent: TraceContext | None,
+        parent: Any,
         begun_s: float,
         ended_s: float,
         attributes: Mapping[str, Any] | None = None,
-    ) -> TraceContext | None:
+    ) -> Any:
+        """The context for its children."""
         span = self._start(name, parent, begun_s, attributes)
         span.end(_epoch_ns(ended_s))
-        return self.context_of(span)
+        return self._api.set_span_in_context(span, self._no_context)
 
     def _start(
-        self,
-        name: str,
-        parent: TraceContext | None,
-        begun_s: float,
-        attributes: Mapping[str, Any] | None = None,
+        self, name: str, parent: Any, begun_s: float, attributes: Mapping[str, Any] | None
     ) -> Any:
-        return self._tracer.start_span(
-            name,
-            context=self._context(parent),
-            attributes=attributes,
-            start_time=_epoch_ns(begun_s),
-        )
+        begun_ns = _epoch_ns(begun_s)
+        return self._tracer.start_span(name, parent, attributes=attributes, start_time=begun_ns)
 
-    def _context(self, parent: TraceContext | None) -> Any:
-        """An empty one for a new trace: never what happens to be current."""
-        context = importlib.import_module("opentelemetry.context").Context()
+    def _remote(self, parent: TraceContext | None) -> Any:
+        """The context for children of a span in another process; of no parent an empty one, for a
+        new trace: never what happens to be current."""
         if parent is None:
-            return context
+            return self._no_context
         remote = self._api.SpanContext(
             parent.trace_id,
             parent.span_id,
             is_remote=True,
             trace_flags=self._api.TraceFlags(int(parent.is_sampled)),
         )
-        return self._api.set_span_in_context(self._api.NonRecordingSpan(remote), context)
+        return self._api.set_span_in_context(self._api.NonRecordingSpan(remote), self._no_context)
+
+
+def _us(time_s: float) -> int:
+    return round(time_s * 1e6)
 
 
 def _or(time_s: float | None, otherwise_s: float) -> float:

@@ -110,10 +110,14 @@ class Lane:
         for exchange in pending.exchanges:
             counters.expert_s += exchange.expert_us * 1e-6
         if self.hop_log is not None:
-            self.hop_log += [
-                LayerHop(exchange.layer, exchange.begun_s, now_s, exchange.longest)
-                for exchange in pending.exchanges
-            ]
+            self._log_hop(self.hop_log, pending, now_s)
+
+    def _log_hop(self, log: list[LayerHop], pending: Pending, now_s: float) -> None:
+        exchanges = pending.exchanges
+        if exchanges:  # of one layer, and begun together
+            waits = [exchange.longest for exchange in exchanges if exchange.longest is not None]
+            longest = max(waits, key=lambda wait: wait.took_s, default=None)
+            log.append(LayerHop(exchanges[0].layer, exchanges[0].begun_s, now_s, longest))
 
     def cancel(self, pending: Pending) -> None:
         """Give up what is still open; late answers are dropped."""

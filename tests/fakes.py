@@ -175,7 +175,6 @@ class FakeEngine:
             finish_reason=finish,
             error=self.error if finish in ("error", "unavailable") else None,
             prompt_logprobs=prompt_logprobs,
-            num_prompt_tokens=len(request.prompt_ids),
             num_cached_tokens=self.cached if first else 0,
             renormalised=any(i in self.renormalised for i in range(sent - len(step), sent)),
         )

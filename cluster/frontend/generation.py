@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 from attention.messages import TokenOutput
 from cluster.errors import DeadlineExceeded, EngineFailed, ShoalError, Unavailable
@@ -14,7 +15,7 @@ from cluster.frontend.admission import Admission
 from cluster.frontend.backend import EngineBackend, Readiness
 from cluster.frontend.choice import ChoiceText, Delta
 from cluster.frontend.ledger import RequestLedger
-from cluster.frontend.observation import Observation, Outcome, Usage
+from cluster.frontend.observation import Observation, Outcome, Usage, code_of
 from cluster.frontend.observer import Timing
 from cluster.frontend.replay import Arrived, SequenceRuns
 from cluster.frontend.request import GenerateRequest
@@ -27,12 +28,16 @@ RETRY_EXPERTS_S = 5
 """Starting an expert worker and loading its experts takes seconds."""
 
 
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
 class Generation:
     """Asynchronous iterator over the Deltas of all choices, in the order they come.
 
-    Belongs to the event loop it was started on. The owner must call `close()`, also after an error
-    and when it stops early: sequences still running are aborted at once. Closing twice is fine.
-    The observation is finished once, whatever happens.
+    Belongs to the event loop it was started on. The owner must call `close()`, or use it as a
+    context, also after an error and when it stops early: sequences still running are aborted at
+    once. Closing twice is fine. The observation is finished once, whatever happens.
     """
 
     def __init__(
@@ -74,13 +79,28 @@ class Generation:
         except OSError as error:
             logger.warning("no worker took request %s: %s", self.request.request_id, error)
             self._fail(_no_worker())
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(error)
             raise
 
-    def close(self) -> None:
-        """Abort what still runs and forget the request."""
-        self._close("cancelled")
+    def close(self, error: BaseException | None = None) -> None:
+        """Abort what still runs and forget the request. error: why its owner stops, if not because
+        the client left or the last Delta has come."""
+        if isinstance(error, Exception) and not isinstance(error, ClientGone):
+            self._close("error", code_of(error))
+        else:
+            self._close("cancelled")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(error)
 
     def __aiter__(self) -> Generation:
         return self

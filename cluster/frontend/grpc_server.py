@@ -12,7 +12,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -135,7 +135,7 @@ class InferenceMethods:
             with self.service.observe(self._origin(context, request_id)) as observation:
                 self._check_size(request)
                 generation = await start(observation)
-            with closing(generation):
+            with generation:
                 common = self._common(generation)
                 async for delta in generation:
                     yield response(

@@ -58,6 +58,7 @@ class GeneratingHandlers:
             call = idempotent_call(key, body, self._service.limits)
             kept = self._service.keys.find(call) if call else None
             if kept is not None:
+                observation.kept()
                 return Response(kept, media_type="application/json", headers=KEPT_HEADER)
             generation = await start(body, _timeout(request), call, observation)
         if generation.request.stream:
@@ -67,11 +68,9 @@ class GeneratingHandlers:
     async def _whole(
         self, request: Request, generation: Generation, shape: Shape, call: IdempotentCall | None
     ) -> Response:
-        try:
+        with generation:
             answer = whole_answer(generation, shape, self._service.system_fingerprint)
             found = await unless_gone(request, answer)
-        finally:
-            generation.close()
         headers = {**_headers_of(generation), TIMING_HEADER: timing_header(generation)}
         response = json_response(found, headers=headers)
         if call is not None:
@@ -81,8 +80,8 @@ class GeneratingHandlers:
     async def _stream(self, request: Request, generation: Generation, shape: Shape) -> Response:
         try:
             first = await self._first_delta(request, generation)
-        except BaseException:
-            generation.close()
+        except BaseException as error:
+            generation.close(error)
             raise
         return StreamResponse(
             generation,

@@ -23,9 +23,10 @@ from cluster.errors import (
     kind_of,
 )
 from cluster.frontend.auth import Authorizer
+from cluster.frontend.generation import ClientGone
 from cluster.frontend.limits import Limits
 from cluster.frontend.request_context import begin_request, key_name
-from cluster.frontend.streaming import ClientGone, to_json
+from cluster.frontend.streaming import to_json
 
 logger = logging.getLogger(__name__)
 _CLIENT_GONE = 499

@@ -61,10 +61,15 @@ class Observation:
             return
         code = ""
         if isinstance(error, Exception):
-            code = error.code if isinstance(error, ShoalError) else InternalError.default_code
+            code = code_of(error)
             for observer in self._observers:
                 observer.on_refused(self.origin.request_id, code)
         self.span.end(code)
+
+    def kept(self) -> None:
+        """An answer from before is given again; nothing runs for it."""
+        for observer in self._observers:
+            observer.on_kept(self.origin.request_id)
 
     def admit(self, request: GenerateRequest) -> None:
         """The request runs from now on; `finish` must follow."""
@@ -122,3 +127,8 @@ class Observation:
         self.span.finish(record)
         for observer in self._observers:
             observer.on_finished(record)
+
+
+def code_of(error: Exception) -> str:
+    """Of one of our errors; any other is a fault of the server's."""
+    return error.code if isinstance(error, ShoalError) else InternalError.default_code

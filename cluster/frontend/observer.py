@@ -39,8 +39,11 @@ class Timing:
     """From its first step to its first token."""
     decode_s: float = 0.0
     """From its first token to its last."""
+    step_s: float = 0.0
+    """What the steps it took part in took, on the worker's clock: of prefill and decode the rest is
+    between its steps and on the wire."""
     hop_s: float = 0.0
-    """Of the steps it took part in: time spent on the way to the routed experts and back."""
+    """Of these: time spent on the way to the routed experts and back."""
     expert_ms: float = 0.0
     """Its cost: milliseconds that expert workers computed for it, by its share of each step."""
     num_preemptions: int = 0
@@ -51,6 +54,7 @@ class Timing:
             self.queue_s + other.queue_s,
             self.prefill_s + other.prefill_s,
             self.decode_s + other.decode_s,
+            self.step_s + other.step_s,
             self.hop_s + other.hop_s,
             self.expert_ms + other.expert_ms,
             self.num_preemptions + other.num_preemptions,
@@ -105,6 +109,9 @@ class RequestObserver(Protocol):
 
     def on_refused(self, request_id: str, code: str) -> None:
         """A request ended before it was admitted; code: of the error."""
+
+    def on_kept(self, request_id: str) -> None:
+        """A request got the answer kept under its idempotency key; nothing else follows."""
 
     def on_tokens(self, num_tokens: int, gap_s: float | None) -> None:
         """One sequence got tokens, gap_s after its last ones; None: its first."""

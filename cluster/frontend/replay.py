@@ -68,6 +68,7 @@ class _Run:
             queue_s=self.first_s - self.started_s - prefill_s,
             prefill_s=prefill_s,
             decode_s=ended_s - self.first_s,
+            step_s=last.step_us / 1e6,
             hop_s=last.hop_us / 1e6,
             expert_ms=last.expert_us / 1e3,
             num_preemptions=last.num_preemptions or 0,

@@ -49,15 +49,14 @@ def usage_json(usage: Usage) -> Json:
 
 def timing_parts(generation: Generation) -> dict[str, float]:
     """Where the time of a finished request went, milliseconds. hop_share: of the time that its
-    steps took."""
+    steps took, both on the clock of the worker."""
     timing, total_s = generation.timing, generation.observation.e2e_s
-    steps_s = timing.prefill_s + timing.decode_s
     return {
         "queue_ms": 1e3 * timing.queue_s,
         "prefill_ms": 1e3 * timing.prefill_s,
         "decode_ms": 1e3 * timing.decode_s,
         "hop_ms": 1e3 * timing.hop_s,
-        "hop_share": timing.hop_s / steps_s if steps_s else 0.0,
+        "hop_share": timing.hop_s / timing.step_s if timing.step_s else 0.0,
         "expert_ms": timing.expert_ms,
         "total_ms": 1e3 * total_s,
     }

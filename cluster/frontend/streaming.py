@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import InternalError, ShoalError, error_body
 from cluster.frontend.choice import Delta
-from cluster.frontend.generation import Generation
+from cluster.frontend.generation import ClientGone, Generation
 from cluster.frontend.limits import Limits
 from cluster.frontend.responses import (
     CHAT,
@@ -31,10 +31,6 @@ from cluster.frontend.responses import (
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
-
-
-class ClientGone(Exception):
-    """The client closed the connection; there is nobody to answer."""
 
 
 class EventStream(EventSourceResponse):
@@ -113,7 +109,8 @@ async def stream_events(
     except ShoalError as error:
         yield to_event(error_body(error))
         return
-    except Exception:
+    except Exception as error:
+        generation.close(error)
         logger.exception("request %s failed in its stream", generation.request.request_id)
         yield to_event(error_body(InternalError("The server failed.")))
         return

@@ -33,6 +33,10 @@ class RequestLog:
         """A line, if there are not too many."""
         self._write_cheap("refused", {"request_id": request_id, "code": code})
 
+    def on_kept(self, request_id: str) -> None:
+        """A line, if there are not too many."""
+        self._write_cheap("kept answer", {"request_id": request_id})
+
     def on_finished(self, record: RequestRecord) -> None:
         """A line."""
         if not logger.isEnabledFor(logging.INFO):

@@ -59,8 +59,8 @@ def test_parts_of_two_requests_of_a_batch(rig: RigOf) -> None:
     answers.run()
     for name, expert_us in (("a", 450_000 + 2 * 300_000), ("b", 150_000 + 2 * 300_000)):
         first, second, last = answers.outputs[name]
-        assert (first.queue_us, first.prefill_us) == (5_000_000, 2_000_000)
-        assert (second.queue_us, last.prefill_us) == (None, None)
+        assert (first.prefill_us, second.prefill_us, last.prefill_us) == (2_000_000, None, None)
+        assert (first.step_us, second.step_us, last.step_us) == (2_000_000, 4_000_000, 6_000_000)
         assert (first.hop_us, second.hop_us, last.hop_us) == (1_500_000, 3_000_000, 4_500_000)
         assert last.expert_us == pytest.approx(expert_us, abs=1)
         assert last.num_preemptions is None
@@ -72,7 +72,7 @@ def test_a_prompt_in_chunks_is_one_prefill(rig: RigOf) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     answers = Answers(engine, [submit("a", list(range(20, 30)), params)]).run()
     first, last = answers.outputs["a"]
-    assert (first.queue_us, first.prefill_us) == (0, 6_000_000)
+    assert (first.prefill_us, last.step_us) == (6_000_000, 8_000_000)
     assert (last.hop_us, last.expert_us) == (6_000_000, 2_400_000)
 
 
@@ -86,7 +86,8 @@ def test_a_step_that_fails_has_taken_its_time(rig: RigOf) -> None:
 
     engine._runner.run = fail
     (output,) = Answers(engine, [submit("a", [20, 21])]).run().outputs["a"]
-    assert (output.finish_reason, output.hop_us, output.expert_us) == ("error", 1_500_000, 600_000)
+    assert (output.finish_reason, output.step_us) == ("error", 2_000_000)
+    assert (output.hop_us, output.expert_us) == (1_500_000, 600_000)
 
 
 def test_preemptions_are_told(rig: RigOf) -> None:

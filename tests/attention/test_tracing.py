@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +16,21 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from attention.messages import SamplingParams
-from attention.tracing import MAX_HOP_SPANS, TraceContext, Tracer
+from attention.tracing import (
+    MAX_DECODE_STEPS,
+    MAX_HOPS,
+    MAX_WAITING,
+    SequenceTrace,
+    TraceContext,
+    TracedStep,
+    Tracer,
+)
+from router.times import LayerHop
 from tests.attention.harness import Answers, Rig, submit
 
 RigOf = Callable[[str], Rig]
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+HOP = re.compile(r"at (\d+) took (\d+) us: queue (\d+) compute (\d+) wire (\d+) of w0")
 PARENT = f"00-{TRACE}-{SPAN}-01"
 
 
@@ -108,26 +120,90 @@ def test_the_spans_of_a_sequence(rig: RigOf, written: Written) -> None:
     edges = [whole.start_time, *(part.end_time for part in parts)]
     assert edges == sorted(edges) and edges[-1] == whole.end_time
     assert [part.start_time for part in parts] == edges[:3], "one after the other, without gaps"
-    layers = rig("v2lite").config.moe_layers
-    hops = [span for span in spans if span.name.startswith("hop")]
-    parents = Counter(span.parent.span_id for span in hops)
-    assert parents == {
-        by_name["prefill"].context.span_id: len(layers),
-        by_name["decode"].context.span_id: 2 * len(layers),
-    }
-    assert {span.attributes["shoal.layer"] for span in hops} == set(layers)
-    for hop in hops:
-        told = [hop.attributes[f"shoal.hop.{part}_ms"] for part in ("queue", "compute", "wire")]
-        assert min(told) >= 0 and 0 < sum(told) <= (hop.end_time - hop.start_time) / 1e6
-        assert hop.attributes["shoal.worker_id"] == "w0"
+    steps = [span for span in spans if span.name == "step"]
+    parents = [span.parent.span_id for span in steps]
+    assert parents == [by_name[name].context.span_id for name in ("prefill", "decode", "decode")]
+    for step in steps:
+        check_hops(step, rig("v2lite").config.moe_layers)
 
 
-def test_hops_of_a_sequence_are_bounded(rig: RigOf, written: Written) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
-    traced(rig("v2lite"), written.tracer, submit("r-0", [20], params, traceparent=PARENT))
-    num_hops = sum(span.name.startswith("hop") for span in written.spans())
-    num_layers = len(rig("v2lite").config.moe_layers)
-    assert MAX_HOP_SPANS <= num_hops < MAX_HOP_SPANS + num_layers < 100 * num_layers
+def check_hops(step: Any, layers: Any) -> None:
+    """A step tells of each layer when its hop began and where its time went."""
+    assert list(step.attributes) == [f"shoal.hop.{layer:03}" for layer in layers]
+    ended_us = 0
+    for text in step.attributes.values():
+        found = HOP.fullmatch(text)
+        assert found is not None, text
+        at_us, took_us, *parts_us = map(int, found.groups())
+        assert at_us >= ended_us, "one after the other"
+        assert 0 < sum(parts_us) <= took_us + 2, "each is rounded"
+        ended_us = at_us + took_us - 1
+    assert ended_us <= (step.end_time - step.start_time) / 1e3
+
+
+def test_one_prefill_and_some_decode_steps_are_traced(rig: RigOf, written: Written) -> None:
+    """A prompt of 12 tokens in chunks of 4, then 9 decode steps."""
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    asked = submit("r-0", list(range(20, 32)), params, traceparent=PARENT)
+    traced(rig("v2lite"), written.tracer, asked, max_num_batched_tokens=4, max_num_seqs=2)
+    by_parent = Counter(span.parent.span_id for span in written.spans() if span.name == "step")
+    assert sorted(by_parent.values()) == [1, MAX_DECODE_STEPS]
+
+
+def test_hops_of_a_sequence_are_bounded() -> None:
+    """Of DeepSeek-V3, which has 58 MoE layers, a prefill step and a decode step."""
+    context = TraceContext.parse(PARENT)
+    assert context is not None
+    trace = SequenceTrace(context, 0.0)
+    hop = LayerHop(3, 0.0, 0.1, None)
+    wanted = []
+    for is_decoding in (False, True, True):
+        wanted.append(trace.wants_hops(is_decoding))
+        trace.steps.append(TracedStep(0.0, 1.0, [hop] * 58))
+    assert wanted == [True, True, False]
+    assert 58 < MAX_HOPS < 116
+
+
+def test_a_layer_in_pieces_is_one_hop(rig: RigOf, written: Written) -> None:
+    """Seven rows that go to the experts two at a time."""
+    moe = rig("v2lite").pool.router(max_batch_rows=2)
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    asked = submit("r-0", list(range(20, 27)), params, traceparent=PARENT)
+    traced(rig("v2lite"), written.tracer, asked, moe=moe)
+    (step,) = (span for span in written.spans() if span.name == "step")
+    check_hops(step, rig("v2lite").config.moe_layers)
+
+
+def test_a_hop_that_nobody_answered() -> None:
+    step = TracedStep(1.0, 2.0, [LayerHop(3, 1.25, 1.5, None)])
+    assert step.attributes == {"shoal.hop.003": "at 250000 took 250000 us"}
+
+
+def test_what_ends_too_fast_is_dropped_and_told_once(
+    written: Written, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread is held up by one sequence while many more end than may wait."""
+    tracer, goes_on, began = written.tracer, threading.Event(), threading.Event()
+    write = tracer._write_sequence
+
+    def slow(trace: SequenceTrace) -> None:
+        began.set()
+        assert goes_on.wait(10)
+        write(trace)
+
+    monkeypatch.setattr(tracer, "_write_sequence", slow)
+    for i in range(1 + MAX_WAITING + 7):
+        trace = tracer.start_sequence(PARENT, 0.0)
+        assert trace is not None
+        tracer.end_sequence(trace)
+        if i == 0:
+            assert began.wait(10)
+    assert tracer.num_dropped == 7
+    assert len(caplog.messages) == 1
+    goes_on.set()
+    num_spans = len(written.spans())
+    assert num_spans == 2 * (1 + MAX_WAITING), "a sequence and its queue"
+    assert caplog.messages[-1] == "7 sequences were dropped without spans"
 
 
 def test_only_sampled_traces_are_written(rig: RigOf, written: Written) -> None:

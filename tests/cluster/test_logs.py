@@ -166,13 +166,14 @@ def test_a_flood_of_refusals_is_twenty_lines_a_second(log: io.StringIO) -> None:
     for _ in range(500):
         requests.on_refused("r", "missing_api_key")
         requests.on_finished(empty)
+        requests.on_kept("r")
     requests.on_finished(RECORD)  # work was done for it: never left out
     now[0] = 101.0
     requests.on_refused("r", "missing_api_key")
     *first, answered, last = events(log)
     assert len(first) == CHEAP_LINES_PER_S == 20
     assert answered["outcome"] == "ok"
-    assert (last["msg"], last["code"], last["left_out"]) == ("refused", "missing_api_key", "980")
+    assert (last["msg"], last["code"], last["left_out"]) == ("refused", "missing_api_key", "1480")
 
 
 def test_prompts_and_answers_only_when_asked_for(log: io.StringIO, tmp_path: Path) -> None:

@@ -12,11 +12,15 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from pytest import MonkeyPatch
 
 from attention.messages import Submit, TokenOutput
+from cluster.frontend.choice import ChoiceText
 from cluster.frontend.limits import Limits
 from cluster.frontend.observer import RequestRecord
 from cluster.frontend.openai import CompletionRequest
+from cluster.frontend.replay import SequenceRuns
+from cluster.frontend.responses import timing_parts
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
@@ -34,6 +38,7 @@ class Heard:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.refused: list[tuple[str, str]] = []
+        self.kept: list[str] = []
         self.tokens: list[tuple[int, float | None]] = []
         self.records: list[RequestRecord] = []
         self._changed = threading.Condition()
@@ -45,6 +50,9 @@ class Heard:
         with self._changed:
             self.refused.append((request_id, code))
             self._changed.notify_all()
+
+    def on_kept(self, request_id: str) -> None:
+        self.kept.append(request_id)
 
     def on_tokens(self, num_tokens: int, gap_s: float | None) -> None:
         self.tokens.append((num_tokens, gap_s))
@@ -190,6 +198,67 @@ def test_no_worker_takes_it(front: Front) -> None:
     assert (record.outcome, record.code, record.ttft_s) == ("error", "no_worker", None)
 
 
+def test_a_fault_of_ours_is_not_the_clients(front: Front, monkeypatch: MonkeyPatch) -> None:
+    engine = FakeEngine(HELLO, hold_after=2)
+    front.serve(engine)
+    monkeypatch.setattr(ChoiceText, "push", broken)
+    front.ask()
+    record = front.heard.record()
+    assert (record.outcome, record.code) == ("error", "internal_error")
+    assert record.finish_reasons == ()
+    assert engine.aborted == [f"{record.answer_id}-0"]
+
+
+@pytest.mark.parametrize("writer", ["streaming.chunk_choice", "grpc_server.delta_message"])
+def test_what_writes_an_answer_has_a_fault(
+    writer: str, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    front = Front("grpc" if writer.startswith("grpc") else "http", tmp_path)
+    front.serve(FakeEngine(HELLO, hold_after=2))
+    monkeypatch.setattr(f"cluster.frontend.{writer}", broken)
+    front.ask(stream=True)
+    front.close()
+    record = front.heard.record()
+    assert (record.outcome, record.code) == ("error", "internal_error")
+
+
+def test_a_fault_of_ours_before_anything_ran(front: Front, monkeypatch: MonkeyPatch) -> None:
+    front.serve(FakeEngine(HELLO))
+    monkeypatch.setattr(SequenceRuns, "start", broken)
+    front.ask()
+    record = front.heard.record()
+    assert (record.outcome, record.code) == ("error", "internal_error")
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("late_s", [0.001, 10.0])
+def test_the_share_of_hops_is_of_the_steps(late_s: float) -> None:
+    """Two steps of 1 s, 0.75 s of hops in each; outputs that come in a lump change nothing."""
+    now_s = [0.0]
+
+    async def play() -> dict[str, float]:
+        engine = Scripted()
+        service = make_service(Path(), engine, clock=lambda: now_s[0])  # type: ignore[arg-type]
+        body = parse_body(CompletionRequest, {**BODY, "max_tokens": 2})
+        with await service.complete(body) as generation:
+            now_s[0] = 10.0
+            first = {"token_ids": [20], "prefill_us": 1_000_000}
+            engine.say(**first, step_us=1_000_000, hop_us=750_000)
+            await asyncio.sleep(0)
+            now_s[0] += late_s
+            last = {"token_ids": [21], "finish_reason": "length"}
+            engine.say(**last, step_us=2_000_000, hop_us=1_500_000)
+            assert [delta async for delta in generation]
+            return timing_parts(generation)
+
+    parts = asyncio.run(play())
+    assert parts["hop_share"] == 0.75
+    assert parts["decode_ms"] == pytest.approx(1e3 * late_s)
+
+
 def test_the_deadline_passes(front: Front) -> None:
     front.serve(FakeEngine(HELLO, hold_after=2))
     front.ask(timeout=0.2)
@@ -208,10 +277,12 @@ def test_the_client_goes_away(front: Front) -> None:
 def test_an_answer_that_is_kept_is_not_counted_again(tmp_path: Path) -> None:
     front = Front("http", tmp_path)
     front.serve(FakeEngine(HELLO))
-    for _ in range(2):
-        front._http.post("/v1/completions", json=BODY, headers={"idempotency-key": "k"})
+    for name in ("first", "again"):
+        headers = {"idempotency-key": "k", "x-request-id": name}
+        front._http.post("/v1/completions", json=BODY, headers=headers)
     front.close()
-    assert front.heard.record().outcome == "ok"
+    assert (front.heard.record().request_id, front.heard.record().outcome) == ("first", "ok")
+    assert front.heard.kept == ["again"]
 
 
 def test_a_stop_string_ends_a_request_well(front: Front) -> None:
@@ -235,7 +306,7 @@ def test_times_of_replays_add_up(tmp_path: Path) -> None:
         script = [
             (30.0, {"finish_reason": "lost"}),
             (40.0, {"token_ids": [20], "prefill_us": 4_000_000, "hop_us": 1_000_000}),
-            (50.0, {"token_ids": [21], "hop_us": 2_000_000, "expert_us": 7_000}),
+            (50.0, {"token_ids": [21], "step_us": 6, "hop_us": 2_000_000, "expert_us": 7_000}),
             (60.0, {"finish_reason": "lost"}),
             (
                 90.0,
@@ -243,6 +314,7 @@ def test_times_of_replays_add_up(tmp_path: Path) -> None:
                     "token_ids": [22],
                     "finish_reason": "length",
                     "prefill_us": 5_000_000,
+                    "step_us": 8_000_000,
                     "hop_us": 3_000_000,
                     "expert_us": 5_000,
                     "num_preemptions": 2,
@@ -264,6 +336,7 @@ def test_times_of_replays_add_up(tmp_path: Path) -> None:
     assert timing.prefill_s == pytest.approx(4.0 + 5.0)
     assert timing.decode_s == pytest.approx(20.0)
     assert timing.queue_s + timing.prefill_s + timing.decode_s == pytest.approx(record.e2e_s)
+    assert timing.step_s == pytest.approx(8.000006)
     assert (timing.hop_s, timing.expert_ms, timing.num_preemptions) == (5.0, 12.0, 2)
     assert record.ttft_s == 40.0
     assert heard.tokens == [(1, None), (1, 10.0), (1, 40.0)]
