@@ -169,7 +169,7 @@ METRICS: tuple[Metric, ...] = (
     _experts.counter("worker_refusals", "Batches not computed.", "reason"),
     _experts.gauge("experts_held", "(layer, expert) pairs that can be computed."),
     _attention.histogram("step_seconds", "Steps of the engine.", STEP_BOUNDS_S),
-    _attention.counter("step_errors", "Steps that failed."),
+    _attention.counter("step_errors", "Steps that failed, or waited for experts in vain."),
     # hops
     _routing.histogram(
         "hop_seconds",

@@ -22,6 +22,7 @@ from router.client import RouterClient
 from router.worker import RouterWorker
 
 Clock = Callable[[], float]
+CHECKSUMS = ("header_crc", "payload_crc", "envelope_crc")
 
 
 class MemberSamples:
@@ -152,6 +153,7 @@ def _queue(buckets: Sequence[int], total_us: int) -> Iterator[Sample]:
 def _channel(counters: ChannelCounters) -> Iterator[Sample]:
     moved = {"in": counters.bytes_in, "out": counters.bytes_out}
     yield from _by_word("shoal_channel_bytes_total", "direction", moved)
-    errors = {"auth": counters.auth_failures, "handler": counters.handler_errors}
+    errors = dict.fromkeys(CHECKSUMS, 0)  # told from the start: a rate misses a first event else
+    errors |= {"auth": counters.auth_failures, "handler": counters.handler_errors}
     errors |= counters.bad_frames
     yield from _by_word("shoal_frame_errors_total", "field", errors)
