@@ -174,7 +174,10 @@ class Stats(Message):
 AnyMessage = Annotated[
     Submit | Abort | StatsRequest | StepOutputs | Stats, Field(discriminator="type")
 ]
-_ADAPTER: TypeAdapter[Submit | Abort | StatsRequest | StepOutputs | Stats] = TypeAdapter(AnyMessage)
+_ADAPTER: TypeAdapter[Submit | Abort | StatsRequest | StepOutputs | Stats] = TypeAdapter(
+    AnyMessage,
+    config=ConfigDict(hide_input_in_errors=True),  # errors are logged, token ids are not
+)
 
 
 def parse_message(body: bytes) -> Submit | Abort | StatsRequest | StepOutputs | Stats:
