@@ -63,7 +63,9 @@ def test_expert_batch_round_trip(
 @pytest.mark.parametrize("kind", [Kind.EXPERT_RESULT, Kind.ROUTE_BATCH, Kind.ROUTE_RESULT])
 @pytest.mark.parametrize("num_rows", [0, 1, 17])
 def test_rows_only_round_trip(kind: Kind, num_rows: int, dtype: torch.dtype) -> None:
-    frame = Frame(kind, flags=ONE_ROW_PER_PAIR | RENORMALISED, queue_us=7, compute_us=9, expert_us=8)
+    frame = Frame(
+        kind, flags=ONE_ROW_PER_PAIR | RENORMALISED, queue_us=7, compute_us=9, expert_us=8
+    )
     frame.rows = rows(num_rows, 9, dtype)
     same_frame(unwire(wire(frame)), frame)
 

@@ -100,7 +100,8 @@ def test_accepted_pairs_are_in_range(
     data = VALID[0]
     pairs = struct.pack("<5i5i5f", *row_ids, *expert_ids, *weights)
     payload = pairs + data[HEADER_BYTES + 60 :]
-    data = with_header(data, HEADER_BYTES - 8, crc32c(payload).to_bytes(4, "little"))[:HEADER_BYTES] + payload
+    checksum = crc32c(payload).to_bytes(4, "little")
+    data = with_header(data, HEADER_BYTES - 8, checksum)[:HEADER_BYTES] + payload
     try:
         frame = unwire(data, LIMITS)
     except FrameError as error:
