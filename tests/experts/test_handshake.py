@@ -20,6 +20,7 @@ from experts.channel.channel import (
     Server,
     connect,
 )
+from experts.channel.codec import VERSION
 from experts.channel.frame import DEFAULT_LIMITS, Kind, reply_to
 from experts.channel.handshake import Terms, join_handshake, serve_handshake
 from experts.channel.server import MAX_HALF_OPEN
@@ -69,6 +70,11 @@ def join(sock: socket.socket, secret: bytes = SECRET, timeout_s: float = WAIT_S)
     return Side(join_handshake, sock, secret, CLIENT_TERMS, timeout_s)
 
 
+def hello(version: int) -> bytes:
+    """A server's first words, with a challenge of zeros."""
+    return b"SHOL" + bytes([version, 0, 0, 0]) + bytes(32)
+
+
 def receive_exactly(sock: socket.socket, num_bytes: int) -> bytes:
     sock.settimeout(WAIT_S)
     data = sock.recv(num_bytes, socket.MSG_WAITALL)
@@ -92,7 +98,7 @@ def test_a_client_with_another_secret_is_refused(ends: Sockets) -> None:
 
 def test_a_client_refuses_a_server_that_does_not_know_the_secret(ends: Sockets) -> None:
     client = join(ends[1])
-    ends[0].sendall(b"SHOL\x01\0\0\0" + bytes(32))
+    ends[0].sendall(hello(VERSION))
     answer = receive_exactly(ends[0], REPLY_BYTES)
     ends[0].sendall(answer)  # reflects the client's own proof
     assert str(client.outcome()) == "server does not know the secret"
@@ -131,15 +137,15 @@ def test_changed_terms_are_refused(ends: Sockets) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hello", "message"),
+    ("said", "message"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n" + bytes(14), "peer does not speak this protocol"),
-        (b"SHOL\x02\0\0\0" + bytes(32), "peer speaks protocol version 2, this side 1"),
+        (hello(3), "peer speaks protocol version 3, this side 2"),
     ],
 )
-def test_another_protocol_is_named(ends: Sockets, hello: bytes, message: str) -> None:
+def test_another_protocol_is_named(ends: Sockets, said: bytes, message: str) -> None:
     client = join(ends[1])
-    ends[0].sendall(hello)
+    ends[0].sendall(said)
     assert str(client.outcome()) == message
 
 
