@@ -235,13 +235,13 @@ def broken(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("late_s", [0.001, 10.0])
-def test_the_share_of_hops_is_of_the_steps(late_s: float) -> None:
+def test_the_share_of_hops_is_of_the_steps(tmp_path: Path, late_s: float) -> None:
     """Two steps of 1 s, 0.75 s of hops in each; outputs that come in a lump change nothing."""
     now_s = [0.0]
 
     async def play() -> dict[str, float]:
         engine = Scripted()
-        service = make_service(Path(), engine, clock=lambda: now_s[0])  # type: ignore[arg-type]
+        service = make_service(tmp_path, engine, clock=lambda: now_s[0])  # type: ignore[arg-type]
         body = parse_body(CompletionRequest, {**BODY, "max_tokens": 2})
         with await service.complete(body) as generation:
             now_s[0] = 10.0
