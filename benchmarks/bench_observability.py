@@ -5,8 +5,8 @@ ships and puts the same load on one after the other, in another order each round
 process of the other servers is stopped (SIGSTOP), so that nobody pays for their background work.
 
   off      `observability.metrics: false`, only warnings are logged
-  on       metrics of every member, to the directory, /metrics (read once a second) and, on Ray, its
-           agents; a JSON line a request
+  on       metrics of every member, to the directory, /metrics (read every five seconds) and, on
+           Ray, its agents; a JSON line a request
   traces   that, and spans of every request, sent to a collector that throws them away
 
 Blocks are short, about a second: what else the machine does changes slowly, so all arms of a round
@@ -45,7 +45,7 @@ from serving.sse import get_json, wait_until_ok
 RESULTS = Path(__file__).parent / "results"
 READY_TIMEOUT_S = 180.0
 SETTLE_S = 0.3
-SCRAPE_PERIOD_S = 1.0
+SCRAPE_PERIOD_S = 5.0
 GRACE_S = 60.0
 METRICS_OFF = {"observability": {"metrics": False}}
 ARMS: dict[str, list[str]] = {
