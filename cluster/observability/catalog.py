@@ -187,7 +187,9 @@ METRICS: tuple[Metric, ...] = (
     ),
     _serving.counter("channel_bytes", "Bytes of the data plane, in and out.", "direction"),
     # the cluster
-    _placement.gauge("replicas_wanted", "Workers that a tier shall have.", "tier"),
+    _placement.gauge(
+        "replicas_wanted", "As commanded or configured; none where load decides.", "tier"
+    ),
     _placement.gauge("replicas_present", "Workers that a tier has.", "tier"),
     _placement.gauge("placement_epoch", "Grows when the holders of experts change."),
     _placement.gauge("placement_ready", "1 while all is there that requests need."),
