@@ -206,9 +206,8 @@ class RouterClient:
         now_s = self._clock()
         self._hop_s += now_s - begun_s
         if self._hop_log is not None:
-            waits = [part.wait for part in ticket.parts if part.wait is not None]
-            longest = max(waits, key=lambda wait: wait.took_s, default=None)
-            self._hop_log.append(LayerHop(ticket.layer, ticket.begun_s, now_s, longest))
+            waits = (part.wait for part in ticket.parts)
+            self._hop_log.append(LayerHop.of(ticket.layer, ticket.begun_s, now_s, waits))
 
     def close(self) -> None:
         """Close every connection."""

@@ -115,9 +115,8 @@ class Lane:
     def _log_hop(self, log: list[LayerHop], pending: Pending, now_s: float) -> None:
         exchanges = pending.exchanges
         if exchanges:  # of one layer, and begun together
-            waits = [exchange.longest for exchange in exchanges if exchange.longest is not None]
-            longest = max(waits, key=lambda wait: wait.took_s, default=None)
-            log.append(LayerHop(exchanges[0].layer, exchanges[0].begun_s, now_s, longest))
+            waits = (exchange.longest for exchange in exchanges)
+            log.append(LayerHop.of(exchanges[0].layer, exchanges[0].begun_s, now_s, waits))
 
     def cancel(self, pending: Pending) -> None:
         """Give up what is still open; late answers are dropped."""

@@ -1,5 +1,6 @@
 """How long the way to the routed experts and back takes: what every MoE client tells."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 from experts.channel.frame import Frame
@@ -37,3 +38,10 @@ class LayerHop(NamedTuple):
     ended_s: float
     longest: Wait | None
     """The answer that took longest; None if no expert was there."""
+
+    @classmethod
+    def of(cls, layer: int, begun_s: float, ended_s: float, waits: Iterable[Wait | None]) -> Self:
+        """waits: for its parts, None for those without an answer."""
+        answered = (wait for wait in waits if wait is not None)
+        longest = max(answered, key=lambda wait: wait.took_s, default=None)
+        return cls(layer, begun_s, ended_s, longest)
