@@ -79,14 +79,16 @@ class Served:
         return {key: answer[key] for key in ("choices", "usage")}
 
     def streamed(self, path: str, **body: Any) -> list[Any]:
-        """The choices of all chunks, and the usage in the last one."""
+        """The choices of all chunks, those of one index in order, and the usage in the last one."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
         response = self.post(path, **body, **options)
         assert response.status_code == 200, response.text
         *events, done = response.text[:-2].split("\n\n")
         assert done == "data: [DONE]"
         chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-        return [*(choice for chunk in chunks for choice in chunk["choices"]), chunks[-1]["usage"]]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        choices.sort(key=lambda choice: choice["index"])  # indices take turns as they come
+        return [*choices, chunks[-1]["usage"]]
 
     def ended(self) -> bool:
         """Whether nothing is left of any request."""
