@@ -12,6 +12,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ from cluster.members import (
 from cluster.observability.logs import log_with_serve
 from cluster.observability.ray_metrics import RayExport
 from cluster.observability.traces import check_traces
+from cluster.serve_targets import TargetWatch, ask_serve
 from experts.kernels.runtime import configure_threads
+from experts.messages import Role
 
 ENDPOINT_TIMEOUT_S = 5.0
 ONE_HOST = ("unix", "shm", "cuda")
@@ -114,6 +117,16 @@ def _deploy_tier(
     return _deploy(name, replica, tier, tier.num_gpus, autoscaling_config=size)
 
 
+def _following_load(config: ShoalConfig) -> dict[Role, str]:
+    """Tiers whose policy follows the load -> their deployments."""
+    following: dict[Role, str] = {}
+    if config.experts.follows_load:
+        following["experts"] = "Experts"
+    if config.attention.follows_load:
+        following["attention"] = "Attention"
+    return following
+
+
 def _endpoint_for(config: ShoalConfig, takes_rows: bool) -> Callable[[str], str]:
     """Where a worker of this node listens. takes_rows: whether hidden states come in, the only
     thing that other memory than the socket's is worth while for."""
@@ -168,6 +181,14 @@ class PlacementReplica(Replica):
         endpoint = _endpoint_for(config, takes_rows=False)(self._worker_id)
         self._member = PlacementMember(config, secret, endpoint)
         self._tell_ray()
+        if following := _following_load(config):
+            ask = partial(ask_serve, serve.get_replica_context().app_name, following)
+            self._targets = TargetWatch(ask, self._member.directory.note_sizes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_targets"):
+            self._targets.close()
+        super().__del__()
 
     def endpoint(self) -> str:
         """Where the directory listens; the one call that goes through Serve."""

@@ -120,7 +120,7 @@ class IngressMember:
 
     def _status(self) -> dict[str, Any]:
         snapshot, state, engines = self.pool.snapshot(), self.pool.ready(), self.pool.stats()
-        samples = self.metrics.read()
+        samples, ever = self.metrics.read(), self.metrics.read_ever()
         return {
             "model": self.service.model.name,
             "ready": state.ready,
@@ -128,8 +128,8 @@ class IngressMember:
             "epoch": snapshot.epoch if snapshot else 0,
             "scale": snapshot.scale if snapshot else {},
             "tiers": describe_tiers(samples),
-            "rates": self._describe_rates(samples, engines),
-            "counters": count_events(samples, engines),
+            "rates": self._describe_rates(ever, engines),
+            "counters": count_events(ever),
             "replays": self.service.ledger.num_replays,
             "parked": self.pool.num_parked,
             "chaos": self._config.enable_chaos and self._operations is not None,
@@ -138,11 +138,11 @@ class IngressMember:
             "engines": [stats.model_dump() for stats in engines],
         }
 
-    def _describe_rates(self, samples: Samples, engines: Sequence[Stats]) -> dict[str, Any] | None:
+    def _describe_rates(self, ever: Samples, engines: Sequence[Stats]) -> dict[str, Any] | None:
         """Of the whole cluster: every ingress tells the same."""
         if not self._config.observability.metrics:
             return None
-        return {**self.metrics.rates.read(), **count_requests(samples, engines)}
+        return {**self.metrics.rates.read(), **count_requests(ever, engines)}
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return when requests are served. Raises TimeoutError that says how far things are."""

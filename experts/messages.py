@@ -220,10 +220,12 @@ class WorkerSamples(_Message):
 
 
 class MetricsReply(_Message):
-    """The directory's own samples, then those of the members by id."""
+    """The directory's own samples, then those of the members by id; and what members that are gone
+    had counted, without labels."""
 
     type: Literal["metrics"] = "metrics"
     workers: Annotated[tuple[WorkerSamples, ...], Field(max_length=MAX_WORKERS + 1)]
+    gone: Samples = ()
 
 
 class Leave(_Message):

@@ -187,9 +187,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     _serving.counter("channel_bytes", "Bytes of the data plane, in and out.", "direction"),
     # the cluster
-    _placement.gauge(
-        "replicas_wanted", "As commanded or configured; none where load decides.", "tier"
-    ),
+    _placement.gauge("replicas_wanted", "By command, by load or as configured.", "tier"),
     _placement.gauge("replicas_present", "Workers that a tier has.", "tier"),
     _placement.gauge("placement_epoch", "Grows when the holders of experts change."),
     _placement.gauge("placement_ready", "1 while all is there that requests need."),

@@ -20,6 +20,8 @@ SHARED_S = 0.5
 """So long an answer of the directory serves all who ask. Members report once a second."""
 NOTED_EVERY_S = 10.0
 """At least."""
+GONE = ""
+"""Stands for the workers that are gone, where one has an id."""
 
 
 class ClusterMetrics:
@@ -40,6 +42,7 @@ class ClusterMetrics:
         self._lock = threading.Lock()
         self._asked_s = -math.inf
         self._workers: Samples = {}
+        self._gone: Sequence[Sample] = ()
         self._exposition = Exposition()
         self._text: bytes | None = None
         self.rates = ClusterRates(clock)
@@ -50,6 +53,12 @@ class ClusterMetrics:
         """Of all workers; while the directory is away, this one's. Blocks for seconds at most."""
         with self._lock:
             return self._read()
+
+    def read_ever(self) -> Samples:
+        """The same with the counters of workers that are gone, so that sums of counters never
+        shrink while the directory lives."""
+        with self._lock:
+            return {**self._read(), GONE: self._gone}
 
     def text(self) -> bytes:
         """The same for Prometheus."""
@@ -80,10 +89,12 @@ class ClusterMetrics:
 
     def _ask_all(self) -> Samples:
         try:
-            return {worker.worker_id: worker.samples for worker in self._ask().workers}
+            reply = self._ask()
         except OSError as error:
             logger.info("metrics of the workers: %s", error)
             return {}
+        self._gone = reply.gone
+        return {worker.worker_id: worker.samples for worker in reply.workers}
 
 
 def value_of(samples: Sequence[Sample], name: str) -> float | None:

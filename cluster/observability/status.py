@@ -32,7 +32,7 @@ def describe_workers(snapshot: Snapshot | None, samples: Samples) -> list[Json]:
 
 
 def describe_tiers(samples: Samples) -> Json:
-    """Workers wanted and present of each tier; wanted is null where a policy follows the load. {}
+    """Workers wanted and present of each tier; wanted is null until its policy has said so. {}
     while the directory is away."""
     wanted = by_label(samples, "shoal_replicas_wanted", "tier")
     present = by_label(samples, "shoal_replicas_present", "tier")
@@ -43,20 +43,21 @@ def describe_tiers(samples: Samples) -> Json:
     }
 
 
-def count_events(samples: Samples, engines: Sequence[Stats]) -> Json:
-    """What has happened in the whole cluster: deaths and moves since Placement's start; replays,
-    hedges and preemptions as far as workers that live count them, so they may shrink."""
+def count_events(samples: Samples) -> Json:
+    """What has happened in the whole cluster since Placement's start. samples: of those that are
+    gone too."""
     return {
         "replays": int(sum_of(samples, "shoal_requests_replayed_total")),
         "deaths": int(sum_of(samples, "shoal_worker_deaths_total")),
         "moves": int(sum_of(samples, "shoal_expert_moves_total")),
         "hedges": int(sum_of(samples, "shoal_hedges_total")),
-        "preemptions": sum(stats.num_preemptions for stats in engines),
+        "preemptions": int(sum_of(samples, "vllm_num_preemptions_total")),
     }
 
 
 def count_requests(samples: Samples, engines: Sequence[Stats]) -> Json:
-    """Sequences that run and wait now; requests refused and cancelled by the live ingresses."""
+    """Sequences that run and wait now; requests refused and cancelled so far, by ingresses that are
+    gone too if the samples have them."""
     return {
         "requests_running": sum(stats.num_running for stats in engines),
         "requests_waiting": sum(stats.num_waiting for stats in engines),

@@ -76,9 +76,10 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     if (stage := after["stage"]) != before["stage"]:
         yield stage
     wanted_before, wanted = wanted_by_tier(before), wanted_by_tier(after)
-    for tier in wanted:
-        if tier in wanted_before and wanted[tier] != wanted_before[tier]:
-            yield f"{tier}: {wanted[tier]} wanted, {wanted_before[tier]} before"
+    for tier, now in wanted.items():
+        was = wanted_before.get(tier)
+        if now is not None and was is not None and now != was:
+            yield f"{tier}: {now} wanted, {was} before"
     if wanted_before and wanted:  # else the directory is away, and with it most counters
         yield from _steps(before.get("counters") or {}, after.get("counters") or {})
 

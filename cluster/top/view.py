@@ -121,8 +121,8 @@ def _quantiles(seconds: dict[str, float] | None) -> str:
 
 
 def _replicas(status: dict[str, Any]) -> str:
-    """ "experts 2/3": two are there of three that are wanted. "experts 2": as many as the load asks
-    for."""
+    """ "experts 2/3": two are there of three that are wanted. "experts 2": how many are wanted is
+    not known yet."""
     return "  ".join(
         f"{tier} {_number(size.get('present'))}"
         + (f"/{wanted}" if (wanted := size.get("wanted")) is not None else "")

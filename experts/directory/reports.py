@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from experts.load import ClusterLoad, LoadBoard
 from experts.messages import (
+    MAX_SAMPLES,
     ClusterLoadReply,
     LoadReport,
     MetricsReply,
@@ -17,26 +20,39 @@ from experts.messages import (
 from experts.metrics import Sample
 from experts.placement.space import ExpertSpace, Loads
 
+MAX_ABSENT = 256
+"""Members that may come back and count on; more become one sum."""
+
 
 class Reports:
-    """Of each live member the newest; its callers see to locking."""
+    """Of each live member the newest, of those that are gone the counters; its callers see to
+    locking."""
 
     def __init__(self, space: ExpertSpace) -> None:
         self._layers = space.moe_layers
         self._loads = LoadBoard(len(space.moe_layers), space.num_experts)
         self._samples: dict[str, Samples] = {}
+        self._absent: dict[str, Counter[str]] = {}  # may come back; oldest first
+        self._gone: Counter[str] = Counter()
 
     def take_load(self, worker_id: str, report: LoadReport) -> None:
         """Raises ValueError when its rows are not of this model's shape."""
         self._loads.put(worker_id, report)
 
     def take_samples(self, worker_id: str, samples: Samples) -> None:
+        """Of one that comes back only what it has not counted on from is of the past."""
         self._samples[worker_id] = samples
+        if before := self._absent.pop(worker_id, None):
+            now = _counters(samples)
+            self._gone.update({name: n for name, n in before.items() if now[name] < n})
 
     def drop(self, worker_id: str) -> None:
-        """Forget a member; an unknown one is no error."""
+        """Forget a member but for its counters; an unknown one is no error."""
         self._loads.drop(worker_id)
-        self._samples.pop(worker_id, None)
+        if samples := self._samples.pop(worker_id, None):
+            self._absent[worker_id] = _counters(samples)
+        if len(self._absent) > MAX_ABSENT:
+            self._gone.update(self._absent.pop(next(iter(self._absent))))
 
     def layer_loads(self, workers: Iterable[str]) -> Loads:
         """Rows by layer within the window, {} if there are none."""
@@ -48,6 +64,13 @@ class Reports:
     def cluster_loads(self, workers: Sequence[str]) -> tuple[ClusterLoad, ClusterLoad]:
         """Within the window, and recently."""
         return self._loads.total(workers), self._loads.recent(workers)
+
+    def gone(self) -> tuple[Sample, ...]:
+        """What members that are not here any more had counted, by name, all labels together."""
+        total = self._gone.copy()
+        for counters in self._absent.values():
+            total.update(counters)
+        return tuple(Sample(name, (), n) for name, n in islice(total.items(), MAX_SAMPLES))
 
     def samples(self, snapshot: Snapshot) -> list[WorkerSamples]:
         """Of all members."""
@@ -83,7 +106,18 @@ def load_reply(
     )
 
 
-def metrics_reply(own: Sequence[Sample], members: Sequence[WorkerSamples]) -> MetricsReply:
+def metrics_reply(
+    own: Sequence[Sample], members: Sequence[WorkerSamples], gone: Samples
+) -> MetricsReply:
     """The directory first."""
     mine = WorkerSamples(worker_id="placement", role="placement", samples=tuple(own))
-    return MetricsReply(workers=(mine, *members))
+    return MetricsReply(workers=(mine, *members), gone=gone)
+
+
+def _counters(samples: Samples) -> Counter[str]:
+    """Those of a member by name."""
+    found: Counter[str] = Counter()
+    for name, _, value in samples:
+        if name.endswith("_total"):
+            found[name] += value  # type: ignore[assignment]  # typed for integers
+    return found

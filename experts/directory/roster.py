@@ -45,7 +45,7 @@ class RosterRules:
     for as many as can hold everything. `redundancy`: slots of the pool that take replicas. What a
     worker has not loaded after `load_limit_s` without progress goes to another one. `max_workers`:
     most that a command may ask for, by tier; absent: any number. `fixed_sizes`: workers that
-    a tier shall have while no command says otherwise, for those who watch.
+    a tier shall have while no command says otherwise, for those who watch; absent: its policy says.
     """
 
     space: ExpertSpace
@@ -90,6 +90,8 @@ class Roster:
         self.counters = PoolCounters()
         self.generation = 0
         self.pins: dict[Unit, int] = {}
+        self.sizes = dict(rules.fixed_sizes)
+        """Workers that a tier shall have but for commands, as far as it is known."""
         self._loads = loads
         self._members: dict[str, Member] = {}
         self._first_worker_s: float | None = None

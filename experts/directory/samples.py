@@ -36,9 +36,9 @@ def placement_samples(roster: Roster, window: ClusterLoad, recent: ClusterLoad) 
 
 
 def _replicas(roster: Roster) -> Iterator[Sample]:
-    """Wanted: by command, else as configured. What a policy wants only the policy knows."""
+    """Wanted: by command, else as its policy or the configuration says, as far as it is known."""
     snapshot = roster.snapshot
-    wanted = {**roster.rules.fixed_sizes, **snapshot.scale}
+    wanted = {**roster.sizes, **snapshot.scale}
     for tier in TIERS:
         labels = (("tier", tier),)
         yield Sample("shoal_replicas_present", labels, len(snapshot.workers_of(tier)))

@@ -52,6 +52,7 @@ from experts.messages import (
     Rebalance,
     Register,
     Replicate,
+    Role,
     Scale,
     Signal,
     Snapshot,
@@ -107,6 +108,11 @@ class Directory:
         """Its own numbers: the pool, how even it is, the busiest experts."""
         with self._lock:
             return self._samples()
+
+    def note_sizes(self, sizes: Mapping[Role, int]) -> None:
+        """What the policies of some tiers want, for those who watch."""
+        with self._lock:
+            self._roster.sizes.update(sizes)
 
     @property
     def endpoint(self) -> str:
@@ -316,7 +322,8 @@ class Directory:
         with self._lock:
             self._member_of(connection, "metrics_request")
             own, members = self._samples(), self._reports.samples(self._published)
-        return metrics_reply(own, members)
+            gone = self._reports.gone()
+        return metrics_reply(own, members, gone)
 
     def _member_of(self, connection: Connection, message: str) -> MemberLine:
         """Caller holds the lock."""

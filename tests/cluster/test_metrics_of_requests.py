@@ -293,6 +293,21 @@ class TestClusterMetrics:
         text = ClusterMetrics("ingress-0", lambda: own, ask).text()
         assert b'shoal_requests_parked{worker_id="ingress-0"} 3.0' in text
 
+    def test_sums_ever_do_not_shrink_when_a_worker_dies_and_no_series_jumps(self) -> None:
+        clock, name = Clock(), "shoal_hedges_total"
+        gone = Sample(name, (), 5), Sample("vllm_num_preemptions_total", (), 2)
+        replies = [
+            MetricsReply(workers=(told("router-0", name, 5), told("router-1", name, 5))),
+            MetricsReply(workers=(told("router-1", name, 5),), gone=gone),
+        ]
+        metrics = ClusterMetrics("ingress-0", list, lambda: replies.pop(0), clock)
+        assert count_events(metrics.read_ever())["hedges"] == 10
+        clock.now_s += SHARED_S
+        assert count_events(metrics.read_ever())["hedges"] == 10
+        assert count_events(metrics.read_ever())["preemptions"] == 2
+        assert sum_of(metrics.read(), name) == 5  # a rate of series wants no jump
+        assert metrics.text().count(b"shoal_hedges_total{") == 1
+
     def test_the_first_who_asks_finds_rates_too(self) -> None:
         clock = Clock()
         metrics = ClusterMetrics("ingress-0", list, lambda: MetricsReply(workers=()), clock)
@@ -434,8 +449,10 @@ class TestStatus:
             "attention": {"wanted": 1, "present": 1},
             "router": {"wanted": None, "present": 1},
         }
-        events = {"replays": 10, "deaths": 3, "moves": 0, "hedges": 8, "preemptions": 0}
-        assert count_events(samples, []) == events
+        preempted = Sample("vllm_num_preemptions_total", (("model_name", "m"),), 6)
+        samples |= {"attention-0": [preempted], "attention-1": [preempted]}
+        events = {"replays": 10, "deaths": 3, "moves": 0, "hedges": 8, "preemptions": 12}
+        assert count_events(samples) == events
         requests = {"requests_running": 0, "requests_waiting": 0, "refused": 6, "cancelled": 2}
         assert count_requests(samples, []) == requests
         assert by_label(samples, "shoal_worker_deaths_total", "role") == {"experts": 2, "router": 1}

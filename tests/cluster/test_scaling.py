@@ -71,6 +71,15 @@ def wait_for(server: Server, count: int) -> float:
     return time.monotonic() - begun_s
 
 
+def wait_for_tier(server: Server, **size: int) -> None:
+    """Until /status tells this size of the experts' tier; wanted: by Serve's autoscaler."""
+    deadline_s = time.monotonic() + SCALE_TIMEOUT_S
+    while (told := server.get("/status")["tiers"].get("experts")) != size:
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"{told}, not {size}")
+        time.sleep(0.2)
+
+
 class Load:
     """Streams that go on until told to stop; every answer must be the same."""
 
@@ -107,19 +116,23 @@ def ask(server: Server) -> list[int]:
 @pytest.mark.alone
 def test_the_pool_follows_the_load_up_and_down(from_yaml: Server) -> None:
     assert num_experts(from_yaml) == 2
+    wait_for_tier(from_yaml, wanted=2, present=2)
     expected = ask(from_yaml)
     load = Load(from_yaml, 4)
     try:
         grew_s = wait_for(from_yaml, 3)
+        wait_for_tier(from_yaml, wanted=3, present=3)
         held = [w["num_experts"] for w in from_yaml.get("/status")["workers"] if w["num_slots"]]
     finally:
         load.stop()
     assert load.answers and all(answer == expected for answer in load.answers)
     shrank_s = wait_for(from_yaml, 2)
+    wait_for_tier(from_yaml, wanted=2, present=2)
     assert ask(from_yaml) == expected
     assert re.search(r"Experts: 2 -> 3 workers, (load|pressure): .+", controller_log())
     assert re.search(r"Experts: 3 -> 2 workers, spare: .+", controller_log())
     wait_for_metric("ray_shoal_scaling_decisions_total{", 'cause="spare"', 'deployment="Experts"')
+    wait_for_metric("ray_shoal_replicas_wanted{", 'tier="experts"', " 2.0")
     print(f"grew after {grew_s:.1f} s, shrank after {shrank_s:.1f} s, held {held}")
 
 

@@ -273,10 +273,12 @@ def test_a_line() -> None:
     ]
 
 
-def test_a_tier_that_follows_the_load_has_no_size_to_reach() -> None:
+def test_a_size_that_is_not_known_yet_is_left_out_and_no_event_when_it_is() -> None:
     tiers = {"experts": {"wanted": None, "present": 2}, "attention": {"wanted": 0, "present": 1}}
-    lines = lines_of(history_of(STATUS | {"tiers": tiers}))
-    assert "replicas experts 2  attention 1/0" in lines
+    unknown = STATUS | {"tiers": tiers}
+    assert "replicas experts 2  attention 1/0" in lines_of(history_of(unknown))
+    known = STATUS | {"tiers": {**tiers, "experts": {"wanted": 3, "present": 2}}}
+    assert list(changes(unknown, known)) == list(changes(known, unknown)) == []
 
 
 # ---- against a server

@@ -85,6 +85,14 @@ class World:
         assert isinstance(answer, MetricsReply)
         return {worker.worker_id: (worker.role, worker.samples) for worker in answer.workers}
 
+    def gone(self, asker: FakeConnection) -> dict[str, float]:
+        """What members that are gone had counted."""
+        reply = self.say(asker, MetricsRequest())
+        assert reply is not None
+        answer = decode(reply)
+        assert isinstance(answer, MetricsReply)
+        return {sample.name: sample.value for sample in answer.gone if not sample.labels}
+
     def own(self, name: str) -> dict[str, float]:
         """A series of the directory: the value of its label ("" without) -> its value."""
         samples = [sample for sample in self.directory.samples() if sample.name == name]
@@ -120,6 +128,48 @@ def test_samples_go_with_their_member(world: World) -> None:
     assert list(world.told(a)) == ["placement", "a"]
 
 
+def faults(late: float, lost: float, hedges: float) -> MetricsReport:
+    """A report of counters, a gauge and a bucket."""
+    counted = {"late": late, "lost": lost}.items()
+    by_fault = (Sample("shoal_hop_faults_total", (("fault", name),), n) for name, n in counted)
+    return MetricsReport(samples=(*by_fault, Sample("shoal_hedges_total", (), hedges), BUSY, HOPS))
+
+
+def test_counters_of_members_that_are_gone_are_kept(world: World) -> None:
+    asker, *members = world.join("a", "ingress"), world.join("b"), world.join("c")
+    assert world.gone(asker) == {}
+    for member in members:
+        world.say(member, faults(2, 1, 5))
+        world.end(member)
+    assert world.gone(asker) == {"shoal_hop_faults_total": 6, "shoal_hedges_total": 10}
+
+
+def test_a_member_whose_line_broke_is_not_counted_twice(world: World) -> None:
+    asker = world.join("a", "ingress")
+    world.say(world.join("b"), faults(2, 1, 5))
+    again = world.join("b")  # it has not reported yet: what it said last counts
+    assert world.gone(asker) == {"shoal_hop_faults_total": 3, "shoal_hedges_total": 5}
+    world.say(again, faults(2, 2, 5))
+    assert world.gone(asker) == {}
+    world.end(again)
+    assert world.gone(asker) == {"shoal_hop_faults_total": 4, "shoal_hedges_total": 5}
+    world.say(world.join("b"), faults(1, 0, 5))  # another process
+    assert world.gone(asker) == {"shoal_hop_faults_total": 4}
+
+
+def test_members_that_are_long_gone_are_one_sum(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.directory.reports.MAX_ABSENT", 2)
+    asker = world.join("a", "ingress")
+    for number in range(1, 6):
+        member = world.join(f"b{number}")
+        world.say(member, faults(0, 0, number))
+        world.end(member)
+        assert len(world.directory._reports._absent) == min(number, 2)
+    assert world.gone(asker)["shoal_hedges_total"] == 1 + 2 + 3 + 4 + 5
+
+
 def loads(rows: list[list[int]], recent_rows: list[list[int]]) -> LoadReport:
     return LoadReport(
         window_s=60.0,
@@ -150,8 +200,8 @@ def test_the_busiest_experts_are_named_by_rank(world: World) -> None:
     assert [(layers[rank], experts[rank]) for rank in ranks[:3]] == [(4, 2), (3, 0), (-1, -1)]
 
 
-def test_replicas_are_wanted_by_command_or_as_configured(world: World) -> None:
-    """What a policy wants of a tier that follows the load is not known here."""
+def test_replicas_are_wanted_by_command_or_by_a_policy_or_as_configured(world: World) -> None:
+    """What a policy wants of a tier that follows the load is known once somebody has noted it."""
     a, b = world.join("a"), world.join("b")
     attention = [world.join(f"att{i}", "attention") for i in range(3)]
     world.join("i", "ingress")
@@ -162,9 +212,14 @@ def test_replicas_are_wanted_by_command_or_as_configured(world: World) -> None:
         world.end(connection)
     assert world.own("shoal_replicas_present") == {"experts": 1, "attention": 0, "router": 0}
     assert world.own("shoal_replicas_wanted") == {"experts": 2}
+    world.directory.note_sizes({"attention": 4})
+    assert world.own("shoal_replicas_wanted") == {"experts": 2, "attention": 4}
     world.say(a, Scale(role="experts", workers=3))
     world.say(a, Scale(role="attention", workers=1))
     assert world.own("shoal_replicas_wanted") == {"experts": 3, "attention": 1}
+    world.directory.note_sizes({"attention": 5})
+    world.say(a, Scale(role="attention", workers=None))
+    assert world.own("shoal_replicas_wanted") == {"experts": 3, "attention": 5}
 
 
 def test_who_leaves_has_not_died(world: World) -> None:
