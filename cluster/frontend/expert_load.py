@@ -69,10 +69,10 @@ class ExpertLoad:
         known = self.snapshot.holders_of(self.reply.layers[position])[:num_experts]
         return (*known, *[()] * (num_experts - len(known)))
 
-    def experts(self, position: int) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-        """(expert, rows, worker ids of its holders) of the layer at a position."""
-        rows = self.reply.rows[position]
-        yield from zip(range(len(rows)), rows, self.holders(position), strict=True)
+    def experts(self, position: int) -> Iterator[tuple[int, int, int, tuple[str, ...]]]:
+        """(expert, rows, recent rows, worker ids of its holders) of the layer at a position."""
+        rows, recent_rows = self.reply.rows[position], self.reply.recent_rows[position]
+        yield from zip(range(len(rows)), rows, recent_rows, self.holders(position), strict=True)
 
     @cached_property
     def body(self) -> bytes:
@@ -121,7 +121,7 @@ class ExpertLoad:
         }
 
     def _layer(self, position: int) -> Json:
-        balance, recent_rows = self.balance[position], self.reply.recent_rows[position]
+        balance = self.balance[position]
         return {
             "layer": self.reply.layers[position],
             "balancedness": balance.workers,
@@ -130,11 +130,11 @@ class ExpertLoad:
                 {
                     "expert": expert,
                     "rows": rows,
-                    "recent_rows": recent_rows[expert],
+                    "recent_rows": recent_rows,
                     "replicas": len(holders),
                     "holders": holders,
                 }
-                for expert, rows, holders in self.experts(position)
+                for expert, rows, recent_rows, holders in self.experts(position)
             ],
         }
 

@@ -96,8 +96,13 @@ def load_message(load: ExpertLoad) -> pb.ExpertLoad:
         model=load.model,
         epoch=load.epoch,
         window_s=load.reply.window_s,
+        recent_s=load.reply.recent_s,
         workers=[
-            pb.WorkerLoad(worker_id=worker.worker_id, rows=sum(worker.rows))
+            pb.WorkerLoad(
+                worker_id=worker.worker_id,
+                rows=sum(worker.rows),
+                recent_rows=sum(worker.recent_rows),
+            )
             for worker in load.reply.workers
         ],
         layers=[
@@ -106,8 +111,14 @@ def load_message(load: ExpertLoad) -> pb.ExpertLoad:
                 balancedness=load.balance[i].workers,
                 expert_balancedness=load.balance[i].experts,
                 experts=[
-                    pb.ExpertRows(expert=expert, rows=rows, replicas=len(holders), holders=holders)
-                    for expert, rows, holders in load.experts(i)
+                    pb.ExpertRows(
+                        expert=expert,
+                        rows=rows,
+                        recent_rows=recent_rows,
+                        replicas=len(holders),
+                        holders=holders,
+                    )
+                    for expert, rows, recent_rows, holders in load.experts(i)
                 ],
             )
             for i, layer in enumerate(load.reply.layers)

@@ -330,16 +330,18 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class ExpertRows(_message.Message):
-    __slots__ = ("expert", "rows", "replicas", "holders")
+    __slots__ = ("expert", "rows", "replicas", "holders", "recent_rows")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_ROWS_FIELD_NUMBER: _ClassVar[int]
     expert: int
     rows: int
     replicas: int
     holders: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, expert: _Optional[int] = ..., rows: _Optional[int] = ..., replicas: _Optional[int] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+    recent_rows: int
+    def __init__(self, expert: _Optional[int] = ..., rows: _Optional[int] = ..., replicas: _Optional[int] = ..., holders: _Optional[_Iterable[str]] = ..., recent_rows: _Optional[int] = ...) -> None: ...
 
 class LayerLoad(_message.Message):
     __slots__ = ("layer", "balancedness", "expert_balancedness", "experts")
@@ -354,25 +356,29 @@ class LayerLoad(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., balancedness: _Optional[float] = ..., expert_balancedness: _Optional[float] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("worker_id", "rows")
+    __slots__ = ("worker_id", "rows", "recent_rows")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_ROWS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     rows: int
-    def __init__(self, worker_id: _Optional[str] = ..., rows: _Optional[int] = ...) -> None: ...
+    recent_rows: int
+    def __init__(self, worker_id: _Optional[str] = ..., rows: _Optional[int] = ..., recent_rows: _Optional[int] = ...) -> None: ...
 
 class ExpertLoad(_message.Message):
-    __slots__ = ("model", "epoch", "window_s", "workers", "layers", "error")
+    __slots__ = ("model", "epoch", "window_s", "workers", "layers", "error", "recent_s")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RECENT_S_FIELD_NUMBER: _ClassVar[int]
     model: str
     epoch: int
     window_s: float
     workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
     layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
     error: Error
-    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., window_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    recent_s: float
+    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., window_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., recent_s: _Optional[float] = ...) -> None: ...

@@ -338,12 +338,13 @@ def test_watch_load_streams_the_same_data(world: World) -> None:
     call = world.stub().WatchLoad(pb.WatchLoadRequest(interval_s=0.2), timeout=TIMEOUT_S)
     first, second = next(call), next(call)
     assert first == second == load_message(ExpertLoad("tiny", REPLY, SNAPSHOT))
-    assert (first.model, first.epoch, first.window_s) == ("tiny", 5, 60.0)
-    assert [(worker.worker_id, worker.rows) for worker in first.workers] == [("a", 10), ("b", 30)]
+    assert (first.model, first.epoch, first.window_s, first.recent_s) == ("tiny", 5, 60.0, 5.0)
+    workers = [(worker.worker_id, worker.rows, worker.recent_rows) for worker in first.workers]
+    assert workers == [("a", 10, 0), ("b", 30, 3)]
     layer = first.layers[0]
     assert (layer.layer, layer.balancedness) == (1, 20 / 30)
     expert = layer.experts[0]
-    assert (expert.expert, expert.rows, expert.replicas) == (0, 30, 2)
+    assert (expert.expert, expert.rows, expert.recent_rows, expert.replicas) == (0, 30, 2, 2)
     assert list(expert.holders) == ["a", "b"]
     world.loads.close()
     list(call)
