@@ -279,7 +279,9 @@ ROWS_1_AND_2: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("values", "code"), ROWS_1_AND_2)
 def test_rows_1_and_2_on_http(world: World, values: list[str], code: str) -> None:
     headers = [("Authorization", value) for value in values]
-    response = httpx.post(world.url + "/v1/chat/completions", json=CHAT, headers=headers)
+    response = httpx.post(
+        world.url + "/v1/chat/completions", json=CHAT, headers=headers, timeout=TIMEOUT_S
+    )
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert len(response.headers["x-request-id"]) == 32
@@ -308,7 +310,9 @@ def test_rows_1_and_2_on_grpc(world: World, values: list[str], code: str) -> Non
 
 def test_row_3_a_key_without_the_scope(world: World) -> None:
     body = {"tier": "experts", "workers": 4}
-    response = httpx.post(world.url + "/v1/scale", json=body, headers=bearer(INFERENCE))
+    response = httpx.post(
+        world.url + "/v1/scale", json=body, headers=bearer(INFERENCE), timeout=TIMEOUT_S
+    )
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (403, "insufficient_scope")
     assert error["message"] == (
@@ -325,7 +329,7 @@ def test_row_3_a_key_without_the_scope(world: World) -> None:
 @pytest.mark.parametrize("path", ["/tokenize", "/metrics", "/invocations", "/scale_elastic_ep"])
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD", "PROPFIND"])
 def test_row_4_no_path_is_forgotten(world: World, path: str, method: str) -> None:
-    assert httpx.request(method, world.url + path).status_code == 401
+    assert httpx.request(method, world.url + path, timeout=TIMEOUT_S).status_code == 401
 
 
 # target, host, with an inference key
@@ -399,7 +403,9 @@ def test_the_openai_sdk_understands_a_refusal(world: World) -> None:
 
 def test_commands_come_under_any_name_when_they_need_a_key(world: World) -> None:
     headers = bearer(KEYS["admin"]) | {"Host": "shoal.example.com"}
-    response = httpx.post(world.url + "/v1/experts/rebalance", json={}, headers=headers)
+    response = httpx.post(
+        world.url + "/v1/experts/rebalance", json={}, headers=headers, timeout=TIMEOUT_S
+    )
     assert response.status_code == 200
 
 
@@ -437,14 +443,18 @@ def test_a_key_that_cannot_be_sent_is_one_line(world: World, key: str) -> None:
 def test_keys_are_not_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         for key in (WRONG, *KEYS.values()):
-            httpx.get(world.url + "/v1/models", headers=bearer(key))
-            httpx.post(world.url + "/v1/experts/rebalance", json={}, headers=bearer(key))
+            with httpx.Client(headers=bearer(key), timeout=TIMEOUT_S) as client:
+                client.get(world.url + "/v1/models")
+                client.post(world.url + "/v1/experts/rebalance", json={})
     assert caplog.records
     assert not any(key in caplog.text for key in (WRONG, *KEYS.values()))
 
 
 def test_without_keys_everything_is_open_as_ever(tmp_path: Path) -> None:
-    with http_server(make_service(tmp_path, FakeEngine([EOS]))) as url:
-        assert httpx.get(url + "/v1/models").status_code == 200
-        assert httpx.get(url + "/v1/models", headers=bearer(WRONG)).status_code == 200
-        assert httpx.get(url + "/nowhere").status_code == 404
+    with (
+        http_server(make_service(tmp_path, FakeEngine([EOS]))) as url,
+        httpx.Client(base_url=url, timeout=TIMEOUT_S) as client,
+    ):
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/v1/models", headers=bearer(WRONG)).status_code == 200
+        assert client.get("/nowhere").status_code == 404

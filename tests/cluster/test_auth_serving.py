@@ -12,11 +12,12 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.frontend.api_keys import LOOK_PERIOD_S, new_key
+from cluster.frontend.api_keys import new_key
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.cluster.conftest import RayHarness, Server
 from tests.cluster.test_grpc import details_of
+from tests.fakes import TIMEOUT_S
 
 pytestmark = pytest.mark.ray
 USER, USER_KEY = new_key("inference", "user")
@@ -38,14 +39,15 @@ def server(ray_harness: RayHarness, keys_file: Path) -> Server:
 def status_of(server: Server, path: str, key: str | None, body: Any = None) -> int:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     method = "GET" if body is None else "POST"
-    return httpx.request(method, server.url + path, headers=headers, json=body).status_code
+    url = server.url + path
+    return httpx.request(method, url, headers=headers, json=body, timeout=TIMEOUT_S).status_code
 
 
 def tokenize(stub: Any, key: str | None) -> str:
     """Name of the status."""
     metadata = [("authorization", f"Bearer {key}")] if key else []
     try:
-        stub.Tokenize(pb.TokenizeRequest(text="Hi"), metadata=metadata, timeout=60)
+        stub.Tokenize(pb.TokenizeRequest(text="Hi"), metadata=metadata, timeout=TIMEOUT_S)
     except grpc.RpcError as error:
         assert details_of(error)["ErrorInfo"].domain == "shoal"
         return f"{error.code().name} {details_of(error)['ErrorInfo'].reason}"
@@ -74,15 +76,15 @@ def test_keys_through_serves_proxies(server: Server, keys_file: Path) -> None:
             "OK",
         ]
         with pytest.raises(grpc.RpcError) as refused:
-            list(stub.Generate(pb.GenerateRequest(text="Hi"), timeout=60))
+            list(stub.Generate(pb.GenerateRequest(text="Hi"), timeout=TIMEOUT_S))
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
 
         keys_file.write_text(ADMIN_KEY.line)
-        deadline = time.monotonic() + 5 * LOOK_PERIOD_S
-        while tokenize(stub, USER) == "OK" and time.monotonic() < deadline:
+        deadline = time.monotonic() + TIMEOUT_S  # it takes LOOK_PERIOD_S: test_auth_keys.py
+        while (told := tokenize(stub, USER)) == "OK" and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert tokenize(stub, USER) == "UNAUTHENTICATED INVALID_API_KEY"
+        assert told == "UNAUTHENTICATED INVALID_API_KEY"
     assert status_of(server, "/v1/models", USER) == 401
     assert status_of(server, "/v1/models", ADMIN) == 200

@@ -26,9 +26,9 @@ from cluster.backend import PARK_LIMIT_S, AttentionPool, NoWorker
 from experts.channel.channel import ChannelClosed, ChannelTimeout, Connection, Server
 from experts.channel.frame import Frame, Kind
 from experts.messages import Snapshot, WorkerInfo
+from tests.fakes import TIMEOUT_S
 
 SECRET = b"s" * 32
-TIMEOUT_S = 10.0
 STATS = Stats(
     num_running=0,
     num_waiting=0,
@@ -61,6 +61,7 @@ def until(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline_s
+        time.sleep(0.001)  # leaves the interpreter to the others
 
 
 class FakeClient:
@@ -117,10 +118,11 @@ class World:
         self.pool = AttentionPool(SECRET, self._connect, lambda: self.now_s)  # type: ignore[arg-type]
 
     def _connect(self, endpoint: str, secret: bytes, timeout_s: float) -> FakeClient:
-        if endpoint not in self.clients:
+        client = self.clients.get(endpoint)
+        if client is None or client.closed:
             raise ChannelClosed("nobody there")
         self.connected.put(endpoint)
-        return self.clients[endpoint]
+        return client
 
     def start(self, *names: str) -> list[FakeClient]:
         """These workers become the members; returns when all are connected."""

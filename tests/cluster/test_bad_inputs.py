@@ -38,7 +38,7 @@ USER = {"role": "user", "content": "Hi"}
 CHAT_BODY: dict[str, Any] = {"messages": [USER]}
 TEXT_BODY: dict[str, Any] = {"prompt": "Hi"}
 MAX_ERROR_BYTES = 4096
-MAX_CPU_S = 1.0
+MAX_CPU_S = 5.0  # 0.1 s here; a bound for slow machines that what grows with the square exceeds
 
 
 @dataclass
@@ -734,5 +734,5 @@ def test_row_39_unknown_fields_are_reported_or_refused(front: Front, tmp_path: A
     assert response.headers["x-ignored-params"] == "mirostat, f"
     strict = make_service(tmp_path, FakeEngine([EOS]), strict_params=True)
     with http_server(strict) as url:
-        response = httpx.post(url + CHAT, json=CHAT_BODY | {"mirostat": 2})
+        response = httpx.post(url + CHAT, json=CHAT_BODY | {"mirostat": 2}, timeout=TIMEOUT_S)
     check_error(response, 400, "unknown_parameter", "mirostat")

@@ -21,7 +21,7 @@ from cluster.frontend.limits import Limits
 from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
-from tests.fakes import TIMEOUT_S, FakeEngine
+from tests.fakes import TIMEOUT_S, FakeEngine, TokenClock
 from tests.serving import CONTEXT, EOS, http_server, ids_of, make_service
 
 HELLO = [*ids_of("Hello 漢字!"), EOS]
@@ -48,9 +48,11 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """`serve(engine, limits)`: a Served that is taken down after the test."""
     with ExitStack() as stack:
 
-        def start(engine: FakeEngine | None = None, limits: Limits | None = None) -> Served:
+        def start(
+            engine: FakeEngine | None = None, limits: Limits | None = None, **options: Any
+        ) -> Served:
             engine = engine or FakeEngine(HELLO, cached=3)
-            service = make_service(tmp_path, engine, limits, system_fingerprint="fp_1")
+            service = make_service(tmp_path, engine, limits, system_fingerprint="fp_1", **options)
             url = stack.enter_context(http_server(service))
             stack.callback(engine.close)
             served = Served(engine, service, url)
@@ -168,7 +170,8 @@ def test_overload_is_503_with_retry_after(serve: Callable[..., Served]) -> None:
 
 
 def test_timeout_header_is_504(serve: Callable[..., Served]) -> None:
-    served = serve(FakeEngine(HELLO, hold_after=1))
+    clock = TokenClock(1, leap_s=0.1)
+    served = serve(FakeEngine(HELLO, hold_after=1), clock=clock, observers=[clock])
     late = served.post(CHAT, {"messages": MESSAGES}, **{"X-Request-Timeout": "0.1"})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert served.engine.wait_for(lambda: len(served.engine.aborted) == 1)
@@ -189,7 +192,8 @@ def test_experts_that_stay_away_are_503(serve: Callable[..., Served]) -> None:
 
 
 def test_a_deadline_that_the_experts_missed_is_503(serve: Callable[..., Served]) -> None:
-    served = serve(FakeEngine(HELLO, hold_after=1))
+    clock = TokenClock(1, leap_s=0.1)
+    served = serve(FakeEngine(HELLO, hold_after=1), clock=clock, observers=[clock])
     served.engine.readiness = Readiness(True, "loading experts 3/8", missing="experts")
     late = served.post(CHAT, {"messages": MESSAGES, "timeout": 0.1})
     assert (late.status_code, late.json()["error"]["code"]) == (503, "experts_unavailable")
@@ -290,7 +294,7 @@ def test_refused_and_failed_requests_keep_no_answer(serve: Callable[..., Served]
 def test_keys_are_short_printable_ascii(serve: Callable[..., Served], key: str) -> None:
     served = serve()
     headers = {"Idempotency-Key": key.encode("latin-1")}
-    refused = httpx.post(served.url + CHAT, json=BODY, headers=headers)
+    refused = httpx.post(served.url + CHAT, json=BODY, headers=headers, timeout=TIMEOUT_S)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "Idempotency-Key"
     assert served.engine.submitted == []
@@ -353,7 +357,8 @@ def test_unforeseen_fault_is_500_and_silent_about_itself(
     [("abc-1.2:3_D", "abc-1.2:3_D"), ('a b"<script>;é', "abscript"), ("x" * 500, "x" * 128)],
 )
 def test_request_id_is_echoed_clean(serve: Callable[..., Served], given: str, echoed: str) -> None:
-    response = httpx.get(serve().url + "/livez", headers={"X-Request-Id": given.encode("latin-1")})
+    headers = {"X-Request-Id": given.encode("latin-1")}
+    response = httpx.get(serve().url + "/livez", headers=headers, timeout=TIMEOUT_S)
     assert response.headers["x-request-id"] == echoed
 
 

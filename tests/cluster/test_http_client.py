@@ -63,21 +63,22 @@ def test_a_chat_that_breaks_off_is_an_api_error_after_its_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "fault"),
+    ("answer", "timeout_s", "fault"),
     [
-        (b"", "no Shoal at {}: timed out; start it"),
+        (b"", 0.1, "no Shoal at {}: timed out; start it"),
         (
             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+            2.0,  # in which the beginning must come
             "the answer of {} broke off: timed out$",
         ),
     ],
 )
-def test_an_answer_that_hangs_is_an_api_error(answer: bytes, fault: str) -> None:
+def test_an_answer_that_hangs_is_an_api_error(answer: bytes, timeout_s: float, fault: str) -> None:
     with (
         server_that_sends(answer, hangs=True) as url,
         pytest.raises(ApiError, match=fault.format(url)),
     ):
-        ApiClient(url, timeout_s=0.1).read("/status")
+        ApiClient(url, timeout_s).read("/status")
 
 
 def test_text_of_an_answer() -> None:

@@ -25,7 +25,7 @@ from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
-from tests.fakes import TIMEOUT_S, FakeEngine
+from tests.fakes import TIMEOUT_S, FakeEngine, TokenClock
 from tests.serving import EOS, grpc_server, http_server, ids_of, make_service
 
 HELLO = [*ids_of("Hello"), EOS]
@@ -89,8 +89,13 @@ class Front:
         self._folder = folder
         self._stack = ExitStack()
 
-    def serve(self, engine: FakeEngine, limits: Limits | None = None) -> InferenceService:
-        service = make_service(self._folder, engine, limits, observers=[self.heard])
+    def serve(
+        self, engine: FakeEngine, limits: Limits | None = None, clock: TokenClock | None = None
+    ) -> InferenceService:
+        options = {"observers": [self.heard]}
+        if clock is not None:
+            options = {"observers": [self.heard, clock], "clock": clock}
+        service = make_service(self._folder, engine, limits, **options)
         self._stack.callback(engine.close)
         if self.name == "http":
             url = self._stack.enter_context(http_server(service))
@@ -222,6 +227,28 @@ def test_what_writes_an_answer_has_a_fault(
     assert (record.outcome, record.code) == ("error", "internal_error")
 
 
+@pytest.mark.parametrize(
+    ("writer", "stream"),
+    [
+        ("responses.usage_json", False),
+        ("http_generation.timing_header", False),
+        ("streaming.timing_json", True),
+        ("grpc_server.timing_message", True),
+    ],
+)
+def test_a_fault_behind_the_last_token_is_told_as_one(
+    writer: str, stream: bool, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    front = Front("grpc" if writer.startswith("grpc") else "http", tmp_path)
+    front.serve(FakeEngine(HELLO))
+    monkeypatch.setattr(f"cluster.frontend.{writer}", broken)
+    front.ask(stream=stream, **({"timing": True} if writer.startswith("streaming") else {}))
+    front.close()
+    record = front.heard.record()
+    assert (record.outcome, record.code) == ("error", "internal_error")
+    assert (record.completion_tokens, record.finish_reasons) == (len(HELLO), ("stop",))
+
+
 def test_a_fault_of_ours_before_anything_ran(front: Front, monkeypatch: MonkeyPatch) -> None:
     front.serve(FakeEngine(HELLO))
     monkeypatch.setattr(SequenceRuns, "start", broken)
@@ -260,11 +287,24 @@ def test_the_share_of_hops_is_of_the_steps(tmp_path: Path, late_s: float) -> Non
 
 
 def test_the_deadline_passes(front: Front) -> None:
-    front.serve(FakeEngine(HELLO, hold_after=2))
+    front.serve(FakeEngine(HELLO, hold_after=2), clock=TokenClock(2, leap_s=0.2))
     front.ask(timeout=0.2)
     record = front.heard.record()
     assert (record.outcome, record.code) == ("error", "deadline_exceeded")
     assert record.completion_tokens == 2
+
+
+def test_the_client_goes_away_before_anything_came(tmp_path: Path) -> None:
+    """Of a whole answer, and of a stream that has not begun."""
+    for name, stream in (("whole", False), ("stream", True)):
+        front, engine = Front("http", tmp_path / name), FakeEngine(HELLO, hold_after=0)
+        front.serve(engine)
+        with pytest.raises(httpx.ReadTimeout):
+            front._http.post("/v1/completions", json={**BODY, "stream": stream}, timeout=0.2)
+        record = front.heard.record()
+        front.close()
+        assert (record.outcome, record.code, record.ttft_s) == ("cancelled", "", None)
+        assert engine.aborted == [f"{record.answer_id}-0"]
 
 
 def test_the_client_goes_away(front: Front) -> None:

@@ -117,16 +117,16 @@ def test_a_body_becomes_a_command(world: World, path: str, body: Any, command: C
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "[::", ""]
 )
 def test_a_name_that_anybody_may_have_is_refused(world: World, host: str) -> None:
-    response = httpx.post(
-        world.url + SCALE, json={"tier": "experts", "workers": 4}, headers={"Host": host}
-    )
+    body, headers = {"tier": "experts", "workers": 4}, {"Host": host}
+    response = httpx.post(world.url + SCALE, json=body, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 403
     assert world.directory.commands == []
 
 
 @pytest.mark.parametrize("host", ["localhost:80", "10.1.2.3", "[::1]:8000", "shoal.prod.svc"])
 def test_addresses_and_service_names_are_fine(world: World, host: str) -> None:
-    response = httpx.post(world.url + REBALANCE, json={}, headers={"Host": host})
+    headers = {"Host": host}
+    response = httpx.post(world.url + REBALANCE, json={}, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 200
 
 

@@ -33,7 +33,7 @@ from experts.messages import (
     WorkerInfo,
     WorkerRows,
 )
-from tests.fakes import FakeEngine
+from tests.fakes import TIMEOUT_S, FakeEngine
 from tests.serving import EOS, http_server, make_service
 
 REPLY = ClusterLoadReply(
@@ -233,5 +233,5 @@ def test_watch_ends_cleanly_at_ctrl_c(shoal: Shoal, options: list[str]) -> None:
                 assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.stdout.read()
-        assert process.wait(10) == 130
+        assert process.wait(TIMEOUT_S) == 130
         assert process.stderr.read() == ""

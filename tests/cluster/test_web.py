@@ -24,7 +24,7 @@ VENDOR = ASSETS / "vendor"
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     engine = FakeEngine([])
     service = make_service(tmp_path_factory.mktemp("web") / "model", engine)
-    with http_server(service) as url, httpx.Client(base_url=url) as client:
+    with http_server(service) as url, httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         yield client
     engine.close()
 
