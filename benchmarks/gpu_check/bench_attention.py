@@ -141,12 +141,11 @@ def others(context: Context, shape: ModelShape, rows: int) -> Iterator[Benchmark
     cache = layout.new_cache(1, rows // BLOCK_SIZE + 1, BLOCK_SIZE, context.device)[0]
     kv_a = random(context, 49, rows, shape.latent_width).bfloat16()
     norm, rope = random(context, 50, latent), rope_rows(context, shape, rows)
-    positions = torch.arange(rows, device=context.device)
+    slots = torch.arange(rows, device=context.device)
+    positions = slots.int()
     turned = 2 * rows * heads * shape.qk_rope_head_dim + 2 * rows * shape.latent_width
     yield measure(
         context, "rotate_query_and_cache_latent", place, "float32",
         Work(turned * BF16_BYTES + rope.nbytes, 0),
-        lambda: ops.rotate_query_and_cache_latent(
-            q, kv_a, norm, rope, positions.int(), positions, cache
-        ),
+        lambda: ops.rotate_query_and_cache_latent(q, kv_a, norm, rope, positions, slots, cache),
     )  # fmt: skip

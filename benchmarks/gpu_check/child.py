@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,17 @@ from serving.processes import exit_at_sigterm
 
 from experts.device import ComputeDevice, open_device
 from gpu_check.environment import describe
-from gpu_check.plan import Context, plan, run_unit
+from gpu_check.plan import Context, Unit, plan, run_unit
 from gpu_check.rows import Note, to_message
 from gpu_check.timing import CudaTimer, NoTimer
 
-UNIT_TIMEOUT_S = 400.0
-"""A kernel that does not end within this takes the process with it. Cold compiles are included."""
+UNIT_TIMEOUT_S, OVERTIME_S = 150.0, 30.0
+"""A unit that does not end within this, or so long after the end of its section, takes the process
+with it. Cold compiles are included."""
 BROKEN_EXIT = 3
 """The device does not answer any more, as after an illegal access: only a new process can go on."""
+
+Emit = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
@@ -44,18 +49,31 @@ def main() -> None:
         emit({"device": describe(context.device)})
         units = plan(context, spec["sections"])
         emit({"num_units": len(units)})
-        for number in range(spec["first"], len(units)):
-            emit({"begin": number, "name": units[number].name})
-            faulthandler.dump_traceback_later(UNIT_TIMEOUT_S, exit=True)
-            for row in run_unit(units[number]):
-                emit(to_message(row))
-            if context.timer.capture_failure:
-                text = f"timed by launches, not as a graph: {context.timer.capture_failure}"
-                emit(to_message(Note(units[number].name, text, failed=False)))
-                emit({"next": number + 1})
-                os._exit(0)  # what would run at exit may meet the broken capture
-            _tidy(context)
-        faulthandler.cancel_dump_traceback_later()
+        run_units(context, units, spec, emit)
+
+
+def run_units(context: Context, units: list[Unit], spec: dict[str, Any], emit: Emit) -> None:
+    """Those from spec["first"] on, but what its section has no time left for. Does not return after
+    a capture that failed."""
+    skipped = -1
+    for number, unit in enumerate(units[spec["first"] :], spec["first"]):
+        left_s = spec["ends_s"][unit.section] - time.monotonic()
+        if left_s <= 0:
+            if unit.section != skipped:
+                emit(to_message(out_of_time(spec["sections"], units[number:])))
+            skipped = unit.section
+            continue
+        emit({"begin": number, "name": unit.name})
+        faulthandler.dump_traceback_later(min(UNIT_TIMEOUT_S, left_s + OVERTIME_S), exit=True)
+        for row in run_unit(unit):
+            emit(to_message(row))
+        if context.timer.capture_failure:
+            text = f"timed by launches, not as a graph: {context.timer.capture_failure}"
+            emit(to_message(Note(unit.name, text, failed=False)))
+            emit({"next": number + 1})
+            os._exit(0)  # what would run at exit may meet the broken capture
+        _tidy(context)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def open_context(smoke: bool) -> Context:
@@ -67,6 +85,13 @@ def open_context(smoke: bool) -> Context:
     compute = open_device("cuda")
     torch.cuda.set_device(compute.device)
     return Context(compute, CudaTimer(), smoke)
+
+
+def out_of_time(sections: list[str], units: list[Unit]) -> Note:
+    """What is not run of the section of the first of these units."""
+    section = units[0].section
+    num_left = sum(unit.section == section for unit in units)
+    return Note(sections[section], f"not run: out of time with {num_left} units left", failed=True)
 
 
 def _tidy(context: Context) -> None:

@@ -41,7 +41,7 @@ SERVED_ROWS = (1, 2, 15, 16, 17, 64, 65, 200, 256, 512, 513, 1000, 1024, 4096)
 """Of batches that must find their kernels compiled."""
 NUM_HOPS, SMOKE_HOPS = 100, 1
 NUM_LAYERS = 2  # a dense one and one with experts
-READY_TIMEOUT_S, HOP_TIMEOUT_S = 240.0, 30.0
+READY_TIMEOUT_S, HOP_TIMEOUT_S = 120.0, 30.0
 """Ready: with cold compiles."""
 SECRET = b"both processes are ours"
 

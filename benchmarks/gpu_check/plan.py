@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,11 +47,17 @@ class Unit:
 
     name: str
     run: Callable[[], Iterable[Row]]
+    section: int = 0
+    """Its number among those that were asked for."""
 
 
 def plan(context: Context, sections: Iterable[str]) -> list[Unit]:
     """All units of these sections. A section that cannot be imported is one unit that says so."""
-    return [unit for section in sections for unit in _section(context, section)]
+    return [
+        replace(unit, section=number)
+        for number, section in enumerate(sections)
+        for unit in _section(context, section)
+    ]
 
 
 def _section(context: Context, section: str) -> list[Unit]:

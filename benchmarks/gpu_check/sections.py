@@ -1,4 +1,7 @@
-"""The sections of a run: what `--sections` takes, in the order in which they run."""
+"""The sections of a run: what `--sections` takes, in order, and the time of each."""
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 SECTIONS = {
     "ceilings": "gpu_check.ceilings",
@@ -13,3 +16,23 @@ SECTIONS = {
     "ray": "gpu_check.on_ray",
 }
 """Module of each; its `units(context)` lists the units of work."""
+
+SHARES = {
+    "ceilings": 4,
+    "experts": 20,
+    "router": 8,
+    "attention": 18,
+    "expert-times": 8,
+    "router-times": 4,
+    "attention-times": 8,
+    "decode": 16,
+    "hops": 6,
+    "ray": 8,
+}
+"""Of the time, to each other. On a fresh machine most of a check is the compiling of its kernel."""
+
+
+def ends_of(sections: Sequence[str], begin_s: float, deadline_s: float) -> list[float]:
+    """When each has to be over. What one leaves of its share, those after it have."""
+    sums = list(accumulate(SHARES[section] for section in sections))
+    return [begin_s + (deadline_s - begin_s) * total / sums[-1] for total in sums]

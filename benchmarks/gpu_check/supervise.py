@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from serving.processes import SystemFailed, run_system
 
 from gpu_check.rows import KINDS, Note, Results, to_message
+from gpu_check.sections import ends_of
 
 CHILD = Path(__file__).parent / "child.py"
 ROOTS = (CHILD.parents[1], CHILD.parents[2])
@@ -30,12 +31,17 @@ class ChildFailed(RuntimeError):
 
 
 class Supervisor:
-    """Fills `results` until all units ran, or until deadline_s of time.monotonic()."""
+    """Fills `results` until all units ran, or until deadline_s of time.monotonic(). A section that
+    is not a smoke run's has its share of the time."""
 
     def __init__(self, results: Results, sections: Sequence[str], deadline_s: float) -> None:
         self._results = results
         self._sections = list(sections)
         self._deadline_s = deadline_s
+        if results["smoke"]:
+            self._ends_s = [deadline_s] * len(self._sections)
+        else:
+            self._ends_s = ends_of(self._sections, time.monotonic(), deadline_s)
         self._num_units = 0
         self._begun: tuple[int, str] | None = None
         self._next: int | None = None
@@ -58,7 +64,12 @@ class Supervisor:
     def _run_from(self, first: int) -> int:
         """The unit to go on with."""
         self._begun = self._next = None
-        spec = {"smoke": self._results["smoke"], "sections": self._sections, "first": first}
+        spec = {
+            "smoke": self._results["smoke"],
+            "sections": self._sections,
+            "ends_s": self._ends_s,
+            "first": first,
+        }
         left_s = max(1.0, self._deadline_s - time.monotonic())
         command = [sys.executable, str(CHILD)]
         try:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts: their folder is on the path while they run
 
 from gpu_check import accounting, check_attention, check_experts, check_router, goals  # noqa: E402
+from gpu_check.child import run_units  # noqa: E402
 from gpu_check.compare import POISON_BYTE_INT, Poisoned, difference, poison  # noqa: E402
 from gpu_check.kernel_checks import Case, alone, check, tensors_of  # noqa: E402
 from gpu_check.plan import Context, Unit, lacking, run_unit  # noqa: E402
@@ -36,7 +38,7 @@ from gpu_check.rows import (  # noqa: E402
     to_message,
     validate,
 )
-from gpu_check.sections import SECTIONS  # noqa: E402
+from gpu_check.sections import SECTIONS, SHARES, ends_of  # noqa: E402
 from gpu_check.shapes import MODELS, V2_LITE, V3  # noqa: E402
 from gpu_check.timing import CudaTimer, NoTimer  # noqa: E402
 from gpu_check.variants import check_warm  # noqa: E402
@@ -416,6 +418,34 @@ def test_a_missing_module_of_others_is_no_fault() -> None:
     assert isinstance(ours, Note)
     assert ours.failed
     assert lacking("u", ImportError("cannot import name")).failed
+
+
+def test_each_section_has_its_share_of_the_time() -> None:
+    """So that cold compiles of the checks leave the times, the engine and Ray theirs."""
+    assert list(SHARES) == list(SECTIONS)
+    ends = dict(zip(SECTIONS, ends_of(list(SECTIONS), 1000.0, 1480.0), strict=True))
+    assert ends["ray"] == pytest.approx(1480.0)
+    assert 0.4 < (ends["attention"] - 1000.0) / 480.0 < 0.6
+    assert ends_of(["decode", "ray"], 0.0, 48.0) == pytest.approx([32.0, 48.0])
+
+
+def test_what_its_section_has_no_time_for_is_left_to_the_next(context: Context) -> None:
+    ran: list[str] = []
+
+    def unit(name: str, section: int) -> Unit:
+        return Unit(name, lambda: filter(None, [ran.append(name)]), section)
+
+    units = [unit("a", 0), unit("b", 0), unit("c", 0), unit("d", 1), unit("e", 2)]
+    now_s, told = time.monotonic(), []
+    ends_s = [now_s - 1.0, now_s + 300.0, now_s - 1.0]
+    sections = ["experts", "decode", "ray"]
+    run_units(context, units, {"sections": sections, "ends_s": ends_s, "first": 1}, told.append)
+    assert ran == ["d"]
+    notes = [message["notes"] for message in told if "notes" in message]
+    assert [(note["unit"], note["text"], note["failed"]) for note in notes] == [
+        ("experts", "not run: out of time with 2 units left", True),
+        ("ray", "not run: out of time with 1 units left", True),
+    ]
 
 
 FAKE_CHILD = """
