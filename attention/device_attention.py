@@ -24,8 +24,18 @@ from experts.device_layer import DeviceWeight, linear_device
 from experts.kernels.gpu.ops import expert_ops
 
 EXPANDED_BYTES = 2 << 30
-"""Of keys and values that exist at a time: 32,768 context tokens of V3 in bfloat16. A chunk on a
-longer context attends absorbed: more arithmetic, no expansion."""
+EXPANDED_SHARE = 1 / 40
+"""Of keys and values that exist at a time: 32,768 context tokens of V3 in bfloat16, in a small part
+of a GPU a quarter of what gpu_memory_utilization leaves. A chunk on a longer context attends
+absorbed: more arithmetic, no expansion."""
+
+
+def max_expanded(sizes: MlaSizes, device: ComputeDevice) -> int:
+    """Context tokens whose keys and values may exist at a time."""
+    room = EXPANDED_BYTES
+    if device.total_bytes:
+        room = min(room, int(EXPANDED_SHARE * device.total_bytes))
+    return room // (sizes.num_heads * (sizes.nope + sizes.value) * device.dtype.itemsize)
 
 
 class DeviceMla:
@@ -41,9 +51,7 @@ class DeviceMla:
     ):
         """cache [layers, num_blocks, block_size, width]: of CacheLayout.new_cache."""
         self.sizes = sizes = MlaSizes.of(config)
-        self.max_expanded = EXPANDED_BYTES // (
-            sizes.num_heads * (sizes.nope + sizes.value) * device.dtype.itemsize
-        )
+        self.max_expanded = max_expanded(sizes, device)
         self._device = device
         self._max_context = max_model_len  # not a batch's: the cut follows nothing but its rows
         self._deterministic = deterministic

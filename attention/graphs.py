@@ -75,7 +75,9 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Of the 32 streams with priority: torch hands out those without again and again, and a copy
+        # that another thread queues on the very stream would be recorded too.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, segment: Segment) -> CudaGraph:

@@ -1,13 +1,14 @@
 """GPU memory that two processes of one host share by CUDA IPC. This file has not run on a GPU yet.
 
-The receiver allocates its ring with the driver (cuMemAlloc: an allocation of its own, which no
-caching allocator cuts or moves) and sends the 64 bytes of cuIpcGetMemHandle; the sender opens them.
-Copies go on the stream that is current where `put` is called, after the work that makes the rows,
-and an event behind them is awaited before anybody is told. The driver refuses to open a handle in
-the process that made it (offer.py: same process, no ring). Two processes may use one GPU. A ring is
-freed after its peer has closed it (lease.py).
+The receiver allocates its ring with the driver (cuMemAlloc: no caching allocator cuts or moves it;
+whole pages, as a handle shares them) and sends the 64 bytes of cuIpcGetMemHandle; the sender
+opens them. Copies go on the stream that is current where `put` is called, after the work that makes
+the rows, and an event behind them is awaited before anybody is told. The driver refuses to open a
+handle in the process that made it (offer.py: same process, no ring). Two processes may use one GPU.
+A ring is freed after its peer has closed it (lease.py).
 
-CUDA driver API: cuMemAlloc, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuDevicePrimaryCtxRetain.
+CUDA C++ Programming Guide, "Interprocess Communication"; driver API: cuMemAlloc, cuIpcGetMemHandle,
+cuIpcOpenMemHandle, cuDevicePrimaryCtxRetain.
 """
 
 import ctypes
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from experts.channel.connection import ChannelError
 from experts.channel.frame import ROW_DTYPES
-from experts.channel.memory import BlockOutlet, Mark
+from experts.channel.memory import MIB, BlockOutlet, Mark
 
 HANDLE_BYTES = 64
+PAGE_BYTES = 2 * MIB
 _LAZY_PEER_ACCESS = 1
 _Handle = ctypes.c_char * HANDLE_BYTES
 
@@ -80,7 +82,7 @@ class DeviceBlock:
         address = ctypes.c_uint64()
         with _driver(device) as driver:
             if handle is None:
-                size = ctypes.c_size_t(num_bytes)
+                size = ctypes.c_size_t(-(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
                 _check(driver.cuMemAlloc_v2(ctypes.byref(address), size))
             else:
                 opened = _HandleByValue.from_buffer_copy(handle)

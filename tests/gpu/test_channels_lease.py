@@ -22,7 +22,7 @@ from experts.channel.lease import Lease
 from experts.channel.memory import MAX_DEVICE_LANDING_BYTES
 from experts.channel.offer import CudaEnd, End, exchange, make_end, usable_memory
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 BRIEF_S = 0.05
 GPU = torch.device("cuda", 0)
 
@@ -32,6 +32,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.allocated: list[int] = []
         self.fails = ""
 
     def __getattr__(self, name: str) -> Any:
@@ -39,6 +40,8 @@ class Driver:
             self.calls.append(name)
             if name == self.fails:
                 return 1
+            if name == "cuMemAlloc_v2":
+                self.allocated.append(arguments[1].value)
             if name in ("cuMemAlloc_v2", "cuIpcOpenMemHandle_v2"):
                 arguments[0]._obj.value = 4096
             return 0
@@ -157,6 +160,16 @@ def test_rings_on_a_gpu_are_bounded(driver: Driver) -> None:
         assert isinstance(end, CudaEnd)
         assert end.block.num_bytes == min(num_bytes, MAX_DEVICE_LANDING_BYTES)
         end.close()
+
+
+def test_a_ring_shares_no_page_with_other_memory(driver: Driver) -> None:
+    """Who opens a handle gets the driver's whole pages of 2 MiB."""
+    for num_bytes in (256, 2 << 20, (4 << 20) + 256):
+        end = make_end(Memory.CUDA, ChannelMemory(num_bytes, device=GPU), ChannelCounters())
+        assert isinstance(end, CudaEnd)
+        assert end.block.num_bytes == num_bytes
+        end.close()
+    assert driver.allocated == [2 << 20, 2 << 20, 6 << 20]
 
 
 def test_rows_of_the_host_take_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

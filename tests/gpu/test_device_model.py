@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention.device_attention import max_expanded
 from attention.device_weights import load_device_weights
 from attention.kernels.gpu.cache_layout import CacheLayout, encode_rows, read_rows
+from attention.mla import MlaSizes
 from attention.weights import load_layer
 from experts.kernels.gpu.quantise import dequantise_blocks
 from router.local import LocalMoe
@@ -80,6 +82,16 @@ def test_mixed_forms_in_one_batch(rig: RigOf, expected: Callable[[str], list[Ten
     sequences.step({1: 4, 2: 40, 3: 100}, naive=[2, 3])
     sequences.step({3: 50, 0: 1, 2: 24, 1: 1}, naive=[3])
     assert_close([torch.cat(rows) for rows in sequences.logits], expected("v2lite"))
+
+
+def test_a_small_share_of_a_gpu_expands_less() -> None:
+    """A tenth of a share is left beside weights and cache: keys and values take a quarter of it."""
+    sizes = MlaSizes(128, 128, 64, 128, 512)
+    whole, part, played = (
+        max_expanded(sizes, replace(TWINS_BF16, total_bytes=share << 30)) for share in (140, 12, 0)
+    )
+    assert whole == played == 32_768
+    assert part * 128 * (128 + 128) * 2 <= (12 << 30) / 40 < (part + 1) * 128 * (128 + 128) * 2
 
 
 def test_contexts_are_expanded_no_more_than_fit_at_a_time(

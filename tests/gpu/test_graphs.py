@@ -211,7 +211,7 @@ class VoidCapture:
 def test_the_error_of_a_segment_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     for name, value in (
-        ("Stream", lambda device: stream),
+        ("Stream", lambda device, priority: stream),
         ("stream", nullcontext),
         ("current_stream", lambda device: stream),
         ("graph_pool_handle", lambda: None),
