@@ -85,11 +85,11 @@ class Generation:
 
     def close(self, error: BaseException | None = None) -> None:
         """Abort what still runs and forget the request. error: why its owner stops, if not because
-        the client left or the last Delta has come."""
+        the client left or all is told."""
         if isinstance(error, Exception) and not isinstance(error, ClientGone):
             self._close("error", code_of(error))
         else:
-            self._close("cancelled")
+            self._close("cancelled" if self._open else "ok")
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +146,7 @@ class Generation:
             if output.finish_reason is None:  # a stop string, which the engine knows nothing of
                 self._runs.abort(index)
             if not self._open:
-                self._close("ok")
+                self.observation.last_token()
 
     def _count(self, index: int, output: TokenOutput, arrived_s: float) -> None:
         if output.token_ids:

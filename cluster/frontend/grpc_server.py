@@ -141,12 +141,13 @@ class InferenceMethods:
                     yield response(
                         **common, delta=delta_message(delta), renormalised=delta.renormalised
                     )
-                yield response(
+                last = response(
                     **common,
                     usage=usage_message(generation.usage),
                     renormalised=generation.renormalised,
                     timing=timing_message(generation),
                 )
+            yield last
         except Exception as error:
             yield response(error=set_error(context, _known(error, request_id), request_id))
 

@@ -71,10 +71,10 @@ class GeneratingHandlers:
         with generation:
             answer = whole_answer(generation, shape, self._service.system_fingerprint)
             found = await unless_gone(request, answer)
-        headers = {**_headers_of(generation), TIMING_HEADER: timing_header(generation)}
-        response = json_response(found, headers=headers)
-        if call is not None:
-            self._service.keys.keep(call, bytes(response.body))
+            headers = {**_headers_of(generation), TIMING_HEADER: timing_header(generation)}
+            response = json_response(found, headers=headers)
+            if call is not None:
+                self._service.keys.keep(call, bytes(response.body))
         return response
 
     async def _stream(self, request: Request, generation: Generation, shape: Shape) -> Response:

@@ -40,7 +40,7 @@ class Observation:
         self.span = RequestSpan(tracer, origin.traceparent)
         self.started_s = clock()
         self.e2e_s = 0.0
-        """Set by `finish`."""
+        """Set by `last_token` or, without it, by `finish`."""
         self._observers = observers
         self._clock = clock
         self._request: GenerateRequest | None = None
@@ -87,6 +87,10 @@ class Observation:
         for observer in self._observers:
             observer.on_tokens(num_tokens, gap_s)
 
+    def last_token(self) -> None:
+        """All of the answer is there, and `finish` follows once it is told."""
+        self.e2e_s = self._clock() - self.started_s
+
     def finish(
         self,
         outcome: Outcome,
@@ -102,7 +106,7 @@ class Observation:
         if request is None or self._finished:
             return
         self._finished = True
-        self.e2e_s = self._clock() - self.started_s
+        self.e2e_s = self.e2e_s or self._clock() - self.started_s
         record = RequestRecord(
             request_id=self.origin.request_id,
             answer_id=request.request_id,

@@ -106,6 +106,8 @@ async def stream_events(
             for event in writer.events(delta):
                 yield event
             delta = await next_delta(generation)
+        if generation.request.include_usage or generation.request.timing:
+            yield writer.closing_event()
     except ShoalError as error:
         yield to_event(error_body(error))
         return
@@ -114,8 +116,7 @@ async def stream_events(
         logger.exception("request %s failed in its stream", generation.request.request_id)
         yield to_event(error_body(InternalError("The server failed.")))
         return
-    if generation.request.include_usage or generation.request.timing:
-        yield writer.closing_event()
+    generation.close()  # before the client can know that this was all
     yield b"data: [DONE]\n\n"
 
 

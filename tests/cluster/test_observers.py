@@ -300,7 +300,8 @@ def test_the_client_goes_away_before_anything_came(tmp_path: Path) -> None:
         front, engine = Front("http", tmp_path / name), FakeEngine(HELLO, hold_after=0)
         front.serve(engine)
         with pytest.raises(httpx.ReadTimeout):
-            front._http.post("/v1/completions", json={**BODY, "stream": stream}, timeout=0.2)
+            patience = httpx.Timeout(TIMEOUT_S, read=0.2)
+            front._http.post("/v1/completions", json={**BODY, "stream": stream}, timeout=patience)
         record = front.heard.record()
         front.close()
         assert (record.outcome, record.code, record.ttft_s) == ("cancelled", "", None)
@@ -366,7 +367,8 @@ def test_times_of_replays_add_up(tmp_path: Path) -> None:
             engine.say(**output)
             for _ in range(3):
                 await asyncio.sleep(0)
-        assert [delta.text async for delta in generation]
+        with generation:
+            assert [delta.text async for delta in generation]
 
     asyncio.run(play())
     record = heard.record()
