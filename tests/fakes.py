@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING
 
 from attention.messages import FinishReason, Stats, Submit, TokenLogprob, TokenOutput
 from cluster.frontend.backend import Readiness
+
+if TYPE_CHECKING:
+    from attention.worker import AttentionWorker  # imports torch
 
 OnOutput = Callable[[TokenOutput], None]
 TIMEOUT_S = 60.0
@@ -200,6 +205,20 @@ class TokenClock:
         """Nothing."""
 
     on_refused = on_kept = on_finished = on_started
+
+
+def stop_behind(worker: AttentionWorker, num_tokens: int) -> None:
+    """Its engine computes so many tokens from now on and no more, until the worker is closed."""
+    engine, step = worker.engine, worker.engine.step
+    last = engine.counters.generated_tokens + num_tokens
+
+    def step_or_rest() -> list[TokenOutput]:
+        if engine.counters.generated_tokens < last:
+            return step()
+        time.sleep(0.001)
+        return []
+
+    engine.step = step_or_rest  # type: ignore[method-assign]
 
 
 def logprob_of(token_id: int, num_top: int) -> TokenLogprob:

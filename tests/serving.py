@@ -16,6 +16,7 @@ import uvicorn
 from grpc_health.v1 import health_pb2_grpc
 from starlette.types import ASGIApp
 
+from cluster.backend import AttentionPool
 from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.frontend.http_server import build_app
@@ -56,6 +57,14 @@ def make_service(
     tokenizer = Tokenizer(write_tokenizer(folder), VOCAB_SIZE)
     model = ModelInfo("tiny", VOCAB_SIZE, CONTEXT, aliases=("tiny-alias",), temperature=0.6)
     return InferenceService(tokenizer, engine, model, limits, **options)  # type: ignore[arg-type]
+
+
+def wait_connected(pool: AttentionPool, num_workers: int) -> None:
+    """Until requests go to so many attention workers: to be ready a cluster needs one."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while len(pool.stats()) < num_workers:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.fakes import TIMEOUT_S
+
 READY_TIMEOUT_S = 120.0
 
 
@@ -42,18 +44,14 @@ class Server:
             with error:  # its text says why, unlike the status line
                 pytest.fail(f"POST {path}: {error.code} {error.read().decode()}")
 
-    def free_blocks(self) -> list[int]:
-        """Free KV blocks of each attention worker."""
-        return [stats["kv_blocks_free"] for stats in self.get("/status")["engines"]]
-
-    def wait_idle(self, timeout_s: float = 5.0) -> float:
-        """Seconds until no block of any worker is in use; fails the test after `timeout_s`."""
+    def wait_idle(self) -> float:
+        """Seconds until no block of any worker is in use; fails the test after TIMEOUT_S."""
         started = time.monotonic()
-        while time.monotonic() - started < timeout_s:
+        while time.monotonic() - started < TIMEOUT_S:
             engines = self.get("/status")["engines"]
             if all(e["kv_blocks_free"] == e["kv_blocks_total"] for e in engines):
                 return time.monotonic() - started
-        pytest.fail(f"blocks still in use after {timeout_s} s: {engines}")
+        pytest.fail(f"blocks still in use after {TIMEOUT_S} s: {engines}")
 
 
 def wait_ready(url: str, timeout_s: float = READY_TIMEOUT_S) -> None:

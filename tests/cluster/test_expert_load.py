@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from cluster.frontend.expert_load import ExpertLoad, LoadWatch
 from cluster.frontend.grpc_messages import load_message
 from cluster.inline import InlineCluster
 from cluster.inline_server import InlineServer
+from cluster.launcher import free_port
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from experts.channel.channel import ChannelClosed
@@ -402,6 +402,7 @@ def cluster(folder: Path) -> Iterator[InlineCluster]:
     settings = {
         "model": str(folder),
         "experts": {"num_workers": 2, "redundancy": REDUNDANCY},
+        "router": {"worker": {"hop_timeout_s": TIMEOUT_S}},  # nothing is computed twice
     }
     with InlineCluster(parse_config(settings)) as cluster:
         yield cluster
@@ -488,8 +489,7 @@ def test_inline_cluster_answers_over_http_and_notices_a_lost_directory(
 
 
 def test_inline_server_drains_in_spite_of_a_watch(folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = InlineServer(parse_config({"model": str(folder), "listen": {"http_port": port}}))
     server.start()
     url = f"http://127.0.0.1:{port}{STREAM}?interval_s=60"

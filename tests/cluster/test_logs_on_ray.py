@@ -14,10 +14,10 @@ from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.cluster.conftest import RayHarness, Server
 from tests.cluster.test_logs import parse_text
+from tests.fakes import TIMEOUT_S
 
 pytestmark = pytest.mark.ray
 SECRET = "Xylophon-Quarz"
-TIMEOUT_S = 20.0
 
 
 def log_files() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 from cluster.config import parse_config
 from cluster.inline import InlineCluster
 from experts.messages import Drain
+from tests.fakes import TIMEOUT_S
 
 
 def test_a_drained_expert_worker_says_so_to_the_policy(
@@ -23,7 +24,7 @@ def test_a_drained_expert_worker_says_so_to_the_policy(
         first, *others = cluster.experts
         assert not any(member.read_stats().is_drained for member in cluster.experts)
         cluster.ingress._line.command(Drain(worker_id=first.worker.worker_id))
-        deadline_s = time.monotonic() + 20.0
+        deadline_s = time.monotonic() + TIMEOUT_S
         while not first.read_stats().is_drained and time.monotonic() < deadline_s:
             time.sleep(0.01)
         assert first.read_stats().is_drained

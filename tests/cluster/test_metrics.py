@@ -31,6 +31,7 @@ from cluster.observability.catalog import (
 from cluster.observability.member_samples import MemberSamples
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Sample
+from tests.fakes import TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 ROLES: tuple[MemberRole, ...] = ("placement", "experts", "router", "attention", "ingress")
@@ -43,7 +44,8 @@ CODES_OF_OTHER_ROUTES = {
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint_dir: Callable[[str], Path]) -> Iterator[InlineCluster]:
-    config = {"model": str(checkpoint_dir("v3")), "router": {"mode": "deployment"}}
+    router = {"mode": "deployment", "worker": {"hop_timeout_s": TIMEOUT_S}}
+    config = {"model": str(checkpoint_dir("v3")), "router": router}
     with InlineCluster(parse_config(config)) as cluster:
         yield cluster
 
@@ -53,9 +55,9 @@ def client(cluster: InlineCluster) -> TestClient:
     return TestClient(cluster.ingress.http_app())
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     """Members report once a second."""
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
@@ -180,6 +182,9 @@ def test_rows_of_a_worker_are_those_of_its_experts(
         assert 0 < rows == by_expert.sum()
 
 
+MEMBERS = {"placement", "experts-0", "experts-1", "router-0", "attention-0", "ingress-0"}
+
+
 def families_of(client: TestClient) -> dict[str, Any]:
     answer = client.get("/metrics")
     assert answer.status_code == 200
@@ -187,12 +192,15 @@ def families_of(client: TestClient) -> dict[str, Any]:
     return {family.name: family for family in text_string_to_metric_families(answer.text)}
 
 
+def workers_of(families: dict[str, Any]) -> set[str]:
+    return {sample.labels["worker_id"] for family in families.values() for sample in family.samples}
+
+
 def test_metrics_has_all_members_in_prometheus_format(client: TestClient) -> None:
     def is_complete() -> bool:
-        names = set(families_of(client))
-        return {metric.name.removesuffix("_total") for metric in METRICS} - names == {
-            "shoal_scaling_decisions"
-        }
+        families = families_of(client)
+        missing = {metric.name.removesuffix("_total") for metric in METRICS} - families.keys()
+        return missing == {"shoal_scaling_decisions"} and workers_of(families) == MEMBERS
 
     wait_until(is_complete)
     families = families_of(client)
@@ -201,11 +209,6 @@ def test_metrics_has_all_members_in_prometheus_format(client: TestClient) -> Non
         assert (family.type, family.documentation) == (metric.kind, metric.help)
         allowed = {*metric.labels, "worker_id"} | ({"le"} if metric.bounds else set())
         assert all(set(sample.labels) <= allowed for sample in family.samples)
-    workers = {
-        sample.labels["worker_id"] for family in families.values() for sample in family.samples
-    }
-    members = {"placement", "experts-0", "experts-1", "router-0", "attention-0", "ingress-0"}
-    assert workers == members
 
 
 def test_what_clients_send_makes_no_series(client: TestClient) -> None:
@@ -217,7 +220,7 @@ def test_what_clients_send_makes_no_series(client: TestClient) -> None:
         }
 
     client.post("/v1/completions", json=REQUEST)
-    wait_until(lambda: any("attention-0" in str(labels) for labels in series()))
+    wait_until(lambda: workers_of(families_of(client)) == MEMBERS)
     before = series()
     for number in range(20):
         odd = f"odd-{number}\n{{}}\"'"

@@ -35,6 +35,7 @@ from cluster.observability.status import (
 from experts.channel.channel import ChannelError
 from experts.messages import MetricsReply, Snapshot, WorkerInfo, WorkerSamples
 from experts.metrics import Labels, Sample
+from tests.fakes import TIMEOUT_S
 
 TIMING = Timing(queue_s=0.25, prefill_s=0.5, decode_s=1.0, hop_s=0.75, expert_ms=40.0)
 RECORD = RequestRecord(
@@ -69,8 +70,8 @@ def cluster(checkpoint_dir: Callable[[str], Path]) -> Iterator[InlineCluster]:
         yield cluster
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
@@ -338,7 +339,7 @@ def test_a_directory_that_hangs_holds_up_no_tokenisation(cluster: InlineCluster)
             try:
                 while not asked.is_set():
                     await asyncio.sleep(0)
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(TIMEOUT_S):
                     await client.post("/tokenize", json={"prompt": "shoal " * 1000})
                 return sum(reader.done() for reader in readers)
             finally:

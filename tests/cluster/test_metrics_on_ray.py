@@ -116,8 +116,8 @@ def test_ray_tells_the_same_numbers_as_the_ingress(requested: Server) -> None:
         counted = of_ray(
             "ray_serve_deployment_request_counter_total", set(), deployment="Attention"
         )
-        assert all(number > 0 for number, _ in pairs.values())
         different = {n: pair for n, pair in pairs.items() if pair[0] != pytest.approx(pair[1])}
+        different |= {n: pair for n, pair in pairs.items() if not pair[0]}
         if counted < num_requests:  # Ray keeps the counts of workers that are gone
             different["for Serve"] = num_requests, counted
         return different
@@ -142,7 +142,7 @@ def test_status_tells_tiers_and_rates(requested: Server) -> None:
         requested.post("/v1/completions", REQUEST)
         return not requested.get("/status")["rates"]["generated_tokens_per_s"] > 0
 
-    wait_for(missing, 15.0)  # engines tell once a second; growth is between two looks
+    wait_for(missing)  # engines tell once a second; growth is between two looks
     status = requested.get("/status")
     assert status["tiers"]["experts"] == {"wanted": 2, "present": 2}
     assert all(w["busy"] is not None for w in status["workers"] if w["role"] == "experts")

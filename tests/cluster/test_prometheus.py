@@ -221,6 +221,7 @@ def test_every_rule_is_evaluated_and_one_death_calls_nobody(prometheus: Promethe
 
 def test_what_serve_wants_is_told_as_long_as_it_wants_it(prometheus: Prometheus) -> None:
     wanted = 'ray_serve_autoscaling_target_replicas{application="shoal",deployment="Experts"}'
+    assert prometheus.without_data([wanted]) == []
     assert prometheus.values(wanted) == [2.0]  # set once, at the deployment
 
 

@@ -29,8 +29,8 @@ from cluster.frontend.service import InferenceService
 from cluster.inline import InlineCluster
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
-from tests.fakes import TIMEOUT_S, FakeEngine
-from tests.serving import EOS, grpc_server, http_server, ids_of, make_service
+from tests.fakes import TIMEOUT_S, FakeEngine, stop_behind
+from tests.serving import EOS, grpc_server, http_server, ids_of, make_service, wait_connected
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "Hello 漢字!"
@@ -333,7 +333,9 @@ def test_an_attention_worker_dies_under_streams(checkpoint_dir: Callable[[str], 
         return await asyncio.gather(*work)
 
     with InlineCluster(parse_config(settings)) as cluster:
+        wait_connected(cluster.ingress.pool, 2)
         expected = asyncio.run(all_streams(cluster, False))
         assert [len(ids) for ids in expected] == [40] * 6
+        stop_behind(cluster.attention[0].worker, 8)  # so it has not ended by then
         assert asyncio.run(all_streams(cluster, True)) == expected
         assert 1 <= cluster.ingress.service.ledger.num_replays <= 3  # every second one was on it

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from tests.cluster.conftest import RayHarness, Server
+from tests.fakes import TIMEOUT_S
 
 pytestmark = pytest.mark.ray
 HELLO = [{"role": "user", "content": "Hello, wörld"}]
@@ -170,8 +171,8 @@ def seconds_to_free_after_hanging_up(server: Server) -> float:
 
 
 def test_a_client_that_goes_away_frees_its_blocks(server: Server) -> None:
-    # The best of three: the question is what the server needs, not what else the machine does.
-    assert min(seconds_to_free_after_hanging_up(server) for _ in range(3)) < 0.5
+    # One of ten: the question is what the server needs, not what else the machine does.
+    assert any(seconds_to_free_after_hanging_up(server) < 0.5 for _ in range(10))
 
 
 def grpc_stream(channel: grpc.Channel, seed: int) -> Any:
@@ -240,14 +241,17 @@ def test_status_names_every_worker_by_role(server: Server) -> None:
     assert len(pids) == 5 and os.getpid() not in pids
     slots = sum(w["num_slots"] for w in status["workers"])
     assert slots > 3 * 16  # three MoE layers of sixteen experts, and some replicas
-    deadline_s = time.monotonic() + 30.0  # ready means every expert once; replicas follow
+    deadline_s = time.monotonic() + TIMEOUT_S  # ready means every expert once; replicas follow
     while sum(w["num_experts"] for w in server.get("/status")["workers"]) != slots:
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
 
 
 def test_time_of_health_checks(server: Server) -> None:
-    started = time.monotonic()
-    for path in ("/livez", "/readyz", "/health", "/version", "/v1/models"):
-        assert server.get(path) is not None
-    assert time.monotonic() - started < 5
+    def seconds() -> float:
+        started_s = time.monotonic()
+        for path in ("/livez", "/readyz", "/health", "/version", "/v1/models"):
+            assert server.get(path) is not None
+        return time.monotonic() - started_s
+
+    assert any(seconds() < 1 for _ in range(10))

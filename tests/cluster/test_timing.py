@@ -20,8 +20,8 @@ from cluster.frontend.schema_errors import parse_body
 from cluster.inline import InlineCluster
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
-from tests.fakes import TIMEOUT_S, FakeEngine
-from tests.serving import EOS, grpc_server, http_server, ids_of, make_service
+from tests.fakes import TIMEOUT_S, FakeEngine, stop_behind
+from tests.serving import EOS, grpc_server, http_server, ids_of, make_service, wait_connected
 
 PARTS = {"queue_ms", "prefill_ms", "decode_ms", "hop_ms", "hop_share", "expert_ms", "total_ms"}
 HEADER = re.compile(
@@ -36,7 +36,7 @@ def settings(folder: Path, mode: str, num_attention: int = 1) -> dict[str, Any]:
     return {
         "model": str(folder),
         "attention": {"num_workers": num_attention},
-        "router": {"mode": mode},
+        "router": {"mode": mode, "worker": {"hop_timeout_s": TIMEOUT_S}},  # no work is done twice
     }
 
 
@@ -134,6 +134,8 @@ def test_times_add_up_when_a_worker_dies(checkpoint_dir: Callable[[str], Path]) 
         return await asyncio.gather(*(stream(cluster, seed) for seed in range(4)))
 
     with InlineCluster(config) as cluster:
+        wait_connected(cluster.ingress.pool, 2)
+        stop_behind(cluster.attention[0].worker, 40)
         ended = asyncio.run(all_streams(cluster))
         assert cluster.ingress.service.ledger.num_replays >= 1  # half of them were on it
         for num_tokens, parts_s, e2e_s in ended:

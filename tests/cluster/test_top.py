@@ -26,6 +26,7 @@ from cluster.top.layout import MIN_HEIGHT, Scroll
 from cluster.top.reading import Load, Reading, read, read_or_away
 from cluster.top.view import line, screen
 from cluster.top_cli import top
+from tests.fakes import TIMEOUT_S
 from tests.shoal_stub import ShoalStub, load_body, make_load, make_status, make_worker
 
 RATES = {
@@ -360,5 +361,5 @@ def test_without_a_terminal_a_line_each_interval_until_ctrl_c(
             assert text
         process.send_signal(signal.SIGINT)
         process.stdout.read()
-        assert process.wait(10) == 130
+        assert process.wait(TIMEOUT_S) == 130
         assert process.stderr.read() == ""

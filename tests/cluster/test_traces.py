@@ -120,17 +120,17 @@ def worker(checkpoint: Path, folder: Path) -> Iterator[str]:
     """The endpoint of a worker in another process; at the end its spans have been sent."""
     folder.chmod(0o700)
     endpoint = f"unix:{folder}/worker"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "tests.cluster.traced_worker", str(checkpoint), endpoint],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    yield endpoint
-    process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0
+    ) as process:  # which ends when its input does
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield endpoint
+        process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0
 
 
 def traceparent(trace_id: str, flags: str = "01") -> str:
@@ -146,7 +146,9 @@ def test_spans_from_the_front_to_the_layers(
         with http_server(service) as url:
             for sent in (traceparent(OVER_HTTP), traceparent(UNSAMPLED, "00"), "00-malformed"):
                 headers = {"traceparent": sent}
-                answer = httpx.post(f"{url}/v1/completions", json=BODY, headers=headers)
+                answer = httpx.post(
+                    f"{url}/v1/completions", json=BODY, headers=headers, timeout=TIMEOUT_S
+                )
                 assert answer.status_code == 200
         with grpc_server(service) as address, grpc.insecure_channel(address) as channel:
             sampling = pb.SamplingParams(max_tokens=3, ignore_eos=True)
