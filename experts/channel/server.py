@@ -149,14 +149,13 @@ class Server:
                 target(sock)
             finally:
                 sock.close()
-                with self._lock:
-                    self._threads.discard(thread)
 
         thread = threading.Thread(target=run, name=f"{self._name}-{label}", daemon=True)
         try:
-            with self._lock:  # so that run() cannot leave the set before it is in it
+            with self._lock:
                 thread.start()
-                self._threads.add(thread)
+                # one that has ended may leave, one that is about to end has to be joined
+                self._threads = {other for other in self._threads if other.is_alive()} | {thread}
         except RuntimeError:  # no more threads
             sock.close()
             raise
