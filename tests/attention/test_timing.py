@@ -141,7 +141,9 @@ def test_attention_workers_that_share_a_router_pay_once(rig: RigOf, tmp_path: Pa
     )  # fmt: skip
     board = SnapshotBoard()
     board.publish(Snapshot(version=1, epoch=1, ready=True, stage="", workers=(info,)))
-    clients = [RouterClient(board, SECRET, f"attention-{i}") for i in range(3)]
+    clients = [
+        RouterClient(board, SECRET, f"attention-{i}", connect_timeout_s=60.0) for i in range(3)
+    ]
     told: list[dict[str, list[TokenOutput]]] = []
 
     def serve(client: RouterClient) -> None:

@@ -188,7 +188,7 @@ def test_what_ends_too_fast_is_dropped_and_told_once(
 
     def slow(trace: SequenceTrace) -> None:
         began.set()
-        assert goes_on.wait(10)
+        assert goes_on.wait(60)
         write(trace)
 
     monkeypatch.setattr(tracer, "_write_sequence", slow)
@@ -197,7 +197,7 @@ def test_what_ends_too_fast_is_dropped_and_told_once(
         assert trace is not None
         tracer.end_sequence(trace)
         if i == 0:
-            assert began.wait(10)
+            assert began.wait(60)
     assert tracer.num_dropped == 7
     assert len(caplog.messages) == 1
     goes_on.set()
@@ -235,6 +235,6 @@ def test_nothing_is_imported_while_traces_are_off() -> None:
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
     )
     assert found.stdout == "[]\n"

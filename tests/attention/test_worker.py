@@ -35,6 +35,7 @@ from tests.reference import prompts
 SECRET = b"a secret of the tests"
 WAIT_S = 60.0
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
+ROOM = {"num_kv_blocks": 640}  # for all that the model's context takes of it
 RigOf = Callable[[str], Rig]
 _names = itertools.count()
 
@@ -79,7 +80,7 @@ class Served:
         self.clients: list[AttentionClient] = []
 
     def client(self) -> AttentionClient:
-        self.clients.append(AttentionClient(self.endpoint, SECRET))
+        self.clients.append(AttentionClient(self.endpoint, SECRET, WAIT_S))
         return self.clients[-1]
 
     def close(self) -> None:
@@ -128,7 +129,7 @@ def serve(rig: RigOf, tmp_path: Path) -> Iterator[Callable[..., Served]]:
 def wait_idle(served: Served) -> Any:
     """Statistics once every request has ended; nothing tells of a lost connection's, so look."""
     patience = threading.Event()
-    for _ in range(4000):
+    for _ in range(12_000):
         stats = served.worker.engine.stats()
         num_ended = stats.requests_finished + stats.requests_aborted + stats.requests_failed
         if num_ended == stats.requests_received:
@@ -153,7 +154,7 @@ def test_two_clients_get_their_own_tokens(serve: Callable[..., Served], rig: Rig
 
 
 def test_abort_ends_a_request_with_a_last_word(serve: Callable[..., Served]) -> None:
-    served, inbox = serve(), Inbox()
+    served, inbox = serve(**ROOM), Inbox()
     client = served.client()
     client.submit(submit("a", [20], ENDLESS), inbox)
     inbox.next()
@@ -166,7 +167,7 @@ def test_abort_ends_a_request_with_a_last_word(serve: Callable[..., Served]) -> 
 
 
 def test_a_lost_connection_aborts_its_requests_only(serve: Callable[..., Served]) -> None:
-    served, lost, kept = serve(), Inbox(), Inbox()
+    served, lost, kept = serve(**ROOM), Inbox(), Inbox()
     leaving, staying = served.client(), served.client()
     leaving.submit(submit("a", [20], ENDLESS), lost)
     staying.submit(submit("b", [21], GREEDY), kept)
@@ -186,7 +187,7 @@ def test_another_connection_cannot_abort(serve: Callable[..., Served]) -> None:
     owner.submit(submit("a", [20]), mine)
     assert served.gate.reached.wait(WAIT_S)
     other.abort("a")
-    other.stats()  # the abort was taken in before
+    other.stats(WAIT_S)  # the abort was taken in before
     served.gate.open.set()
     assert mine.all()[-1].finish_reason == "length"
 
@@ -201,7 +202,7 @@ def test_a_replay_over_a_new_connection_takes_over(
     old.submit(submit("a", [20], ENDLESS), lost)
     assert served.gate.reached.wait(WAIT_S)
     new.submit(submit("a", [20]), replayed)
-    new.stats()  # the submit was taken in before
+    new.stats(WAIT_S)  # the submit was taken in before
     served.gate.open.set()
     outputs = replayed.all()
     assert tokens(outputs) == Answers(rig("v2lite").engine(), [submit("a", [20])]).run().tokens("a")
@@ -332,11 +333,11 @@ def test_the_worker_outlives_a_fault_of_the_experts(serve: Callable[..., Served]
     served.gate.error = None
     client.submit(submit("b", [20]), fine)
     assert fine.all()[-1].finish_reason == "length"
-    assert client.stats().step_errors == 1
+    assert client.stats(WAIT_S).step_errors == 1
 
 
 def test_a_worker_that_goes_away_loses_its_requests(serve: Callable[..., Served]) -> None:
-    served, inbox, late = serve(), Inbox(), Inbox()
+    served, inbox, late = serve(**ROOM), Inbox(), Inbox()
     client = served.client()
     client.submit(submit("a", [20], ENDLESS), inbox)
     inbox.next()
@@ -346,7 +347,7 @@ def test_a_worker_that_goes_away_loses_its_requests(serve: Callable[..., Served]
     assert late.next().finish_reason == "lost"
     assert client.closed
     with pytest.raises(ChannelClosed):
-        client.stats()
+        client.stats(WAIT_S)
 
 
 def test_closing_loses_requests_at_once_even_while_a_step_hangs(
@@ -370,7 +371,7 @@ def test_stats_answer_while_a_step_hangs(serve: Callable[..., Served]) -> None:
     client.submit(submit("a", [20] * 9), inbox)
     client.submit(submit("b", [20] * 5), inbox)
     assert served.gate.reached.wait(WAIT_S)
-    stats = client.stats()
+    stats = client.stats(WAIT_S)
     assert (stats.num_running, stats.block_size, stats.max_model_len) == (1, 4, 256)
     assert stats.kv_blocks_free == stats.kv_blocks_total - 3
 
@@ -390,7 +391,8 @@ def test_a_listener_that_raises_does_not_hurt_the_others(serve: Callable[..., Se
 def test_an_answer_that_fits_no_frame_ends_with_an_error(serve: Callable[..., Served]) -> None:
     """128 logprobs for each of 200 tokens are some 700 kB; this peer takes 20 kB."""
     served, small = serve(), Inbox()
-    raw = connect(served.endpoint, SECRET, limits=FrameLimits(max_body_bytes=20_000))
+    limits = FrameLimits(max_body_bytes=20_000)
+    raw = connect(served.endpoint, SECRET, limits, WAIT_S)
     request = submit("large", [20] * 200, SamplingParams(max_tokens=0, prompt_logprobs=128))
     raw.send(Frame(Kind.CONTROL, body=encode_message(request)), WAIT_S)
     answer = parse_message(raw.receive(WAIT_S).body)
@@ -408,7 +410,7 @@ def test_a_bad_message_is_refused_and_the_connection_lives(
     body: bytes, serve: Callable[..., Served]
 ) -> None:
     served = serve()
-    raw = connect(served.endpoint, SECRET)
+    raw = connect(served.endpoint, SECRET, timeout_s=WAIT_S)
     raw.send(Frame(Kind.CONTROL, body=body), WAIT_S)
     assert raw.receive(WAIT_S).status == Status.FAILED
     raw.send(Frame(Kind.CONTROL, request_id=7, body=b'{"type":"stats"}'), WAIT_S)

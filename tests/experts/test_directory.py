@@ -47,7 +47,7 @@ from experts.placement.space import ExpertSpace
 SECRET = b"test secret"
 SPACE = ExpertSpace(moe_layers=(1, 2), num_experts=4)
 RULES = RosterRules(SPACE, expected_experts=2)
-PATIENCE_S = 20.0  # only a broken test waits so long
+PATIENCE_S = 60.0  # only a broken test waits so long
 
 
 def register(worker_id: str, role: Role = "experts", slots: int = 4) -> Register:
@@ -297,9 +297,7 @@ class FakeWorker:
 
     def __init__(self, source: Callable[[], str], registers: Register) -> None:
         self.told: list[Assign] = []
-        self.client = DirectoryClient(
-            source, SECRET, registers, on_assign=self.load, ping_interval_s=0.1
-        )
+        self.client = DirectoryClient(source, SECRET, registers, on_assign=self.load)
         self.client.start()
 
     def load(self, assign: Assign) -> None:
@@ -401,24 +399,26 @@ def test_client_waits_for_a_directory_that_is_not_there_yet(cluster: Cluster) ->
 
 
 class Reporter:
-    """An expert worker whose load a test sets; counts what the directory is told of it."""
+    """An expert worker whose load a test sets; `told` keeps what a directory is told of it, by
+    line."""
 
     def __init__(self, cluster: Cluster, directory: Directory) -> None:
         self.load = report([1, 2, 3, 4], [0, 0, 0, 0])
-        self.told = self.asked = 0
+        self.told: dict[Connection, list[LoadReport]] = {}
+        self.asked = 0
         take = directory._take_load
 
-        def take_counted(message: LoadReport, connection: Connection) -> None:
-            self.told += 1
+        def take_noted(message: LoadReport, connection: Connection) -> None:
+            self.told.setdefault(connection, []).append(message)
             take(message, connection)
 
-        directory._take_load = take_counted  # type: ignore[method-assign]
+        directory._take_load = take_noted  # type: ignore[method-assign]
         self.client = DirectoryClient(
             lambda: cluster.endpoint,
             SECRET,
             register("a"),
             load_source=self.source,
-            ping_interval_s=0.1,  # three of them without a Pong break the line
+            ping_interval_s=0.1,  # on a busy machine three without an answer may break the line
         )
         cluster.stack.callback(self.client.close)
         self.client.start()
@@ -447,10 +447,12 @@ def test_a_load_is_told_when_it_changes_and_to_every_new_directory(cluster: Clus
     asked = reporter.asked
     while reporter.asked < asked + 3:
         time.sleep(0.005)
-    assert reporter.told == 1
-    reporter.load = report([1, 2, 3, 5], [0, 0, 0, 1])
+    first_report, second_report = reporter.load, report([1, 2, 3, 5], [0, 0, 0, 1])
+    assert all(reports == [first_report] for reports in reporter.told.values())
+    reporter.load = second_report
     wait_load(seen, ((1, 2, 3, 5), (0, 0, 0, 1)))
-    assert reporter.told == 2
+    news = [first_report, second_report]
+    assert all(reports in (news, news[:1], news[1:]) for reports in reporter.told.values())
 
     first.close()
     cluster.endpoint += "2"
@@ -478,7 +480,8 @@ def test_asking_a_directory_that_does_not_answer(tmp_path: Path, hangs_up: bool)
 
     silent = Server(endpoint, handle, SECRET)
     silent.start()
-    client = DirectoryClient(lambda: endpoint, SECRET, register("i", "ingress"))
+    registers = register("i", "ingress")
+    client = DirectoryClient(lambda: endpoint, SECRET, registers, ping_interval_s=PATIENCE_S)
     client.start()
     assert joined.wait(PATIENCE_S)
     with pytest.raises(ChannelClosed if hangs_up else ChannelTimeout):
@@ -531,7 +534,9 @@ def test_slow_load_does_not_look_like_death(cluster: Cluster) -> None:
     wait_until(loading, lambda s: ids(s) == ["a"])
     mute = connect(cluster.endpoint, SECRET)  # registers later and never pings
     mute.send(encode(register("mute", "ingress")))
-    wait_until(loading, lambda s: ids(s) == ["a", "mute"])
+    with pytest.raises(ChannelClosed):  # cut off for its silence
+        while True:
+            mute.receive(PATIENCE_S)
     wait_until(loading, lambda s: ids(s) == ["a"])
     go_on.set()
     mute.close()
@@ -549,7 +554,13 @@ def test_of_several_assignments_during_a_load_the_newest_is_run() -> None:
     opened = threading.Event()
     server = Server("inproc:assigns", lambda f, c: None, SECRET, on_open=lambda c: opened.set())
     server.start()
-    client = DirectoryClient(lambda: "inproc:assigns", SECRET, register("a"), on_assign=load)
+    client = DirectoryClient(
+        lambda: "inproc:assigns",
+        SECRET,
+        register("a"),
+        on_assign=load,
+        ping_interval_s=PATIENCE_S,  # nobody answers
+    )
     client.start()
     assert opened.wait(PATIENCE_S)
     (line,) = server.connections
@@ -624,33 +635,36 @@ threading.Event().wait(120)
 
 
 @pytest.fixture
-def child_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, "subprocess.Popen[bytes]"]]:
-    """Ready, with worker b in a process of its own."""
+def child_cluster(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[Cluster, "subprocess.Popen[bytes]"]]:
+    """Ready, with worker b in a process of its own; the parameter is the limit of its silence."""
     with contextlib.ExitStack() as stack:
         cluster = Cluster(stack, f"unix:{tmp_path}/d.sock")
-        cluster.serve(silence_limit_s=2.0)
+        cluster.serve(silence_limit_s=request.param)
         child = subprocess.Popen([sys.executable, "-c", CHILD, cluster.endpoint], cwd=Path.cwd())
         stack.callback(child.wait)
         stack.callback(child.kill)
         for worker_id, role in (("a", "experts"), ("r", "router"), ("att", "attention")):
             cluster.add(worker_id, role)  # type: ignore[arg-type]
-        cluster.workers["att"].client.wait_ready(60.0)
+        cluster.workers["att"].client.wait_ready(PATIENCE_S)
         yield cluster, child
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("child_cluster", [100 * PATIENCE_S], indirect=True)
 def test_killed_process_leaves_at_once(
     child_cluster: tuple[Cluster, "subprocess.Popen[bytes]"],
 ) -> None:
+    """Long before its silence is noticed."""
     cluster, child = child_cluster
-    killed_s = time.monotonic()
     child.send_signal(signal.SIGKILL)
     snapshot = wait_until(cluster.workers["att"].client, lambda s: "b" not in ids(s))
-    assert time.monotonic() - killed_s < 1.0
     assert not snapshot.ready
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("child_cluster", [2.0], indirect=True)
 def test_stopped_process_leaves_after_the_silence_limit_and_comes_back(
     child_cluster: tuple[Cluster, "subprocess.Popen[bytes]"],
 ) -> None:

@@ -171,13 +171,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
 def test_damage_is_told_in_one_line_at_once(case: str, copy: Path) -> None:
     damage, place, message = DAMAGE[case]
     damage(copy)
-    started = time.perf_counter()
+    started_s = time.thread_time()
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(copy)
-    seconds, line = time.perf_counter() - started, str(caught.value)
+    took_s, line = time.thread_time() - started_s, str(caught.value)
     assert place in line and message in line
     assert line.isprintable() and len(line) < 1500
-    assert seconds < 1.0
+    assert took_s < 1.0
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

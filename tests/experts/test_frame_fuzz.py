@@ -39,7 +39,7 @@ from tests.experts.frames import (
     with_header,
 )
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 LIMITS = FrameLimits(
     max_payload_bytes=4096, max_rows=16, max_width=64, max_pairs=32, max_body_bytes=256
 )

@@ -22,7 +22,7 @@ class Recorder:
         self.batches.append(works)
         if not self.begun.is_set():
             self.begun.set()
-            assert self.release.wait(10)
+            assert self.release.wait(60)
         if "bad" in works:
             raise ValueError("bad work")
 
@@ -45,19 +45,19 @@ def run_while_busy(
         return thread
 
     threads = [start(0, "first", 1, "first")]
-    assert recorder.begun.wait(10)
+    assert recorder.begun.wait(60)
     for i, (kind, num_rows, work) in enumerate(jobs):
         threads.append(start(i + 1, kind, num_rows, work))
         wait_until(lambda i=i: turns.num_waiting == i + 1)  # type: ignore[misc]
     recorder.release.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     return errors
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
     patience = threading.Event()
-    for _ in range(2000):
+    for _ in range(12_000):
         if condition():
             return
         patience.wait(0.005)
@@ -101,13 +101,13 @@ def test_an_exclusive_action_waits_for_the_computation() -> None:
     order: list[str] = []
     computing = threading.Thread(target=turns.run, args=("x", 1, "a"))
     computing.start()
-    assert recorder.begun.wait(10)
+    assert recorder.begun.wait(60)
     acting = threading.Thread(target=turns.exclusive, args=(lambda: order.append("action"),))
     acting.start()
     assert order == []
     recorder.release.set()
-    acting.join(10)
-    computing.join(10)
+    acting.join(60)
+    computing.join(60)
     assert order == ["action"]
 
 

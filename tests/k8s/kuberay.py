@@ -61,8 +61,10 @@ class KubeRay:
         self._changed.set()
 
     def _run(self) -> None:
-        while not self._is_closed.is_set():
+        while True:
             self._changed.clear()
+            if self._is_closed.is_set():  # `close` sets it before it wakes this thread
+                return
             is_settled = True
             try:
                 is_settled = self._operator.reconcile(self._faults)

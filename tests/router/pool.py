@@ -21,6 +21,7 @@ from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.config import RouterConfig
 from router.worker import RouterWorker
+from tests.experts.stage import join_probes
 from tests.reference import Reference
 
 SECRET = b"a secret of the tests"
@@ -149,8 +150,9 @@ class Pool:
         )  # fmt: skip
 
     def router(self, device: ComputeDevice | None = None, **settings: object) -> RouterWorker:
-        """A router over this pool. Its waits are short enough for tests that expect failure."""
-        config = RouterConfig(**{"deadline_s": 20.0} | settings)
+        """A router over this pool that is patient with busy machines, unless told otherwise."""
+        patient = {"connect_timeout_s": 60.0, "hop_timeout_s": 60.0, "hop_timeout_cold_s": 60.0}
+        config = RouterConfig(**{"deadline_s": 60.0} | patient | settings)
         router = RouterWorker.open(self.checkpoint, self.board, SECRET, config, device=device)
         self._routers.append(router)
         return router
@@ -162,6 +164,7 @@ class Pool:
             worker.close()
         for server in self._servers:
             server.close()
+        join_probes()
 
     def _new_endpoint(self, worker_id: str) -> str:
         name = f"{worker_id}-{next(_names)}"

@@ -24,7 +24,7 @@ def dial() -> Iterator[Callable[[str], Connection]]:
     opened: list[Connection] = []
 
     def connect_to(endpoint: str) -> Connection:
-        opened.append(connect(endpoint, SECRET))
+        opened.append(connect(endpoint, SECRET, timeout_s=60.0))
         return opened[-1]
 
     yield connect_to
@@ -52,7 +52,7 @@ def test_answers_each_micro_batch_with_its_times(
     connection = dial(endpoint)
     x = some_rows(5, checkpoint)
     ask(connection, 77, LAYER, x)
-    answer = connection.receive(20.0)
+    answer = connection.receive(60.0)
     assert (answer.kind, answer.status, answer.request_id) == (Kind.ROUTE_RESULT, Status.OK, 77)
     assert answer.rows is not None
     torch.testing.assert_close(answer.rows, pool.router().forward(LAYER, x))
@@ -69,7 +69,7 @@ def test_rows_come_back_in_the_dtype_of_the_request(
     _, endpoint = serve(pool, socket_folder)
     connection = dial(endpoint)
     ask(connection, 1, LAYER, some_rows(2, checkpoint).bfloat16())
-    answer = connection.receive(20.0)
+    answer = connection.receive(60.0)
     assert answer.rows is not None
     assert answer.rows.dtype == torch.bfloat16
 
@@ -84,7 +84,7 @@ class Gatekeeper:
 
     def __call__(self, frame: Frame, connection: Connection) -> Frame:
         self.came.set()
-        assert self.opened.wait(20)
+        assert self.opened.wait(60)
         return self._worker.handle(frame, connection)
 
 
@@ -109,15 +109,15 @@ def test_what_waits_is_merged_by_layer_and_keeps_its_bits(
     connections = [dial(endpoint) for _ in range(num_connections)]
     first = some_rows(1, checkpoint)
     ask(connections[0], 100, 1, first)
-    assert gate.came.wait(20)
+    assert gate.came.wait(60)
     for i, layer, x in batches:
         ask(connections[i % num_connections], i, layer, x)
     wait_until_queued(router, len(batches))
     gate.opened.set()
-    answers = [connections[0].receive(20.0)]
+    answers = [connections[0].receive(60.0)]
     assert answers[0].request_id == 100
     for i, _, _ in batches:
-        answers.append(connections[i % num_connections].receive(20.0))
+        answers.append(connections[i % num_connections].receive(60.0))
     for answer in answers[1:]:
         assert answer.rows is not None
         assert torch.equal(answer.rows, right[answer.request_id])
@@ -128,7 +128,7 @@ def test_what_waits_is_merged_by_layer_and_keeps_its_bits(
 def wait_until_queued(router: RouterWorker, count: int) -> None:
     """The connections' threads queue; there is no event for it, so look until they have."""
     patience = threading.Event()
-    for _ in range(4000):
+    for _ in range(12_000):
         if router.num_waiting == count:
             return
         patience.wait(0.005)
@@ -151,12 +151,12 @@ def test_a_bad_micro_batch_does_not_fail_those_merged_with_it(
     connection = dial(endpoint)
     x = some_rows(2, checkpoint)
     ask(connection, 0, 1, x)
-    assert gate.came.wait(20)
+    assert gate.came.wait(60)
     ask(connection, 1, LAYER, torch.full_like(x, torch.nan))
     ask(connection, 2, LAYER, x)
     wait_until_queued(router, 2)
     gate.opened.set()
-    answers = {answer.request_id: answer for answer in (connection.receive(20.0) for _ in range(3))}
+    answers = {answer.request_id: answer for answer in (connection.receive(60.0) for _ in range(3))}
     assert answers[1].status == Status.FAILED
     assert answers[1].text == "NonFiniteInput: row 0 of the micro-batch is not finite"
     assert answers[2].status == Status.OK
@@ -178,7 +178,7 @@ def test_foreign_layers_and_widths_are_refused(
     _, endpoint = serve(new_pool(checkpoint, spread(checkpoint, 1)), socket_folder)
     connection = dial(endpoint)
     ask(connection, 1, layer, torch.zeros(1, width))
-    answer = connection.receive(20.0)
+    answer = connection.receive(60.0)
     assert answer.status == Status.FAILED
     assert answer.text.startswith(text)
 
@@ -194,7 +194,7 @@ def test_missing_experts_end_in_a_deadline_that_names_them(
     connection = dial(endpoint)
     frame = Frame(Kind.ROUTE_BATCH, layer=LAYER, rows=some_rows(1, checkpoint), deadline_us=50_000)
     connection.send(frame, 10.0)
-    answer = connection.receive(20.0)
+    answer = connection.receive(60.0)
     assert answer.status == Status.DEADLINE
     assert answer.text.startswith("layer 2, experts ")
 
@@ -209,7 +209,7 @@ def test_a_draining_router_refuses(
     router.drain()
     connection = dial(endpoint)
     ask(connection, 1, LAYER, some_rows(1, checkpoint))
-    assert connection.receive(20.0).status == Status.DRAINING
+    assert connection.receive(60.0).status == Status.DRAINING
 
 
 def test_frames_of_other_kinds_are_refused(new_pool: NewPool, checkpoint: Checkpoint) -> None:
