@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention.kernels.gpu.cache_layout import CacheLayout, encode_rows
 from experts.kernels.gpu.combine import sum_pairs, sum_pairs_torch, sum_parts
 from experts.kernels.gpu.permute import max_blocks, sort_pairs, sort_pairs_torch
 from experts.kernels.gpu.quantise import (
@@ -47,6 +51,30 @@ def test_quantised_codes_are_those_of_torch(dtype: torch.dtype, ue8m0: bool) -> 
     assert codes(q) == codes(expected)
     assert torch.equal(scales, expected_scales) and scales.shape == (3, 11)
     assert torch.equal(scales[1], torch.full((11,), 2.0**-22 if ue8m0 else 1e-4 / 448))
+
+
+class Divisors(TorchDispatchMode):
+    """What torch divides by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.seen.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_twins_divide_on_a_gpu_as_the_kernels_do() -> None:
+    """By a number, torch on CUDA multiplies with its inverse: half of the scales would differ in
+    their last bit. So what is divided by has to be a tensor of the device."""
+    layout = CacheLayout(512, 64, torch.float8_e4m3fn)
+    with Divisors() as divisors:
+        quantise_rows_torch(torch.ones(2, 256, device="meta"))
+        encode_rows(torch.ones(2, 576, device="meta"), layout)
+    assert len(divisors.seen) == 4
+    assert all(isinstance(by, Tensor) and by.device.type == "meta" for by in divisors.seen)
 
 
 def test_every_code_survives_and_ties_round_to_even() -> None:

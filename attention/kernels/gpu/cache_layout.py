@@ -133,7 +133,9 @@ def encode_rows(values: Tensor, layout: CacheLayout) -> Tensor:
     rows = values.new_zeros(values.shape[0], layout.width, dtype=torch.uint8)
     padded = torch.nn.functional.pad(values[:, : layout.latent], (0, -layout.latent % GROUP))
     groups = padded.view(values.shape[0], layout.num_groups, GROUP)
-    scales = (groups.abs().amax(dim=2) / FP8_MAX).clamp(min=MIN_SCALE)  # [S, num_groups]
+    scales = groups.abs().amax(dim=2)  # [S, num_groups]
+    scales /= torch.full_like(scales, FP8_MAX)  # by a number CUDA would multiply with its inverse
+    scales = scales.clamp_(min=MIN_SCALE)
     codes = (groups / scales[:, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     rows[:, : layout.latent] = codes.flatten(1)[:, : layout.latent].view(torch.uint8)
     first = layout.scales_at

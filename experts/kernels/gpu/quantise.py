@@ -84,7 +84,8 @@ def quantise_rows_torch(x: Tensor, *, ue8m0: bool = False) -> tuple[Tensor, Tens
     groups = torch.zeros(num_rows, num_groups * GROUP, device=x.device)
     groups[:, :d] = x
     groups = groups.view(num_rows, num_groups, GROUP)
-    scales = groups.abs().amax(dim=2).clamp_min(MIN_AMAX) / FP8_MAX
+    scales = groups.abs().amax(dim=2).clamp_min(MIN_AMAX)
+    scales /= torch.full_like(scales, FP8_MAX)  # by a number CUDA would multiply with its inverse
     if ue8m0:
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     codes = (groups / scales[:, :, None]).clamp(-FP8_MAX, FP8_MAX).view(num_rows, -1)[:, :d]
