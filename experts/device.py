@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sysconfig
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -118,8 +119,13 @@ def probe_cuda() -> CudaProbe:
     """Look at the first GPU that this process may use (Ray shows it the ones it reserved)."""
     if torch.version.cuda is None:
         return CudaProbe("this torch was built without CUDA")
-    if not torch.cuda.is_available():
-        return CudaProbe(f"torch finds no GPU and driver that it can use ({_visible()})")
+    with warnings.catch_warnings(record=True) as told:  # that the driver is too old, for one
+        warnings.simplefilter("always")
+        is_available = torch.cuda.is_available()
+    if not is_available:
+        found = f"torch finds no GPU and driver that it can use ({_visible()})"
+        reasons = [str(warning.message).partition(" (Triggered")[0] for warning in told]
+        return CudaProbe(": ".join([found, *reasons]))
     properties = torch.cuda.get_device_properties(0)
     return CudaProbe(
         name=properties.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +158,21 @@ def test_triton_needs_the_headers_of_python_for_its_launcher(
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_a_torch_without_cuda_is_named() -> None:
     assert probe_cuda().missing == "this torch was built without CUDA"
+
+
+def test_what_torch_says_of_the_driver_is_part_of_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_available() -> bool:
+        warnings.warn(
+            "The NVIDIA driver on your system is too old (found version 11040). "
+            "(Triggered internally at CUDAFunctions.cpp:119.)",
+            stacklevel=2,
+        )
+        return False
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    missing = probe_cuda().missing
+    assert missing.startswith("torch finds no GPU and driver that it can use (CUDA_VISIBLE")
+    assert missing.endswith("): The NVIDIA driver on your system is too old (found version 11040).")
