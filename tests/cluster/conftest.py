@@ -19,6 +19,7 @@ import pytest
 from tests.fakes import TIMEOUT_S
 
 READY_TIMEOUT_S = 120.0
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Server:
             engines = self.get("/status")["engines"]
             if all(e["kv_blocks_free"] == e["kv_blocks_total"] for e in engines):
                 return time.monotonic() - started
+            time.sleep(POLL_S)
         pytest.fail(f"blocks still in use after {TIMEOUT_S} s: {engines}")
 
 
@@ -66,6 +68,7 @@ def wait_ready(url: str, timeout_s: float = READY_TIMEOUT_S) -> None:
             last = error.read()
         except OSError as error:
             last = error
+        time.sleep(POLL_S)
     pytest.fail(f"{url} not ready after {timeout_s} s: {last!r}")
 
 
