@@ -117,13 +117,19 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Its engine is never disturbed."""
+    with ExitStack() as stack:
+        yield Served(tmp_path_factory.mktemp("quiet"), FakeEngine(HELLO, cached=1), stack)
+
+
 @pytest.mark.parametrize("lost_at", [0, 1, 4, 7, len(HELLO)])  # 7: inside a character
 @pytest.mark.parametrize("name", REQUESTS)
 def test_answers_are_those_of_an_undisturbed_engine(
-    serve: Callable[[FakeEngine], Served], name: str, lost_at: int
+    serve: Callable[[FakeEngine], Served], quiet: Served, name: str, lost_at: int
 ) -> None:
     path, body = REQUESTS[name]
-    quiet = serve(FakeEngine(HELLO, cached=1))
     served = serve(FakeEngine(HELLO, cached=1, lose=once_at(lost_at)))
     assert served.whole(path, **body) == quiet.whole(path, **body)
     assert served.streamed(path, **body) == quiet.streamed(path, **body)
