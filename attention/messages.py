@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from attention.trace_context import MAX_STATE_CHARS
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "abort", "error", "lost", "unavailable"]
 """lost: the worker is gone, the request can be replayed on another. unavailable: experts
@@ -72,6 +74,8 @@ class Submit(Message):
     """Prefix-cache blocks are shared only among requests of equal salt."""
     traceparent: Annotated[str, Field(pattern=TRACEPARENT)] = ""
     """W3C trace context of the span that the worker's spans belong to; "" for none."""
+    tracestate: Annotated[str, Field(max_length=MAX_STATE_CHARS)] = ""
+    """Its second header."""
 
 
 class Abort(Message):

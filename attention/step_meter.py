@@ -8,6 +8,7 @@ from typing import Protocol
 from attention.metrics import STEP_BOUNDS_S
 from attention.request import Request
 from attention.scheduler import Schedule
+from attention.trace_context import TraceContext
 from attention.tracing import SequenceTrace, TracedStep, Tracer
 from experts.metrics import Histogram
 from router.times import HopTimes, LayerHop
@@ -40,10 +41,10 @@ class StepMeter:
 
     def arrived(self, request: Request) -> None:
         """A request that can run; `left` follows."""
-        if self._tracer is not None and request.submit.traceparent:
-            request.trace = self._tracer.start_sequence(
-                request.submit.traceparent, request.arrived_s
-            )
+        submit = request.submit
+        if self._tracer is not None and submit.traceparent:
+            parent = TraceContext.parse(submit.traceparent, submit.tracestate)
+            request.trace = self._tracer.start_sequence(parent, request.arrived_s)
             self._num_traced += request.trace is not None
 
     def begin_step(self, schedule: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""Traces: which trace a request belongs to (W3C Trace Context), and the spans of its sequences.
+"""Traces: the spans of a request and of its sequences.
 
 OpenTelemetry is imported when a tracer is opened and nowhere else. While a request runs only
 numbers are collected; its spans are made at its end, in a thread of their own.
@@ -10,13 +10,13 @@ import contextlib
 import importlib
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+from attention.trace_context import TraceContext
 from router.times import LayerHop
 
 logger = logging.getLogger(__name__)
@@ -28,33 +28,6 @@ of the step that reaches so many hops. A hop is 10 us of spans, a step and any o
 MAX_WAITING = 1024
 """Sequences that have ended and have no spans yet; what ends meanwhile gets none."""
 _CLOSE_TIMEOUT_S = 5.0
-_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-
-
-class TraceContext(NamedTuple):
-    """A span as its children in other processes know it."""
-
-    trace_id: int
-    span_id: int
-    is_sampled: bool
-
-    @classmethod
-    def parse(cls, traceparent: str) -> Self | None:
-        """None for anything malformed, which is then ignored:
-        https://www.w3.org/TR/trace-context/#traceparent-header."""
-        match = _TRACEPARENT.fullmatch(traceparent)
-        if match is None:
-            return None
-        version, trace_id, span_id, flags, more = match.groups()
-        if version == "ff" or (version == "00" and more is not None):
-            return None
-        if not int(trace_id, 16) or not int(span_id, 16):
-            return None
-        return cls(int(trace_id, 16), int(span_id, 16), bool(int(flags, 16) & 1))
-
-    @property
-    def traceparent(self) -> str:
-        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.is_sampled:02x}"
 
 
 class TracedStep(NamedTuple):
@@ -153,16 +126,20 @@ class Tracer:
         context = span.get_span_context()
         if not context.is_valid:
             return None
-        return TraceContext(context.trace_id, context.span_id, bool(context.trace_flags.sampled))
+        return TraceContext(
+            context.trace_id,
+            context.span_id,
+            bool(context.trace_flags.sampled),
+            context.trace_state.to_header(),
+        )
 
     def fail(self, span: Any, code: str) -> None:
         """A span ends in an error."""
         span.set_attribute("error.type", code)
         span.set_status(self._api.StatusCode.ERROR, code)
 
-    def start_sequence(self, traceparent: str, arrived_s: float) -> SequenceTrace | None:
+    def start_sequence(self, parent: TraceContext | None, arrived_s: float) -> SequenceTrace | None:
         """None for a trace that is not sampled."""
-        parent = TraceContext.parse(traceparent)
         if parent is None or not parent.is_sampled:
             return None
         return SequenceTrace(parent, arrived_s)
@@ -240,6 +217,7 @@ class Tracer:
             parent.span_id,
             is_remote=True,
             trace_flags=self._api.TraceFlags(int(parent.is_sampled)),
+            trace_state=self._api.TraceState.from_header([parent.tracestate]),
         )
         return self._api.set_span_in_context(self._api.NonRecordingSpan(remote), self._no_context)
 

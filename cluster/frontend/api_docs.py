@@ -34,6 +34,13 @@ _PARAMETERS = [
         "description": "W3C trace context: the request's spans belong to that trace. A malformed"
         " one is ignored.",
     },
+    {
+        "name": "tracestate",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": "What belongs to `traceparent`: the request's spans have it too.",
+    },
 ]
 _ANSWER = {
     "description": "An object of OpenAI's API, or its chunks as server-sent events. Its field"

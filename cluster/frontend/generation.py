@@ -61,7 +61,7 @@ class Generation:
         self._backend = backend
         self._admission = admission
         self._clock = clock
-        self._runs = SequenceRuns(request, backend, ledger, clock, observation.span.traceparent)
+        self._runs = SequenceRuns(request, backend, ledger, clock, observation.span.context)
         self._ready: deque[Delta] = deque()
         self._choices = [ChoiceText(i, request, tokenizer) for i in range(request.num_sequences)]
         self._open = set(range(request.num_sequences))

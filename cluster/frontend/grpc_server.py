@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -45,8 +46,9 @@ logger = logging.getLogger(__name__)
 ReplyT = TypeVar("ReplyT", bound=Message)
 HEALTH_SERVICES = ("", "shoal.v1.Inference")
 HEALTH_POLL_S = 1.0
+HEALTH_WATCH_S = 30.0
+"""As WATCH_S of expert_load.py, but longer: clients may pause their calls until the next one."""
 IDEMPOTENCY_KEY = IDEMPOTENCY_HEADER.lower()
-TRACEPARENT_KEY = "traceparent"
 
 
 class InferenceMethods:
@@ -110,7 +112,7 @@ class InferenceMethods:
     async def WatchLoad(
         self, request: pb.WatchLoadRequest, grpc_context: GrpcContext
     ) -> AsyncIterator[pb.ExpertLoad]:
-        """What every expert computed lately, now and every `interval_s` seconds."""
+        """What every expert computed lately, now and every `interval_s` seconds, for a while."""
         request_id = self._begin(grpc_context)
         interval_s = request.interval_s if request.HasField("interval_s") else None
         try:
@@ -177,9 +179,12 @@ class InferenceMethods:
 
     def _origin(self, context: GrpcContext, request_id: str) -> Origin:
         metadata = context.invocation_metadata() or ()
-        traceparents = [str(value) for key, value in metadata if key == TRACEPARENT_KEY]
+        traceparents, states = (
+            [str(value) for key, value in metadata if key == name]
+            for name in ("traceparent", "tracestate")
+        )
         traceparent = traceparents[0] if len(traceparents) == 1 else ""
-        return Origin(request_id, "grpc", key_name.get(), traceparent)
+        return Origin(request_id, "grpc", key_name.get(), traceparent, ",".join(states))
 
     def _authorize(self, context: GrpcContext, request_id: str) -> None:
         try:
@@ -225,9 +230,10 @@ class HealthMethods:
     async def Watch(
         self, request: health.HealthCheckRequest, grpc_context: GrpcContext
     ) -> AsyncIterator[health.HealthCheckResponse]:
-        """State now and after every change, until the client leaves."""
-        last = None
-        while True:
+        """State now and after every change, for HEALTH_WATCH_S: clients watch again by
+        themselves."""
+        last, ends_s = None, time.monotonic() + HEALTH_WATCH_S
+        while time.monotonic() < ends_s:
             status = self._status(request.service)
             if status != last:
                 yield health.HealthCheckResponse(status=status)

@@ -116,6 +116,7 @@ def _origin(request: Request) -> Origin:
         protocol="http",
         key_name=state.get("key_name", ""),
         traceparent=traceparents[0] if len(traceparents) == 1 else "",
+        tracestate=",".join(request.headers.getlist("tracestate")),
     )
 
 

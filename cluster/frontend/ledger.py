@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from attention.messages import SamplingParams, Submit
+from attention.trace_context import TraceContext
 
 
 @dataclass(slots=True)
@@ -23,7 +24,8 @@ class LedgerEntry:
     deadline: float | None
     """Moment on the ledger's clock at which the request fails; None: never."""
     cache_salt: str = ""
-    traceparent: str = ""
+    trace: TraceContext | None = None
+    """What the worker's spans belong to."""
     emitted_ids: list[int] = field(default_factory=list)
 
     def submission(self, now: float) -> Submit:
@@ -36,7 +38,8 @@ class LedgerEntry:
             emitted_ids=list(self.emitted_ids),
             deadline_s=left_s,
             cache_salt=self.cache_salt,
-            traceparent=self.traceparent,
+            traceparent=self.trace.traceparent if self.trace else "",
+            tracestate=self.trace.tracestate if self.trace else "",
         )
 
 

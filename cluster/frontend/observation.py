@@ -37,7 +37,7 @@ class Observation:
         tracer: Tracer | None = None,
     ) -> None:
         self.origin = origin
-        self.span = RequestSpan(tracer, origin.traceparent)
+        self.span = RequestSpan(tracer, origin.traceparent, origin.tracestate)
         self.started_s = clock()
         self.e2e_s = 0.0
         """Set by `last_token` or, without it, by `finish`."""

@@ -21,7 +21,8 @@ class Origin:
     key_name: str = ""
     """Of the API key, "" without keys."""
     traceparent: str = ""
-    """As the client sent it: perhaps malformed."""
+    tracestate: str = ""
+    """Both as the client sent them: perhaps malformed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from attention.messages import TokenOutput
+from attention.trace_context import TraceContext
 from cluster.frontend.backend import EngineBackend
 from cluster.frontend.ledger import LedgerEntry, RequestLedger
 from cluster.frontend.observer import Timing
@@ -84,15 +85,15 @@ class SequenceRuns:
         backend: EngineBackend,
         ledger: RequestLedger,
         clock: Callable[[], float],
-        traceparent: str = "",
+        trace: TraceContext | None = None,
     ) -> None:
-        """traceparent: what the workers' spans belong to, "" for none."""
+        """trace: what the workers' spans belong to."""
         self.num_replays = 0
         self._request = request
         self._backend = backend
         self._ledger = ledger
         self._clock = clock
-        self._traceparent = traceparent
+        self._trace = trace
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[Arrived] = asyncio.Queue()
         self._runs: dict[int, _Run] = {}
@@ -105,7 +106,7 @@ class SequenceRuns:
             prompt.ids,
             params,
             self._request.deadline,
-            traceparent=self._traceparent,
+            trace=self._trace,
         )
         submission = self._ledger.open(entry)
         run = self._runs[index] = _Run(index, self._clock())

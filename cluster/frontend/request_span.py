@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attention.tracing import TraceContext, Tracer
+from attention.trace_context import TraceContext
+from attention.tracing import Tracer
 from cluster.frontend.observer import RequestRecord
 
 _OPERATIONS = {"chat": "chat", "completion": "text_completion"}
@@ -14,17 +15,13 @@ class RequestSpan:
     """Belongs to the trace of the client, if it sent one. Without a tracer nothing is recorded and
     the client's own context goes to the workers."""
 
-    def __init__(self, tracer: Tracer | None, traceparent: str) -> None:
-        """traceparent: as it came; a malformed one counts as none."""
-        parent = TraceContext.parse(traceparent)
+    def __init__(self, tracer: Tracer | None, traceparent: str, tracestate: str) -> None:
+        """Both as they came; malformed ones count as none."""
+        parent = TraceContext.parse(traceparent, tracestate)
         self._tracer = tracer
         self._span: Any = None if tracer is None else tracer.start_request(parent)
         self.context = parent if tracer is None else tracer.context_of(self._span)
-
-    @property
-    def traceparent(self) -> str:
-        """For the workers, "" without a trace."""
-        return "" if self.context is None else self.context.traceparent
+        """For the workers; None without a trace."""
 
     @property
     def trace_id(self) -> str:

@@ -29,6 +29,7 @@ from tests.serving import EOS, grpc_server, http_server, ids_of, make_service
 ROOT = Path(__file__).resolve().parents[2]
 OVER_HTTP, OVER_GRPC, UNSAMPLED = "1" * 32, "2" * 32, "3" * 32
 CLOCKS_DIFFER_NS = 50_000_000  # each process has read the clock once
+STATE = "a=1,b=2"
 PARENT = "b7ad6b7169203331"
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "max_tokens": 3, "ignore_eos": True}
 
@@ -145,7 +146,7 @@ def test_spans_from_the_front_to_the_layers(
         service = make_service(tmp_path, backend, tracer=tracer)  # type: ignore[arg-type]
         with http_server(service) as url:
             for sent in (traceparent(OVER_HTTP), traceparent(UNSAMPLED, "00"), "00-malformed"):
-                headers = {"traceparent": sent}
+                headers = [("traceparent", sent), ("tracestate", "a=1"), ("tracestate", "b=2")]
                 answer = httpx.post(
                     f"{url}/v1/completions", json=BODY, headers=headers, timeout=TIMEOUT_S
                 )
@@ -154,15 +155,18 @@ def test_spans_from_the_front_to_the_layers(
             sampling = pb.SamplingParams(max_tokens=3, ignore_eos=True)
             asked = pb.GenerateRequest(model="tiny", text="Hi", sampling=sampling)
             stub = inference_pb2_grpc.InferenceStub(channel)
-            metadata = [("traceparent", traceparent(OVER_GRPC))]
+            metadata = [("traceparent", traceparent(OVER_GRPC)), ("tracestate", STATE)]
             list(stub.Generate(asked, metadata=metadata, timeout=TIMEOUT_S))
         backend.close()
         tracer.close()
     for trace_id in (OVER_HTTP, OVER_GRPC):
-        check_tree(collector.of(trace_id))
+        spans = collector.of(trace_id)
+        check_tree(spans)
+        assert {span.trace_state for _, span in spans.values()} == {STATE}
     assert collector.of(UNSAMPLED) == {}
     (fresh,) = {span.trace_id.hex() for _, span in collector.spans if not span.parent_span_id}
     check_tree(collector.of(fresh))
+    assert {span.trace_state for _, span in collector.of(fresh).values()} == {""}
     assert len({span.trace_id for _, span in collector.spans}) == 3
 
 
@@ -194,12 +198,13 @@ def test_replays_stay_in_the_trace(tmp_path: Path) -> None:
         [*ids_of("Hello"), EOS], lose=lambda submit, attempt: 2 if attempt == 1 else None
     )
     with http_server(make_service(tmp_path, engine)) as url:
-        headers = {"traceparent": traceparent(OVER_HTTP)}
+        headers = {"traceparent": traceparent(OVER_HTTP), "tracestate": STATE}
         httpx.post(f"{url}/v1/completions", json=BODY, headers=headers, timeout=TIMEOUT_S)
         httpx.post(f"{url}/v1/completions", json=BODY, timeout=TIMEOUT_S)
     engine.close()
-    sent = [submit.traceparent for submit in (*engine.submitted, *engine.replayed)]
-    assert sent == [traceparent(OVER_HTTP), "", traceparent(OVER_HTTP), ""]
+    submitted = (*engine.submitted, *engine.replayed)
+    sent = [(submit.traceparent, submit.tracestate) for submit in submitted]
+    assert sent == [(traceparent(OVER_HTTP), STATE), ("", "")] * 2
 
 
 def test_without_opentelemetry_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
