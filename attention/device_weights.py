@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from attention.mla import MlaSizes
+from attention.tensor_shapes import attention_tensor_shapes
 from attention.weights import (
     AttentionWeights,
     LayerWeights,
-    attention_tensor_shapes,
     load_layer,
     load_norm,
 )
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
 from experts.device_layer import DeviceMlp, DeviceWeight, to_device_weight
-from experts.linear import SCALE_BLOCK, Weight
+from experts.linear import Weight
+from experts.tensor_files import SCALE_BLOCK
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attention.memory import cache_dtype, context_length
+from attention.tensor_shapes import attention_tensor_shapes
 from cluster.config import ConfigError, ShoalConfig
+from cluster.generation_defaults import GenerationDefaults
 from experts.config import ModelConfig
 from experts.errors import CheckpointError
+from experts.tensor_files import TensorFiles
+from experts.tensor_shapes import expert_tensor_shapes
+from router.tensor_shapes import gate_tensor_shapes
 
 EXAMPLE_PROMPT = "Tell me a story about a brave fox named Pip."
 """A first request that the default model answers well."""
@@ -33,28 +39,21 @@ def check_model(folder: Path) -> ModelConfig:
 
     Raises CheckpointError; nothing has been started then.
     """
-    from attention.weights import attention_tensor_shapes
-    from cluster.generation_defaults import GenerationDefaults
     from cluster.tokenizer import Tokenizer
-    from experts.checkpoint import Checkpoint
-    from experts.weights import expert_tensor_shapes
-    from router.weights import gate_tensor_shapes
 
     if not folder.is_dir():
         raise CheckpointError(folder, "a checkpoint folder", "nothing", hint="check the path")
-    checkpoint = Checkpoint.open(folder)
+    files = TensorFiles.open(folder)
     for shapes in (attention_tensor_shapes, gate_tensor_shapes, expert_tensor_shapes):
-        checkpoint.require(shapes(checkpoint.config))
-    checkpoint.check_scales()
+        files.require(shapes(files.config))
+    files.check_scales()
     Tokenizer(folder)
     GenerationDefaults.load(folder)
-    return checkpoint.config
+    return files.config
 
 
 def check_engine(config: ShoalConfig) -> None:
     """Check the engine's settings against the model. Raises ConfigError."""
-    from attention.memory import cache_dtype, context_length
-
     model, on_gpu = ModelConfig.load(config.model), config.may_use_gpu("attention")
     try:
         cache_dtype(config.engine, on_gpu)
@@ -65,10 +64,8 @@ def check_engine(config: ShoalConfig) -> None:
 
 def verify_model(folder: Path) -> str:
     """One line about a checkpoint that passed every check."""
-    from experts.checkpoint import Checkpoint
-
     config = check_model(folder)
-    size_gb = Checkpoint.open(folder).total_bytes / 1e9
+    size_gb = TensorFiles.open(folder).total_bytes / 1e9
     return (
         f"ok, {config.model_type}, {size_gb:.3f} GB, {config.num_hidden_layers} layers, "
         f"{len(config.moe_layers)} of them with {config.n_routed_experts} experts"

@@ -19,7 +19,8 @@ from experts.device import ComputeDevice
 from experts.kernels.gpu.grouped_gemm import DeviceWeights, block_rows_for
 from experts.kernels.gpu.ops import ExpertOps
 from experts.layer import ExpertWeights
-from experts.linear import SCALE_BLOCK, Weight
+from experts.linear import Weight
+from experts.tensor_files import SCALE_BLOCK
 
 
 @dataclass(frozen=True, eq=False)

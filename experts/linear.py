@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from experts.kernels.runtime import kernels
-
-SCALE_BLOCK: Final = 128
-"""An fp8 checkpoint has one scale for each 128 x 128 block; blocks at the edges are partial."""
+from experts.tensor_files import SCALE_BLOCK
 
 _CHUNK_BYTES: Final = 4 << 20
 """Rows dequantised at a time, as float32 bytes: small enough to stay in the last-level cache."""

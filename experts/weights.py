@@ -1,29 +1,12 @@
-"""Where a checkpoint keeps the routed experts of its main layers."""
+"""The routed experts of a checkpoint's main layers."""
 
 import torch
 
 from experts.checkpoint import Checkpoint
-from experts.config import ModelConfig
 from experts.layer import ExpertWeights
+from experts.tensor_shapes import expert_prefix
 
 _PAGE_BYTES = 4096
-
-
-def _prefix(layer: int, expert: int) -> str:
-    return f"model.layers.{layer}.mlp.experts.{expert}"
-
-
-def expert_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> (out, in) of every matrix that the expert workers read, for `Checkpoint.require`."""
-    wide, narrow = config.hidden_size, config.moe_intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in config.moe_layers:
-        for expert in range(config.n_routed_experts):
-            prefix = _prefix(layer, expert)
-            shapes[f"{prefix}.gate_proj.weight"] = (narrow, wide)
-            shapes[f"{prefix}.up_proj.weight"] = (narrow, wide)
-            shapes[f"{prefix}.down_proj.weight"] = (wide, narrow)
-    return shapes
 
 
 def load_expert(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
@@ -32,7 +15,7 @@ def load_expert(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeight
     Without the reading the first token that needs the expert would wait for the disk.
     Raises CheckpointError (a missing tensor, scales that are not finite and positive).
     """
-    prefix = _prefix(layer, expert)
+    prefix = expert_prefix(layer, expert)
     weights = ExpertWeights(
         gate=checkpoint.weight(f"{prefix}.gate_proj.weight"),
         up=checkpoint.weight(f"{prefix}.up_proj.weight"),

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps the gates of its main layers."""
+"""The gates of a checkpoint's main layers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ import torch
 from torch import Tensor
 
 from experts.checkpoint import Checkpoint, CheckpointError
-from experts.config import ModelConfig
 from experts.device import ComputeDevice
 from experts.linear import Weight
 from router.gate import DeviceGate, GateWeights
-
-
-def _names(layer: int) -> tuple[str, str]:
-    prefix = f"model.layers.{layer}.mlp.gate"
-    return f"{prefix}.weight", f"{prefix}.e_score_correction_bias"
-
-
-def gate_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a router reads, for `Checkpoint.require`."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in config.moe_layers:
-        weight, bias = _names(layer)
-        shapes[weight] = (config.n_routed_experts, config.hidden_size)
-        if config.topk_method == "noaux_tc":
-            shapes[bias] = (config.n_routed_experts,)
-    return shapes
+from router.tensor_shapes import gate_names, gate_tensor_shapes
 
 
 def load_gates(checkpoint: Checkpoint) -> dict[int, GateWeights]:
@@ -43,19 +27,19 @@ def load_device_gates(checkpoint: Checkpoint, device: ComputeDevice) -> dict[int
 
 
 def _load_gate(checkpoint: Checkpoint, layer: int) -> GateWeights:
-    weight = checkpoint.weight(_names(layer)[0])
+    weight = checkpoint.weight(gate_names(layer)[0])
     return GateWeights(Weight(weight.dequantize()), _load_bias(checkpoint, layer))
 
 
 def _load_device_gate(checkpoint: Checkpoint, layer: int, device: ComputeDevice) -> DeviceGate:
-    weight, bias = checkpoint.weight(_names(layer)[0]), _load_bias(checkpoint, layer)
+    weight, bias = checkpoint.weight(gate_names(layer)[0]), _load_bias(checkpoint, layer)
     values = weight.data if weight.data.dtype is torch.bfloat16 else weight.dequantize()
     return DeviceGate(values.to(device.device), None if bias is None else bias.to(device.device))
 
 
 def _load_bias(checkpoint: Checkpoint, layer: int) -> Tensor | None:
     """[E] float32; None where the model has none."""
-    name = _names(layer)[1]
+    name = gate_names(layer)[1]
     if checkpoint.config.topk_method != "noaux_tc":
         return None
     bias = checkpoint.tensor(name).float()

@@ -16,17 +16,17 @@ from torch import Tensor
 from attention.device_model import DeviceDecoder
 from attention.device_weights import DeviceModelWeights, load_device_weights
 from attention.kernels.gpu.cache_layout import CacheLayout
-from attention.weights import attention_tensor_shapes
+from attention.tensor_shapes import attention_tensor_shapes
 from cluster.deploy.known_models import KNOWN
 from cluster.tiny_presets import PRESETS
 from experts.config import ModelConfig
 from experts.device import ComputeDevice
 from experts.linear import Weight
-from experts.weights import expert_tensor_shapes
+from experts.tensor_shapes import expert_tensor_shapes
 from gpu_check.attention_data import BLOCK_SIZE
 from router.client import MoeClient
 from router.local import LocalMoe
-from router.weights import gate_tensor_shapes
+from router.tensor_shapes import gate_tensor_shapes
 
 _SMOKE = {
     "hidden_size": 64,

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from experts.checkpoint import Checkpoint
-from experts.weights import expert_tensor_shapes, load_expert
-from router.weights import gate_tensor_shapes, load_gates
+from experts.tensor_shapes import expert_tensor_shapes
+from experts.weights import load_expert
+from router.tensor_shapes import gate_tensor_shapes
+from router.weights import load_gates
 from tests.reference import read_weights
 
 
