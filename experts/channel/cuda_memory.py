@@ -36,8 +36,8 @@ class _HandleByValue(ctypes.Structure):
 
 
 @contextmanager
-def _driver(device: torch.device) -> Iterator[Any]:
-    """The driver with this device's primary context, torch's own, current in this thread."""
+def current_context(device: torch.device) -> Iterator[Any]:
+    """The driver, with this device's primary context, torch's own, current in this thread."""
     driver, context, before = _library(), _primary_context(device.index), ctypes.c_void_p()
     _check(driver.cuCtxPushCurrent_v2(context))
     try:
@@ -80,7 +80,7 @@ class DeviceBlock:
         self._lease = lease
         self._release = "cuMemFree_v2" if handle is None else "cuIpcCloseMemHandle"
         address = ctypes.c_uint64()
-        with _driver(device) as driver:
+        with current_context(device) as driver:
             if handle is None:
                 size = ctypes.c_size_t(-(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
                 _check(driver.cuMemAlloc_v2(ctypes.byref(address), size))
@@ -92,7 +92,7 @@ class DeviceBlock:
 
     def __del__(self) -> None:
         if hasattr(self, "address"):
-            with _driver(self._device) as driver:
+            with current_context(self._device) as driver:
                 getattr(driver, self._release)(ctypes.c_uint64(self.address))
         if self._lease >= 0:
             os.close(self._lease)
@@ -100,7 +100,7 @@ class DeviceBlock:
     def handle(self) -> bytes:
         """What another process opens this memory with."""
         handle = _HandleByValue()
-        with _driver(self._device) as driver:
+        with current_context(self._device) as driver:
             address = ctypes.c_uint64(self.address)
             _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), address))
         return bytes(handle)
@@ -123,7 +123,7 @@ class DeviceBlock:
         stream = torch.cuda.current_stream(rows.device)
         place, source = ctypes.c_uint64(self.address + offset), ctypes.c_uint64(rows.data_ptr())
         size, on = ctypes.c_size_t(rows.nbytes), ctypes.c_void_p(stream.cuda_stream)
-        with _driver(rows.device) as driver:
+        with current_context(rows.device) as driver:
             _check(driver.cuMemcpyDtoDAsync_v2(place, source, size, on))
         stream.record_event().synchronize()
 

@@ -9,7 +9,8 @@ listens on knows no secret: as with any RDMA fabric, its network must be a priva
 
 A write goes from an outbox, registered once, and is complete at the peer when its state is SUCCESS:
 the UCX back end flushes the endpoint behind the data. Host memory ("DRAM") has run between
-processes of one host; memory of a GPU ("VRAM") has not run.
+processes of one host; memory of a GPU ("VRAM") has not run. A thread that has not used CUDA has no
+context, and UCX would find no way between GPUs from it: so one is current in every call.
 
 https://github.com/ai-dynamo/nixl, src/bindings/python/nixl_bindings.cpp; src/plugins/ucx
 """
@@ -21,6 +22,7 @@ import secrets
 import struct
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from experts.channel.arena import ALIGN
 from experts.channel.connection import ChannelClosed, ChannelError, ChannelTimeout
-from experts.channel.cuda_memory import DeviceBlock
+from experts.channel.cuda_memory import DeviceBlock, current_context
 from experts.channel.endpoint import Memory
 from experts.channel.memory import Block, ChannelMemory, HostBlock, Outlet
 
@@ -80,6 +82,7 @@ class NixlEnd:
         self._min_bytes = memory.min_bytes if memory.device is None else 0
         self.block = _new_block(memory.landing_bytes, memory.device)
         self._outbox = _new_block(memory.landing_bytes, memory.device)
+        self._device = memory.device
         self._segment = 0 if memory.device is None else 1 + memory.device.index
         config = nixl.nixlAgentConfig()
         config.useProgThread = True
@@ -87,9 +90,10 @@ class NixlEnd:
         config.pthrDelay = PROGRESS_DELAY_US
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
         try:
-            self._agent = nixl.nixlAgent(f"shoal-{secrets.token_hex(8)}", config)
-            self._backend = self._agent.createBackend("UCX", {})
-            self._registered = [self._register(block) for block in (self.block, self._outbox)]
+            with _in_context(memory.device):
+                self._agent = nixl.nixlAgent(f"shoal-{secrets.token_hex(8)}", config)
+                self._backend = self._agent.createBackend("UCX", {})
+                self._registered = [self._register(block) for block in (self.block, self._outbox)]
         except Exception as error:  # NIXL has its own family, right below Exception
             raise ChannelError(f"NIXL cannot use this memory: {error}") from error
         self._outlet: NixlOutlet | None = None
@@ -109,10 +113,10 @@ class NixlEnd:
     def open(self, num_bytes: int, handle: bytes, fds: list[int]) -> Outlet:
         """See End.open."""
         ring = Place(*_HANDLE.unpack_from(handle))
-        peer = self._agent.loadRemoteMD(handle[_HANDLE.size :])
-        writer = Writer(
-            self._nixl, self._agent, peer, Place(self._outbox.address, self._segment), ring
-        )
+        with _in_context(self._device):
+            peer = self._agent.loadRemoteMD(handle[_HANDLE.size :])
+        outbox = Place(self._outbox.address, self._segment)
+        writer = Writer(self._nixl, self._agent, peer, outbox, ring, self._device)
         num_bytes = min(num_bytes, self._outbox.num_bytes)
         self._outlet = NixlOutlet(writer, self._outbox, num_bytes, self._min_bytes)
         return self._outlet
@@ -127,6 +131,10 @@ class NixlEnd:
         self._agent = None
 
 
+def _in_context(device: torch.device | None) -> AbstractContextManager[object]:
+    return nullcontext() if device is None else current_context(device)
+
+
 def _new_block(num_bytes: int, device: torch.device | None) -> Block:
     if device is not None:
         return DeviceBlock(device, num_bytes)
@@ -136,8 +144,18 @@ def _new_block(num_bytes: int, device: torch.device | None) -> Block:
 class Writer:
     """Writes from the outbox into the ring of one peer."""
 
-    def __init__(self, nixl: Any, agent: Any, peer: bytes, outbox: Place, ring: Place) -> None:
+    def __init__(
+        self,
+        nixl: Any,
+        agent: Any,
+        peer: bytes,
+        outbox: Place,
+        ring: Place,
+        device: torch.device | None,
+    ) -> None:
+        """device: of the outbox, None for the host."""
         self.stopped = False
+        self._device = device
         self._nixl = nixl
         self._agent = agent
         self._peer = peer
@@ -146,6 +164,10 @@ class Writer:
 
     def write(self, offset: int, num_bytes: int, deadline_s: float | None) -> None:
         """The first bytes of the outbox. Raises ChannelClosed or ChannelTimeout."""
+        with _in_context(self._device):
+            self._write(offset, num_bytes, deadline_s)
+
+    def _write(self, offset: int, num_bytes: int, deadline_s: float | None) -> None:
         nixl = self._nixl
         kind, part = self._outbox.described(nixl, num_bytes)
         source = nixl.nixlXferDList(kind, [part])
