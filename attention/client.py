@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 
 from pydantic import ValidationError
 
@@ -25,11 +22,11 @@ from attention.messages import (
 from experts.channel.channel import (
     ChannelClosed,
     ChannelError,
-    ChannelTimeout,
     FrameError,
     connect,
 )
 from experts.channel.frame import Frame, Kind, Status
+from experts.channel.questions import Questions
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +46,7 @@ class AttentionClient:
         self._connection = connect(endpoint, secret, timeout_s=timeout_s)
         self._lock = threading.Lock()
         self._open: dict[str, Callable[[TokenOutput], None]] = {}
-        self._asked: dict[int, Future[Stats]] = {}
-        self._frame_ids = itertools.count(1)
+        self._questions: Questions[Stats] = Questions()
         self._lost = False
         self._reader = threading.Thread(target=self._read, name=f"from {endpoint}", daemon=True)
         self._reader.start()
@@ -68,27 +64,15 @@ class AttentionClient:
         if lost:
             on_output(_lost(submit.request_id))
         else:
-            self._send(submit)
+            self._tell(submit)
 
     def abort(self, request_id: str) -> None:
         """Give a request up; its last output says "abort" unless it ended before."""
-        self._send(Abort(request_id=request_id))
+        self._tell(Abort(request_id=request_id))
 
     def stats(self, timeout_s: float = 5.0) -> Stats:
         """Ask the worker; raises ChannelError when it is gone or does not answer in time."""
-        frame_id, answer = next(self._frame_ids), Future[Stats]()
-        with self._lock:
-            if self._lost:
-                raise ChannelClosed("worker lost")
-            self._asked[frame_id] = answer
-        self._send(StatsRequest(), frame_id)
-        try:
-            return answer.result(timeout_s)
-        except FutureTimeout:
-            raise ChannelTimeout(f"no stats within {timeout_s} s") from None
-        finally:
-            with self._lock:
-                self._asked.pop(frame_id, None)
+        return self._questions.ask(lambda question: self._send(StatsRequest(), question), timeout_s)
 
     def close(self) -> None:
         """Leave; open requests end as "lost" here and are aborted at the worker."""
@@ -96,17 +80,24 @@ class AttentionClient:
         if threading.current_thread() is not self._reader:
             self._reader.join()
 
-    def _send(self, message: Message, frame_id: int = 0) -> None:
-        frame = Frame(Kind.CONTROL, request_id=frame_id, body=encode_message(message))
+    def _tell(self, message: Submit | Abort) -> None:
         try:
-            self._connection.send(frame, SEND_TIMEOUT_S)
+            self._send(message)
         except FrameError as error:
             self._refused_here(message, error)
         except ChannelError as error:
             logger.info("to %s: %s", self._connection.peer, error)
-            self._connection.close()  # the reader ends everything that is open
 
-    def _refused_here(self, message: Message, error: FrameError) -> None:
+    def _send(self, message: Message, question: int = 0) -> None:
+        """Raises FrameError; ChannelError, and then the reader ends everything that is open."""
+        frame = Frame(Kind.CONTROL, request_id=question, body=encode_message(message))
+        try:
+            self._connection.send(frame, SEND_TIMEOUT_S)
+        except ChannelError:
+            self._connection.close()
+            raise
+
+    def _refused_here(self, message: Submit | Abort, error: FrameError) -> None:
         if isinstance(message, Submit):
             text = f"the request is too large to send: {error.field}"
             self._output(
@@ -131,10 +122,7 @@ class AttentionClient:
             for output in message.outputs:
                 self._output(output)
         elif isinstance(message, Stats):
-            with self._lock:
-                answer = self._asked.get(frame.request_id)
-            if answer is not None:
-                answer.set_result(message)
+            self._questions.answer(frame.request_id, message)
 
     def _output(self, output: TokenOutput) -> None:
         with self._lock:
@@ -152,11 +140,10 @@ class AttentionClient:
     def _end_all(self) -> None:
         with self._lock:
             self._lost = True
-            open_ids, asked = list(self._open), list(self._asked.values())
+            open_ids = list(self._open)
         for request_id in open_ids:
             self._output(_lost(request_id))
-        for answer in asked:
-            answer.set_exception(ChannelClosed("worker lost"))
+        self._questions.fail_all(ChannelClosed("worker lost"))
 
 
 def _lost(request_id: str) -> TokenOutput:

@@ -97,8 +97,15 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def interrupt_on_first(self) -> None:
-        """From here on the first Ctrl-C raises KeyboardInterrupt, for code that waits for input."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """From here on the first signal raises KeyboardInterrupt, SystemExit(143) if it is SIGTERM,
+        for code that waits for input."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.arm()
+        self._handle(number, frame)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         (self.second if self.first.is_set() else self.first).set()

@@ -7,9 +7,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
+
+from cluster.config import ConfigError
 
 HOW_TO_GIVE_A_KEY = "Set SHOAL_API_KEY or give --api-key."
+
+
+_CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 
 
 class ApiError(Exception):
@@ -26,17 +31,21 @@ class RequestRefused(ApiError):
 
 
 class ApiClient:
-    """One server, one connection a call, with an API key if there is one."""
+    """One server, one connection a call, with an API key if there is one.
+
+    `url`: http or https (certificates are checked), with the path in front of Shoal's if a proxy
+    adds one. Raises ConfigError for a URL or a key that cannot be.
+    """
 
     def __init__(self, url: str, timeout_s: float = 600.0, api_key: str | None = None) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise ApiError(f"{url}: expected http://HOST:PORT")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
-            raise ApiError("the API key has characters that no key has: is it complete?")
-        self.url = f"http://{parts.netloc}"
+            raise ConfigError("the API key has characters that no key has: is it complete?")
+        parts = _checked_url(url)
+        self.url = parts.geturl()
+        self._prefix = parts.path
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._address = (parts.hostname, parts.port or 80)
+        self._connection_type = _CONNECTIONS[parts.scheme]
+        self._address = (parts.hostname, parts.port)
         self._timeout_s = timeout_s
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -80,13 +89,13 @@ class ApiClient:
     @contextmanager
     def _answer(self, method: str, path: str, body: Any) -> Iterator[http.client.HTTPResponse]:
         """The beginning of an answer; what breaks then or while it is read becomes an ApiError."""
-        connection = http.client.HTTPConnection(*self._address, timeout=self._timeout_s)
+        connection = self._connection_type(*self._address, timeout=self._timeout_s)
         headers, data = self._headers, None
         if body is not None:
             headers, data = headers | {"Content-Type": "application/json"}, json.dumps(body)
         fault, advice = f"no Shoal at {self.url}", "; start it with `shoal serve`"
         try:
-            connection.request(method, path, data, headers)
+            connection.request(method, self._prefix + path, data, headers)
             response = connection.getresponse()
             fault, advice = f"the answer of {self.url} broke off", ""
             yield response
@@ -95,6 +104,18 @@ class ApiClient:
             raise ApiError(f"{fault}: {reason}{advice}") from None
         finally:
             connection.close()
+
+
+def _checked_url(url: str) -> SplitResult:
+    """Scheme, host, port and the path without its last slash."""
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        valid = parts.scheme in _CONNECTIONS and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half a bracket
+        valid = False
+    if not valid:
+        raise ConfigError(f"{url}: expected http://HOST:PORT or https://HOST")
+    return parts._replace(path=parts.path.rstrip("/"), query="", fragment="")
 
 
 def _json(data: bytes) -> Any:

@@ -7,7 +7,7 @@ rebalancer.py   when a step towards even load is made
 reports.py      what the members reported last; samples.py  the directory's own numbers
 commands.py     drain, replicate, rebalance, scale, chaos
 member_line.py  the directory's end of a connection
-client.py       a member's line to it; questions.py  answers that come later
+client.py       a member's line to it
 
 The messages are in experts/messages.py.
 """

@@ -23,7 +23,7 @@ from experts.channel.channel import (
     connect,
 )
 from experts.channel.frame import Frame, Status
-from experts.directory.questions import Questions
+from experts.channel.questions import Questions
 from experts.messages import (
     Assign,
     ClusterLoadReply,
