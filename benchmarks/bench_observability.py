@@ -1,17 +1,22 @@
-"""What observing costs: throughput and processor time with and without metrics, logs and traces.
+"""What observing costs: processor time and throughput with and without it, in the same processes.
 
-`python benchmarks/bench_observability.py [--ray]` starts one `shoal serve` an arm on the model that
-ships and puts the same load on one after the other, in another order each round; meanwhile every
-process of the other servers is stopped (SIGSTOP), so that nobody pays for their background work.
+`python benchmarks/bench_observability.py [--ray]` starts one `shoal serve` with everything on and
+has its processes change between arms while nothing runs:
 
-  off      `observability.metrics: false`, only warnings are logged
-  on       metrics of every member, to the directory, /metrics (read every five seconds) and, on
-           Ray, its agents; a JSON line a request
-  traces   that, and spans of every request, sent to a collector that throws them away
+  without   as if nothing had been built: the product's functions less the lines that observe, times
+            of requests and hops too, which cannot be turned off (observing/arms.py)
+  observed  as it ships, with a JSON line a request: metrics of every member once a second to the
+            directory and, on Ray, its agents; /metrics read once a block
+  traces    that, and spans of every request, sent to a collector that throws them away
 
-Blocks are short, about a second: what else the machine does changes slowly, so all arms of a round
-meet the same. Of each round the ratio of an arm to `off` is taken; printed are the medians of these
-and their 95 % intervals (by ranks). Processor time is that of all processes of a server.
+A round is every arm twice, with the same prompts, in an order of chance and then backwards, so that
+what else the machine does, and how it drifts, meets all arms alike. A block is about a second. Its
+processor time is that of the server's processes alone: it tells what throughput costs where the
+processor is the limit, and is disturbed far less by other work than the clock on the wall. Printed
+are estimates over all rounds with 95 % intervals (observing/statistics.py).
+
+Reading /metrics is too rare to be seen in a block: it is measured alone and told as a share of one
+processor, for a reader that comes every five seconds.
 """
 
 from __future__ import annotations
@@ -19,128 +24,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import machine
-from balance.cost import median_interval
-from serving.memory import descendants
-from serving.over_http import HttpSystem
+from observing.arms import ARMS
+from observing.server import Server
+from observing.statistics import added_percent, interval
+from serving.drive import run
 from serving.plan import Scenario
-from serving.processes import free_port
-from serving.sse import get_json, wait_until_ok
+from serving.sse import SseTarget, get_json
 
-RESULTS = Path(__file__).parent / "results"
-READY_TIMEOUT_S = 180.0
+RESULTS = Path(__file__).parent / "results" / "observability.json"
 SETTLE_S = 0.3
-SCRAPE_PERIOD_S = 5.0
-GRACE_S = 60.0
-METRICS_OFF = {"observability": {"metrics": False}}
-ARMS: dict[str, list[str]] = {
-    "off": [],
-    "on": ["--log-format", "json"],
-    "traces": ["--log-format", "json", "--traces"],
-}
+"""Behind the last token, within the block, if spans may have to be made and sent."""
+WARM_UP_BLOCKS = 10
+NUM_READS = 20
+READ_EVERY_S = 0.6
+"""For the measurement: sooner, and the answer would be the last one."""
+READER_PERIOD_S = 5.0
 
-
-@dataclass
-class Round:
-    """Figures of one block of each arm."""
-
-    tokens_per_s: dict[str, float] = field(default_factory=dict)
-    cpu_ms_per_token: dict[str, float] = field(default_factory=dict)
-
-
-class ArmServer:
-    """`shoal serve` with all its processes, which stand still between blocks."""
-
-    def __init__(self, arm: str, on_ray: bool, folder: Path, collector: str) -> None:
-        self._scrapes = arm != "off"
-        port, grpc_port = free_port(), free_port()
-        flags = ["--http-port", str(port), "--grpc-port", str(grpc_port), *ARMS[arm]]
-        flags += ["--no-dashboard"] if on_ray else ["--inline"]
-        if arm == "off":
-            config = folder / "off.yaml"
-            config.write_text(json.dumps(METRICS_OFF))
-            flags += ["--config", str(config)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster", "serve", *flags],
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"{arm}.log").open("w"),
-            env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector},
-        )
-        self._url = f"http://127.0.0.1:{port}"
-
-    def wait_ready(self) -> None:
-        wait_until_ok(self._url, "/readyz", READY_TIMEOUT_S)
-
-    def signal(self, sign: signal.Signals) -> None:
-        """To every process, parents first."""
-        for pid in (self._process.pid, *descendants(self._process.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """Runs for the block."""
-        self.signal(signal.SIGCONT)
-        time.sleep(SETTLE_S)
-        yield
-        self.signal(signal.SIGSTOP)
-
-    def block(self, scenario: Scenario, seed: int) -> tuple[float, float]:
-        """(tokens/s, processor ms a token) of one run of the scenario."""
-        done = threading.Event()
-        scraper = threading.Thread(target=self._scrape, args=(done,))
-        before_s = self._cpu_s()
-        scraper.start()
-        records = HttpSystem(self._url, lambda: None).run(scenario, seed)
-        done.set()
-        scraper.join()
-        times = [moment for record in records for moment in record.token_times_s]
-        took_s = max(times) - min(record.due_s for record in records)
-        return len(times) / took_s, 1e3 * (self._cpu_s() - before_s) / len(times)
-
-    def _scrape(self, done: threading.Event) -> None:
-        while self._scrapes and not done.is_set():
-            get_json(self._url, "/metrics")
-            done.wait(SCRAPE_PERIOD_S)
-
-    def _cpu_s(self) -> float:
-        pids = (self._process.pid, *descendants(self._process.pid))
-        return sum(map(_cpu_of, pids))
-
-    def stop(self) -> None:
-        """End it as Ctrl-C would."""
-        self.signal(signal.SIGCONT)
-        time.sleep(SETTLE_S)  # a thread that still stands would miss the next signal
-        self._process.terminate()
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.signal(signal.SIGKILL)
-            self._process.wait()
-
-
-def _cpu_of(pid: int) -> float:
-    """Seconds that a process ran, 0 if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+Block = dict[str, float]
+"""Milliseconds a token by name: cpu of members, cpu of all processes, wall."""
 
 
 class _Nowhere(BaseHTTPRequestHandler):
@@ -165,79 +78,109 @@ def collector() -> Iterator[str]:
     server.shutdown()
 
 
-def measure(arms: Sequence[str], on_ray: bool, scenario: Scenario, rounds: int) -> list[Round]:
-    """Blocks of all arms, in a random order each round."""
-    found = []
-    with tempfile.TemporaryDirectory() as folder, collector() as endpoint:
-        servers: dict[str, ArmServer] = {}
-        try:
-            for arm in arms:
-                servers[arm] = ArmServer(arm, on_ray, Path(folder), endpoint)
-                servers[arm].wait_ready()
-                servers[arm].block(scenario, seed=-1)  # warm
-                servers[arm].signal(signal.SIGSTOP)
-            for number in range(rounds):
-                found.append(Round())
-                for arm in random.Random(number).sample(list(arms), len(arms)):  # noqa: S311
-                    with servers[arm].awake():
-                        figures = servers[arm].block(scenario, seed=number)
-                    found[-1].tokens_per_s[arm], found[-1].cpu_ms_per_token[arm] = figures
-                print(f"round {number + 1}: {found[-1].tokens_per_s}", file=sys.stderr)
-        finally:
-            for server in servers.values():
-                server.stop()
-    return found
+class Load:
+    """Blocks of the same requests for each arm of one server."""
 
+    def __init__(self, server: Server, scenario: Scenario, settle_s: float) -> None:
+        self._server, self._scenario, self._settle_s = server, scenario, settle_s
+        self._target = SseTarget(server.url)
 
-def summary(rounds: Sequence[Round], arms: Sequence[str]) -> dict[str, Any]:
-    """By arm: medians, and how many per cent it loses of the throughput of `off` in its rounds."""
-    told: dict[str, Any] = {}
-    for arm in arms:
-        told[arm] = {
-            "tokens_per_s": round(statistics.median(r.tokens_per_s[arm] for r in rounds), 1),
-            "cpu_ms_per_token": round(
-                statistics.median(r.cpu_ms_per_token[arm] for r in rounds), 4
-            ),
+    def block(self, arm: str, seed: int) -> Block:
+        """One run of the scenario in an arm."""
+        self._server.enter(arm)
+        before = self._server.cpu_s()
+        records = run(self._target, self._scenario, seed)
+        time.sleep(self._settle_s)
+        after = self._server.cpu_s()
+        times = [moment for record in records for moment in record.token_times_s]
+        wall_s = max(times) - min(record.due_s for record in records)
+        spent = {name: after[name] - before[name] for name in before} | {"wall": wall_s}
+        return {name: 1e3 * seconds / len(times) for name, seconds in spent.items()}
+
+    def round(self, arms: Sequence[str], seed: int) -> dict[str, Block]:
+        """Each arm twice, the mean of both."""
+        order = random.Random(seed).sample(list(arms), len(arms))  # noqa: S311
+        blocks: dict[str, list[Block]] = {arm: [] for arm in arms}
+        for arm in order + order[::-1]:
+            blocks[arm].append(self.block(arm, seed))
+        return {
+            arm: {name: (one[name] + other[name]) / 2 for name in one}
+            for arm, (one, other) in blocks.items()
         }
-        if arm != "off":
-            slower = [100 * (1 - r.tokens_per_s[arm] / r.tokens_per_s["off"]) for r in rounds]
-            dearer = [
-                100 * (r.cpu_ms_per_token[arm] / r.cpu_ms_per_token["off"] - 1) for r in rounds
-            ]
-            told[arm]["throughput_lost_percent"] = _median(slower)
-            told[arm]["cpu_added_percent"] = _median(dearer)
+
+
+def read_percent(server: Server) -> dict[str, float]:
+    """Of one processor, what a reader of /metrics takes; the idle server's own time taken off."""
+    spent = {}
+    for path in ("/livez", "/metrics"):
+        before = server.cpu_s()
+        for _ in range(NUM_READS):
+            get_json(server.url, path)
+            time.sleep(READ_EVERY_S)
+        after = server.cpu_s()
+        spent[path] = {name: (after[name] - before[name]) / NUM_READS for name in before}
+    return {
+        name: round(100 * (seconds - spent["/livez"][name]) / READER_PERIOD_S, 3)
+        for name, seconds in spent["/metrics"].items()
+    }
+
+
+def measure(
+    server: Server, scenario: Scenario, arms: Sequence[str], num_rounds: int, limit_s: float
+) -> list[dict[str, Block]]:
+    """So many rounds, fewer if they take longer than the limit."""
+    load = Load(server, scenario, SETTLE_S if "traces" in arms else 0.0)
+    end_s = time.monotonic() + limit_s
+    for number in range(WARM_UP_BLOCKS):
+        load.block(arms[number % len(arms)], seed=-1)
+    rounds: list[dict[str, Block]] = []
+    while len(rounds) < num_rounds and time.monotonic() < end_s:
+        rounds.append(load.round(arms, len(rounds)))
+        if len(rounds) % 20 == 0:
+            print(f"{len(rounds)} rounds", summary(rounds), file=sys.stderr, flush=True)
+    return rounds
+
+
+def summary(rounds: Sequence[dict[str, Block]]) -> dict[str, Any]:
+    """By arm: medians of milliseconds a token, and per cent that it has more than `without`."""
+    told: dict[str, Any] = {}
+    for arm, block in rounds[0].items():
+        values = {name: [r[arm][name] for r in rounds] for name in block}
+        told[arm] = {f"{name}_ms": round(statistics.median(v), 4) for name, v in values.items()}
+        if arm != "without":
+            told[arm]["added_percent"] = {
+                name: interval(added_percent(v, [r["without"][name] for r in rounds]))
+                for name, v in values.items()
+            }
     return told
-
-
-def _median(values: Sequence[float]) -> dict[str, float]:
-    low, high = median_interval(values)
-    named = {"median": statistics.median(values), "low": low, "high": high}
-    return {name: round(value, 2) for name, value in named.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ray", action="store_true", help="on Ray, not all in one process")
+    parser.add_argument("--model", help="a checkpoint folder; the one that ships")
+    parser.add_argument("--name", help="of the results; inline or ray")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=30.0, help="at most")
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=8, help="of a block")
+    parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
     scenario = Scenario("observed", 32, args.new_tokens, args.requests, args.concurrency)
     where = machine.describe()
-    rounds = measure(args.arms, args.ray, scenario, args.rounds)
-    path = RESULTS / "observability.json"
-    name = "ray" if args.ray else "inline"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[name] = {
+    with collector() as endpoint, Server(args.ray, endpoint, args.model) as server:
+        rounds = measure(server, scenario, args.arms, args.rounds, 60 * args.minutes)
+        told = summary(rounds) | {"metrics_read_percent": read_percent(server)}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[args.name or ("ray" if args.ray else "inline")] = {
         "machine": where,
-        "scenario": vars(args),
-        "summary": summary(rounds, args.arms),
-        "rounds": [vars(r) for r in rounds],
+        "scenario": asdict(scenario),
+        "rounds": len(rounds),
+        "summary": told,
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results[name]["summary"], indent=1))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
