@@ -28,6 +28,7 @@ from cluster.protos import inference_pb2_grpc
 from experts.channel.channel import ChannelClosed
 from experts.config import ModelConfig
 from experts.messages import ClusterLoadReply, Snapshot, WorkerRows
+from tests.cluster.conftest import wait_ready
 from tests.fakes import TIMEOUT_S, FakeEngine
 from tests.serving import EOS, grpc_server, http_server, make_service
 
@@ -201,6 +202,22 @@ def test_watching_ends_at_close_whatever_the_interval(world: World) -> None:
         return seen
 
     assert asyncio.run(asyncio.wait_for(watch(), TIMEOUT_S)) == 1
+
+
+@pytest.mark.parametrize(("interval_s", "num_loads"), [(1.0, 10), (4.0, 3), (60.0, 1)])
+def test_watching_ends_by_itself(world: World, interval_s: float, num_loads: int) -> None:
+    """After ten seconds or one interval: an ingress can stop although it is watched."""
+    clock = FakeClock()
+    loads = LoadWatch("tiny", world.directory.ask, lambda: SNAPSHOT, clock)
+
+    async def watch() -> int:
+        seen = 0
+        async for _ in loads.watch(interval_s):
+            seen += 1
+            clock.now_s += interval_s
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(watch(), TIMEOUT_S)) == num_loads
 
 
 def test_holders_of_an_expert_that_the_snapshot_lacks() -> None:
@@ -421,11 +438,13 @@ def generate(cluster: InlineCluster, prompt: list[int]) -> None:
     assert done.wait(TIMEOUT_S)
 
 
-async def watch_until(loads: LoadWatch, num_rows: int) -> Any:
-    """The first load that has all the rows."""
+async def watch_until(loads: LoadWatch, num_rows: int, num_replicas: int) -> Any:
+    """The first load that has all the rows and replicas, which may follow when all is ready."""
     async for load in loads.watch(0.2):
         body = json.loads(load.body)
-        if sum(worker["rows"] for worker in body["workers"]) >= num_rows:
+        experts = [expert for layer in body["layers"] for expert in layer["experts"]]
+        rows, replicas = (sum(e[name] for e in experts) for name in ("rows", "replicas"))
+        if rows >= num_rows and replicas >= num_replicas:
             return body
     raise AssertionError("the watch ended")
 
@@ -437,9 +456,11 @@ def test_inline_cluster_counts_each_row_once(cluster: InlineCluster, folder: Pat
     # The last token of an answer is sampled and never computed on.
     num_tokens = sum(len(prompt) + NUM_NEW_TOKENS - 1 for prompt in PROMPTS)
     num_rows = num_tokens * model.num_experts_per_tok
+    num_replicas = len(model.moe_layers) * model.n_routed_experts + REDUNDANCY
 
     async def read() -> Any:
-        watch = watch_until(cluster.ingress.loads, num_rows * len(model.moe_layers))
+        all_rows = num_rows * len(model.moe_layers)
+        watch = watch_until(cluster.ingress.loads, all_rows, num_replicas)
         return await asyncio.wait_for(watch, TIMEOUT_S)
 
     body = asyncio.run(read())
@@ -461,8 +482,7 @@ def test_inline_cluster_counts_each_row_once(cluster: InlineCluster, folder: Pat
         for expert in layer["experts"]
     }
     assert told == {key: (counted[key], len(names), names) for key, names in holders.items()}
-    num_replicas = sum(replicas for _, replicas, _ in told.values())
-    assert num_replicas == len(model.moe_layers) * model.n_routed_experts + REDUNDANCY
+    assert sum(replicas for _, replicas, _ in told.values()) == num_replicas
     snapshot = cluster.ingress.pool.snapshot()
     assert snapshot is not None and body["epoch"] == snapshot.epoch
     assert body["window_s"] == 60.0
@@ -494,6 +514,7 @@ def test_inline_server_drains_in_spite_of_a_watch(folder: Path) -> None:
     server.start()
     url = f"http://127.0.0.1:{port}{STREAM}?interval_s=60"
     try:
+        wait_ready(f"http://127.0.0.1:{port}")
         with httpx.stream("GET", url, timeout=TIMEOUT_S) as response:
             lines = events(response)
             assert "layers" in json.loads(next(lines))

@@ -27,6 +27,7 @@ from cluster.plot_cli import plot_app
 from cluster.top.history import History
 from cluster.top.reading import read
 from cluster.top.view import line
+from tests.cluster.conftest import wait_ready
 from tests.fakes import TIMEOUT_S
 from tests.shoal_stub import ShoalStub, load_body, make_load, make_status
 
@@ -118,6 +119,7 @@ def inline(checkpoint_dir: Callable[[str], Path]) -> Iterator[str]:
     server = InlineServer(parse_config({"model": model, "listen": {"http_port": port}}))
     server.start()
     try:
+        wait_ready(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
         server.drain()
     finally:
@@ -137,8 +139,8 @@ def test_it_leaves_the_terminal_as_it_was(
     inline: str, how: bytes | signal.Signals, code: int
 ) -> None:
     with Terminal("top", "--url", inline) as terminal:
-        shown = terminal.wait_for("q quit")
-        assert ": ready, epoch " in shown and "experts 2/2" in shown
+        shown = terminal.wait(lambda text: "experts 2/2" in text and "q quit" in text)
+        assert ": ready, epoch " in shown
         assert re.search(r"^ *\d+ [·▁-█]+ \d\.\d\d", shown, re.MULTILINE)
         assert terminal.now() != terminal.settings  # keys are read one by one, without echo
         if isinstance(how, bytes):
