@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TIMEOUT_S = 120
+TIMEOUT_S = 600
 
 
 def read(name: str) -> Any:
@@ -42,7 +42,10 @@ def test_watch_experts_shows_that_code_and_stories_have_experts_of_their_own(
 
         notebook = read("watch_experts.ipynb")
         resources = {"metadata": {"path": str(tmp_path)}}
-        NotebookClient(notebook, timeout=TIMEOUT_S, resources=resources).execute()
+        client = NotebookClient(
+            notebook, timeout=TIMEOUT_S, startup_timeout=TIMEOUT_S, resources=resources
+        )
+        client.execute()
     cells = {cell.id: cell for cell in notebook.cells}
     told = text_of(cells["overlap"])
     moved = [int(percent) for percent in re.findall(r"^layer \d+: (\d+)% of", told, re.M)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import socket
@@ -22,13 +23,13 @@ from hypothesis import strategies as st
 from experts.channel.channel import ChannelClosed, ChannelMemory, Connection, Server, connect
 from experts.channel.codec import encode
 from experts.channel.endpoint import Memory
+from experts.channel.ends import ShmEnd
 from experts.channel.envelope import ENVELOPE_BYTES, PREFIX_BYTES, What, pack, pack_alone, unpack
 from experts.channel.frame import DEFAULT_LIMITS, Frame, FrameError, Kind, reply_to
 from experts.channel.handshake import Terms, join_handshake
-from experts.channel.offer import ShmEnd
 from tests.experts.frames import SECRET, control, raw_socket, wire
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 RING = 64 * 1024
 ROWS = torch.arange(64 * 128, dtype=torch.float32).reshape(64, 128)  # 32 KiB: half of the ring
 
@@ -231,6 +232,7 @@ def test_offers_out_of_bounds_end_the_connection(
     guarded: Guarded, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR, "experts.channel")  # a record keeps its error, and so the ring
+    gc.collect()  # what others left may not go meanwhile
     descriptors = len(os.listdir("/proc/self/fd"))
     with (
         offered_by_hand(guarded, data, [sealed(4096, 7)]) as sock,
@@ -241,7 +243,7 @@ def test_offers_out_of_bounds_end_the_connection(
     for thread in threading.enumerate():
         if thread.name.startswith("guarded-unix"):
             thread.join(WAIT_S)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 SHRINK, GROW, SEAL = fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL

@@ -19,9 +19,10 @@ import torch
 from experts.channel import cuda_memory, nixl_memory, offer
 from experts.channel.channel import ChannelCounters, ChannelMemory
 from experts.channel.endpoint import Memory, parse_endpoint
+from experts.channel.ends import CudaEnd, make_end
 from experts.channel.lease import Lease
 from experts.channel.memory import MAX_DEVICE_LANDING_BYTES
-from experts.channel.offer import CudaEnd, End, exchange, make_end, usable_memory
+from experts.channel.offer import End, exchange, usable_memory
 
 WAIT_S = 60.0
 BRIEF_S = 0.05

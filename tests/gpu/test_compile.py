@@ -54,7 +54,7 @@ def compile_kernels(folder: Path, *args: str) -> tuple[int, list[dict[str, Any]]
     command = ["nice", "-n", "5", sys.executable, str(TOOL), "--json", str(report), *args]
     environment = {**os.environ, "PYTHONPATH": f"{TOOL.parents[1]}:{folder}"}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     assert report.exists(), done.stderr
     return done.returncode, json.loads(report.read_text()), done.stdout
 

@@ -218,7 +218,7 @@ class TestReading:
         reader = threading.Thread(target=list, args=(watch,))
         reader.start()
         watch.cut()
-        reader.join(timeout=10)
+        reader.join(timeout=60)
         assert not reader.is_alive()
 
     def test_watch_from_a_forgotten_version(self, admin: Client, namespace: str) -> None:

@@ -200,5 +200,5 @@ class TestCtrlC:
             assert process.stdout is not None
             assert process.stdout.readline().startswith(first_line)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=300)
             assert (process.returncode, err) == (130, "")

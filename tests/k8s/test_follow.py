@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -329,15 +330,19 @@ class TestApplyAndWait:
             assert words in result.text
 
     def test_an_unschedulable_pod_is_told_while_waiting(
-        self, shoal: Shoal, kuberay: Callable[..., Any]
+        self, shoal: Shoal, admin: Client, kuberay: Callable[..., Any]
     ) -> None:
         from tests.k8s.kuberay_operator import Faults
 
         kuberay(faults=Faults(pods={"experts": kuberay_kubelet.unschedulable}))
-        result = shoal("apply", "--timeout", "3")
+        shoal("apply", "--no-wait")
+        deadline_s = time.monotonic() + WAIT_S
+        while "Unschedulable" not in str(admin.select("Pod", shoal.namespace)):
+            assert time.monotonic() < deadline_s
+        result = shoal("apply", "--timeout", "1")
         assert result.exit_code == 3
         assert "Unschedulable: 0/5 nodes are available" in result.text
-        assert "is not ready after 3 s" in result.text
+        assert "is not ready after 1 s" in result.text
         assert shoal("status").exit_code == 1
 
     def test_rays_own_words(self, shoal: Shoal, kuberay: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from cluster.deploy.api_errors import ClusterError, Unreachable
 from cluster.deploy.forward import Forwarder, Port, ready_pods, shown_cluster
 from tests.k8s.api_server.kubeconfig import write_kubeconfig
 
-TIMEOUT_S = 10
+TIMEOUT_S = 60
 PODS = [Ref("v1", "Pod", "a", "here"), Ref("v1", "Pod", "b", "here")]
 HTTP = Port("http", 0, 8000, "serve")
 

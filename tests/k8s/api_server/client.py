@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -154,7 +155,8 @@ class Watch:
             self._response.close()
 
     def cut(self) -> None:
-        self._response.shutdown()
+        with suppress(RuntimeError, OSError):  # it has ended by itself
+            self._response.shutdown()
 
 
 def path_of(kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
