@@ -41,6 +41,8 @@ MIN_INTERVAL_S = 0.2
 MAX_INTERVAL_S = 60.0
 DEFAULT_INTERVAL_S = 1.0
 """Workers report once a second: a shorter interval mostly repeats."""
+WATCH_S = 10.0
+"""Serve stops an ingress once nothing is open there, and does not tell those who watch."""
 CLOSING_POLL_S = 0.1
 _RETRY_S = 1
 
@@ -174,15 +176,17 @@ class LoadWatch:
         return await asyncio.shield(self._newest)
 
     async def watch(self, interval_s: float | None) -> AsyncGenerator[ExpertLoad, None]:
-        """The load now and every `interval_s` seconds, until `close`. Raises ShoalError."""
+        """The load now and every `interval_s` seconds, until `close`, for WATCH_S or one interval:
+        who wants more watches again. Raises ShoalError."""
         seconds = DEFAULT_INTERVAL_S if interval_s is None else interval_s
         check_number("interval_s", float(seconds), MIN_INTERVAL_S, MAX_INTERVAL_S)
+        ends_s = self._clock() + WATCH_S
         while True:
             due_s = self._clock() + seconds
             yield await self.read()
             while not self._closing.is_set() and (left_s := due_s - self._clock()) > 0:
                 await asyncio.sleep(min(left_s, CLOSING_POLL_S))
-            if self._closing.is_set():
+            if self._closing.is_set() or self._clock() >= ends_s:
                 return
 
     def close(self) -> None:
@@ -224,7 +228,8 @@ def add_expert_load(app: FastAPI, loads: LoadWatch, limits: Limits) -> None:
 
     @app.get("/v1/experts/load/stream", openapi_extra={"parameters": [_INTERVAL, _COMPACT]})
     async def expert_load_stream(request: Request) -> Response:
-        """The same every `interval_s` seconds, as server-sent events."""
+        """The same every `interval_s` seconds, as server-sent events. Ends with [DONE] after ten
+        seconds, or one interval: ask again at once."""
         compact, watch = _compact(request), loads.watch(_interval(request))
         first = await anext(watch)  # what goes wrong now still gets its HTTP status
         return EventStream(_events(first, watch, compact), limits, "load of the experts")

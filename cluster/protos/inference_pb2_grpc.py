@@ -91,7 +91,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """What every expert computed lately, now and every interval_s seconds, until the client leaves.
+        """What every expert computed lately, now and every interval_s seconds. Ends after ten
+        seconds or one interval, so that a server can stop: call it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -308,6 +308,15 @@ def test_health_check_list_and_watch(serve: Any) -> None:
     watch.cancel()
 
 
+def test_a_watch_of_health_ends_by_itself(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ingress can stop although it is watched."""
+    monkeypatch.setattr("cluster.frontend.grpc_server.HEALTH_WATCH_S", 0.01)
+    monkeypatch.setattr("cluster.frontend.grpc_server.HEALTH_POLL_S", 0.01)
+    watch = serve().health.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+    assert [told.status for told in watch] == [health_pb2.HealthCheckResponse.SERVING]
+    assert watch.code() is grpc.StatusCode.OK
+
+
 def test_not_ready_is_unavailable(serve: Any) -> None:
     engine = FakeEngine(HELLO)
     engine.readiness = Readiness(False, "loading weights")

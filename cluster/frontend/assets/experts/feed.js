@@ -1,7 +1,8 @@
 // The numbers, once a second: the stream of the experts' load and the state of the cluster.
-// Whatever breaks is tried again, less and less often, and said.
+// A stream that the server ends is opened again when its next event is due; whatever breaks is tried
+// again, less and less often, and said.
 
-import { ApiError, eventsOf, request, requestJson } from "../common.js";
+import { eventsOf, request, requestJson } from "../common.js";
 import { readLoad } from "./frames.js";
 
 const INTERVAL_S = 1;
@@ -51,19 +52,21 @@ export class Feed {
   async _follow() {
     let wait_s = FIRST_RETRY_S;
     for (;;) {
+      let due_ms = performance.now() + 1000 * INTERVAL_S;
       try {
         for await (const load of this._loads()) {
+          due_ms = performance.now() + 1000 * INTERVAL_S;
           wait_s = FIRST_RETRY_S;
           this._fault = null;
           this._onState({ kind: "live", text: "Live." });
           this._onMoment(load, this._status);
         }
-        this._fault = new ApiError("The server ended the stream.");
+        await sleep(due_ms - performance.now());
       } catch (error) {
         this._fault = error;
+        await this._wait(wait_s);
+        wait_s = Math.min(LAST_RETRY_S, 2 * wait_s);
       }
-      await this._wait(wait_s);
-      wait_s = Math.min(LAST_RETRY_S, 2 * wait_s);
     }
   }
 
