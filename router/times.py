@@ -16,7 +16,8 @@ class HopTimes(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """For one answer, by an expert worker or, if one is deployed, by a router. Seconds."""
+    """For one answer, by an expert worker or, if one is deployed, by a router: then queue is that
+    of both, compute the expert worker's, wire the rest. Seconds."""
 
     worker_id: str
     took_s: float
@@ -28,6 +29,9 @@ class Wait(NamedTuple):
     def of(cls, worker_id: str, reply: Frame, took_s: float) -> Self:
         queue_s, compute_s = reply.queue_us * 1e-6, reply.compute_us * 1e-6
         return cls(worker_id, took_s, queue_s, compute_s, max(0.0, took_s - queue_s - compute_s))
+
+
+NO_WAIT = Wait("", 0.0, 0.0, 0.0, 0.0)
 
 
 class LayerHop(NamedTuple):

@@ -26,6 +26,7 @@ from experts.channel.frame import (
     reply_to,
 )
 from experts.channel.memory import ChannelMemory
+from experts.channel.outbox import Outbox
 from experts.checkpoint import Checkpoint
 from experts.client import ExpertClient
 from experts.device import ComputeDevice, host_device
@@ -39,12 +40,12 @@ from router.errors import ExpertsUnavailable, RouterError
 from router.exchange import ExchangeCounters, Pending
 from router.lane import Lane
 from router.outage import Outage
-from router.times import HopTimes, LayerHop
+from router.times import NO_WAIT, HopTimes, LayerHop
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 10.0  # an attention worker that does not read for so long is cut off
+ANSWER_TIMEOUT_S = 10.0  # an attention worker that reads nothing for so long is cut off
 _U32 = 0xFFFF_FFFF
 
 
@@ -75,6 +76,7 @@ class RouterWorker:
         self._threads: list[threading.Thread] = []
         self._draining = False
         self._server: Server | None = None
+        self._outboxes: dict[Connection, Outbox] = {}
 
     @classmethod
     def open(
@@ -152,6 +154,8 @@ class RouterWorker:
             secret,
             self._limits,
             name=self._name,
+            on_open=self._connection_opened,
+            on_close=self._connection_lost,
             counters=self.channel_counters,
         )
         self._server.start()
@@ -206,9 +210,18 @@ class RouterWorker:
             return reply_to(frame, status=Status.FAILED, text=text)
         if self._draining:
             return reply_to(frame, status=Status.DRAINING, text="router drains")
-        if not self._batcher.put(MicroBatch(frame, frame.rows, connection)):
+        outbox = self._outboxes.get(connection)
+        if outbox is None:  # it has ended
+            return None
+        if not self._batcher.put(MicroBatch(frame, frame.rows, outbox)):
             return reply_to(frame, status=Status.OVERLOADED, text="too many micro-batches wait")
         return None
+
+    def _connection_opened(self, connection: Connection) -> None:
+        self._outboxes[connection] = Outbox(connection, ANSWER_TIMEOUT_S)
+
+    def _connection_lost(self, connection: Connection) -> None:
+        del self._outboxes[connection]
 
     def _run_lane(self, lane: Lane) -> None:
         while items := self._batcher.take():
@@ -230,6 +243,7 @@ class RouterWorker:
             self._serve(lane, others)
             return
         begun_s = time.monotonic()
+        lane.hop_log = log = []
         left_s = [self._left_s(item, begun_s) for item in items]
         try:
             x = torch.cat([item.rows for item in items]) if len(items) > 1 else items[0].rows
@@ -242,7 +256,7 @@ class RouterWorker:
                 return
             self._answer(items[0], _refusal(items[0], error))
             return
-        compute_us = int((time.monotonic() - begun_s) * 1e6)
+        longest = (log[0].longest if log else None) or NO_WAIT
         us_per_row = pending.expert_us / max(1, x.shape[0])
         renormalised = pending.renormalised
         end = 0
@@ -252,9 +266,10 @@ class RouterWorker:
             reply = reply_to(item.frame, rows)
             if any(end - item.num_rows <= row < end for row in renormalised):
                 reply.flags |= RENORMALISED
-            reply.compute_us = min(compute_us, _U32)
+            waited_s = max(0.0, begun_s - item.frame.received_s) + longest.queue_s
+            reply.queue_us = min(int(waited_s * 1e6), _U32)
+            reply.compute_us = min(round(longest.compute_s * 1e6), _U32)
             reply.expert_us = min(round(us_per_row * item.num_rows), _U32)
-            reply.queue_us = min(max(0, int((begun_s - item.frame.received_s) * 1e6)), _U32)
             self._answer(item, reply)
 
     def _left_s(self, item: MicroBatch, now_s: float) -> float:
@@ -263,7 +278,7 @@ class RouterWorker:
 
     def _answer(self, item: MicroBatch, reply: Frame) -> None:
         try:
-            item.connection.send(reply, ANSWER_TIMEOUT_S)
+            item.outbox.post(reply)
         except ChannelError as error:  # the sender is gone: it asks another router
             logger.debug("%s: answer not sent: %s", self._name, error)
 

@@ -59,6 +59,29 @@ def test_answers_each_micro_batch_with_its_times(
     assert answer.compute_us > 0
 
 
+def test_waiting_for_experts_is_not_computing(
+    new_pool: NewPool,
+    checkpoint: Checkpoint,
+    socket_folder: Path,
+    dial: Callable[[str], Connection],
+) -> None:
+    """An expert worker that does not get to it for 50 ms."""
+    pool = new_pool(checkpoint, spread(checkpoint, 1), socket_folder)
+    worker = pool.workers["w0"]
+    router, endpoint = serve(pool, socket_folder)
+    connection = dial(endpoint)
+    worker.stop()
+    ask(connection, 77, LAYER, some_rows(5, checkpoint))
+    threading.Timer(0.05, worker.resume).start()
+    answer = connection.receive(60.0)
+    queue_s, compute_s = (
+        sum(getattr(counters, part).total for counters in router.hop_counters)
+        for part in ("queue", "compute")
+    )
+    assert answer.compute_us == pytest.approx(1e6 * compute_s, abs=1) != 0
+    assert answer.queue_us >= 1e6 * queue_s - 1
+
+
 def test_rows_come_back_in_the_dtype_of_the_request(
     new_pool: NewPool,
     checkpoint: Checkpoint,
@@ -219,3 +242,23 @@ def test_frames_of_other_kinds_are_refused(new_pool: NewPool, checkpoint: Checkp
     assert answer is not None
     assert answer.status == Status.FAILED
     assert answer.text == "not a batch: CONTROL"
+
+
+def test_a_sender_that_does_not_read_stops_no_lane(
+    new_pool: NewPool,
+    checkpoint: Checkpoint,
+    socket_folder: Path,
+    dial: Callable[[str], Connection],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More answers than lanes wait for it, each larger than the buffer of a socket."""
+    monkeypatch.setattr("router.worker.ANSWER_TIMEOUT_S", 600.0)
+    pool = new_pool(checkpoint, spread(checkpoint, 2), socket_folder)
+    router, endpoint = serve(pool, socket_folder)
+    hung, other = dial(endpoint), dial(endpoint)
+    large, x = some_rows(1, checkpoint).repeat(16_384, 1), some_rows(3, checkpoint)
+    for request_id in range(router.config.lanes + 1):
+        ask(hung, request_id, LAYER, large)
+    for request_id in range(3):
+        ask(other, request_id, LAYER, x)
+        assert other.receive(60.0).request_id == request_id
