@@ -26,7 +26,7 @@ NOT_OURS = ("nixl", "kv_offload", "external_prefix_cache")
 
 
 def samples_at(url: str) -> list[Any]:
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         text = response.read().decode()
     return [s for family in text_string_to_metric_families(text) for s in family.samples]
 
