@@ -5,7 +5,8 @@ from enum import Enum
 
 import torch
 
-from experts.channel.frame import FINITE, ONE_ROW_PER_PAIR, Frame, Kind, Status, rows_finite
+from experts.channel.frame import FINITE, ONE_ROW_PER_PAIR, Frame, Kind, Status
+from experts.channel.tensors import rows_finite
 from experts.kernels.finite import all_finite
 
 

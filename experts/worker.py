@@ -26,8 +26,8 @@ from experts.channel.frame import (
     Kind,
     Status,
     reply_to,
-    rows_finite,
 )
+from experts.channel.tensors import rows_finite
 from experts.checkpoint import Checkpoint
 from experts.compute import Compute, PairBatch, merge, open_compute
 from experts.device import ComputeDevice, host_device

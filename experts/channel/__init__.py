@@ -5,6 +5,7 @@ connection.py  what a connection promises, its errors and its credits
 frame.py       what a frame is, its limits and the answers to one
 rules.py       what a frame must keep to be sent or accepted
 codec.py       frame <-> bytes
+tensors.py     the sections of a frame that are tensors; torch is imported with the first of them
 handshake.py   mutual proof of the cluster's secret; limits, credits, kind of memory
 endpoint.py    "unix:/path", "tcp:host:port", "inproc:name", "shm:/path", "cuda:/path", "nixl:..."
 stream.py      a connection over a unix or tcp socket
@@ -21,7 +22,9 @@ ring.py           a connection that puts rows into the peer's ring and then says
 envelope.py       what stands before each of its frames
 arena.py          who uses which bytes of a ring: the sender's books and the receiver's
 landing.py        the receiver's ring; rows that are views of it
-memory.py         what every kind of memory promises; that of the host
+memory.py         what every kind of memory promises
+blocks.py         memory of the host
+ends.py           one side's memory of a connection, by kind
 offer.py          telling and opening the rings after the handshake; falling back
 shared_memory.py  memfd      cuda_memory.py  CUDA IPC      nixl_memory.py  remote writes
 """

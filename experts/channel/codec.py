@@ -11,16 +11,16 @@ Written for few steps: in a round trip between two processes the caches are cold
 call costs two or three times what it costs in a loop.
 """
 
+from __future__ import annotations
+
 import struct
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from crc32c import crc32c
-from torch import Tensor
 
-from experts.channel.frame import ROW_DTYPES, Frame, FrameError, FrameLimits, Kind, Status
+from experts.channel.frame import Frame, FrameError, FrameLimits, Kind, Status
 from experts.channel.rules import (
     EXPERT_IDS,
     ITEM_BYTES,
@@ -28,13 +28,16 @@ from experts.channel.rules import (
     PAIRS,
     ROW_IDS,
     ROWS,
+    TENSORS,
     WEIGHTS,
-    Array,
     check_flags,
     check_pairs,
     check_sizes,
     sections_of,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAGIC = b"SHOL"
 VERSION = 2
@@ -44,14 +47,6 @@ _CRC = struct.Struct("<I")
 _HEADER = struct.Struct(_FIELDS.format + "I")
 HEADER_BYTES = _HEADER.size
 
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES, start=1)}  # 0: no rows
-_ROW_ARRAYS = [np.dtype(name) for name in ("V", "f4", "i2", "u1")]  # numpy has no bfloat16
-_INTEGERS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
-_ON_THE_HOST = (
-    "on the CPU, without gradient: stage them (experts/staging.py) or use a connection that "
-    "accepts_device"
-)
-_INT32, _FLOAT32 = np.dtype("i4"), np.dtype("f4")
 _KINDS = {int(kind): kind for kind in Kind}
 _STATUSES = {int(status): status for status in Status}
 
@@ -114,12 +109,14 @@ def _inspect(
     sections = sections_of(frame.kind, frame.status)
     buffers: list[Any] = []
     num_rows = width = dtype = num_pairs = 0
+    if sections & TENSORS:  # as late as here: the directory and an ingress never come by
+        from experts.channel import tensors
     if sections & ROWS:
-        rows = _checked_rows(frame)
+        rows = tensors.checked_rows(frame)
         num_rows, width = rows.shape
-        dtype = _DTYPE_CODES[rows.dtype]
+        dtype = tensors.DTYPE_CODES[rows.dtype]
     if sections & PAIRS:
-        arrays = _pair_arrays(frame, sections)
+        arrays = tensors.pair_arrays(frame, sections)
         num_pairs = len(arrays[0])
         if num_pairs:
             check_pairs(arrays, sections, num_rows)
@@ -129,7 +126,7 @@ def _inspect(
     payload_len = check_sizes(sections, num_rows, num_pairs, width, dtype, body_bytes, limits)
     check_flags(frame.flags, frame.deadline_us)
     if num_rows and not placed_bytes:
-        buffers.append(host_memory(rows))
+        buffers.append(tensors.host_memory(rows))
     if body_bytes:
         buffers.append(frame.body)
     return buffers, dtype, _Sizes(num_rows, num_pairs, width, body_bytes, payload_len)
@@ -145,56 +142,6 @@ def _pack(frame: Frame, dtype: int, sizes: _Sizes, payload_crc: int) -> bytes:
         )  # fmt: skip
     except struct.error as error:
         raise FrameError("header", error, "integers that fit their field") from error
-
-
-def _checked_rows(frame: Frame) -> Tensor:
-    rows = frame.rows
-    if rows is None or rows.dim() != 2 or rows.dtype not in _DTYPE_CODES:
-        raise _refused("rows", rows, "[R, width] float32, bfloat16 or float8_e4m3fn")
-    return rows
-
-
-def _refused(name: str, tensor: Tensor | None, limit: str) -> FrameError:
-    if tensor is None:
-        return FrameError(name, "missing", limit)
-    gradient = " that requires grad" if tensor.requires_grad else ""
-    found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{gradient}"
-    return FrameError(name, found, limit)
-
-
-def host_memory(rows: Tensor) -> Array:
-    """The rows' memory as an array of items of the same size; copied only if not contiguous."""
-    if not rows.is_contiguous():
-        rows = rows.contiguous()
-    try:
-        integers = _INTEGERS.get(rows.dtype)
-        array: Array = (rows if integers is None else rows.view(integers)).numpy()
-    except (RuntimeError, TypeError) as error:
-        raise _refused("rows", rows, _ON_THE_HOST) from error
-    return array
-
-
-def _pair_arrays(frame: Frame, sections: int) -> list[Array]:
-    """row_ids, expert_ids, weights or expert_ids alone, each [P]; the tensors' own memory."""
-    ids = _pair_array("expert_ids", frame.expert_ids, _INT32)
-    if not sections & ROW_IDS:
-        return [ids]
-    row_ids = _pair_array("row_ids", frame.row_ids, _INT32)
-    weights = _pair_array("weights", frame.weights, _FLOAT32)
-    if not len(row_ids) == len(ids) == len(weights):
-        lengths = (len(row_ids), len(ids), len(weights))
-        raise FrameError("num_pairs", lengths, "row_ids, expert_ids, weights of one length")
-    return [row_ids, ids, weights]
-
-
-def _pair_array(name: str, tensor: Tensor | None, dtype: np.dtype[Any]) -> Array:
-    try:
-        array: Array = tensor.numpy()  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise _refused(name, tensor, f"{dtype} [P] on the CPU, without gradient") from error
-    if array.dtype is not dtype or array.ndim != 1:
-        raise _refused(name, tensor, f"{dtype} [P]")
-    return array
 
 
 def _check_absent(frame: Frame, sections: int) -> None:
@@ -248,31 +195,15 @@ def decode(
     frame, sections, num_rows, num_pairs, width, dtype, body_bytes, _, crc = header
     if crc32c(payload) != crc:
         raise FrameError("payload_crc", crc, "the checksum of the payload")
+    if sections & TENSORS:
+        from experts.channel import tensors
     if sections & PAIRS:
-        _set_pairs(frame, sections, num_rows, num_pairs, payload)
+        tensors.set_pairs(frame, sections, num_rows, num_pairs, payload)
     if placed_rows is not None:
         frame.rows = placed_rows
     elif sections & ROWS:
         offset = num_pairs * PAIR_BYTES[sections]
-        array: Array = np.ndarray((num_rows, width), _ROW_ARRAYS[dtype], payload, offset)
-        frame.rows = torch.from_numpy(array)
-        if dtype > 1:
-            frame.rows = frame.rows.view(ROW_DTYPES[dtype - 1])
+        frame.rows = tensors.rows_at(payload, offset, num_rows, width, dtype)
     if body_bytes:
         frame.body = payload[-body_bytes:].tobytes()
     return frame
-
-
-def _set_pairs(
-    frame: Frame, sections: int, num_rows: int, num_pairs: int, payload: npt.NDArray[np.uint8]
-) -> None:
-    arrays: list[Array] = [np.ndarray(num_pairs, _INT32, payload)]
-    if sections & ROW_IDS:
-        arrays.append(np.ndarray(num_pairs, _INT32, payload, 4 * num_pairs))
-        arrays.append(np.ndarray(num_pairs, _FLOAT32, payload, 8 * num_pairs))
-    if num_pairs:
-        check_pairs(arrays, sections, num_rows)
-    if sections & ROW_IDS:
-        frame.row_ids, frame.expert_ids, frame.weights = map(torch.from_numpy, arrays)
-    else:
-        frame.expert_ids = torch.from_numpy(arrays[0])

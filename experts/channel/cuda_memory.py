@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experts.channel.blocks import BlockOutlet
 from experts.channel.connection import ChannelError
-from experts.channel.frame import ROW_DTYPES
-from experts.channel.memory import MIB, BlockOutlet, Mark
+from experts.channel.memory import MIB, Mark
+from experts.channel.tensors import ROW_DTYPES
 
 HANDLE_BYTES = 64
 PAGE_BYTES = 2 * MIB

@@ -7,7 +7,7 @@ from experts.channel.counters import ChannelCounters
 from experts.channel.endpoint import Endpoint, Memory
 from experts.channel.handshake import Terms
 from experts.channel.memory import ChannelMemory
-from experts.channel.offer import End, exchange, fall_back, make_end
+from experts.channel.offer import End, exchange, fall_back
 from experts.channel.ring import RingConnection
 from experts.channel.stream import StreamConnection
 
@@ -30,6 +30,8 @@ def establish(
             side = "this side" if kind is Memory.NONE else "the peer"
             fall_back(counters, endpoint.memory, f"{peer}: {side} cannot")
         return StreamConnection(*arguments)
+    from experts.channel.ends import make_end  # loaded by check_available
+
     end: End | None = make_end(kind, memory, counters)
     try:
         outlet = exchange(sock, kind, end, counters)

@@ -1,11 +1,13 @@
 """What travels on a channel: one header and the sections that its kind allows."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes three seconds of a core: those who only send JSON do without it
+    from torch import Tensor
 
 MAX_DEADLINE_US = 24 * 3600 * 1_000_000
 ONE_ROW_PER_PAIR = 1  # flag: the result has one row a pair, not one summed row a token
@@ -13,7 +15,6 @@ RENORMALISED = 2  # flag of a ROUTE_RESULT: some expert was left out, the others
 FINITE = 4  # flag of an EXPERT_RESULT: the worker has seen that all of its numbers are finite
 ALL_FLAGS = ONE_ROW_PER_PAIR | RENORMALISED | FINITE
 MAX_ERROR_CHARS = 300
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)  # wire code: 1 + position
 
 
 class Kind(IntEnum):
@@ -70,7 +71,7 @@ class FrameLimits:
     max_pairs: int = 524_288
     max_body_bytes: int = 8 * 2**20
 
-    def smaller(self, other: "FrameLimits") -> "FrameLimits":
+    def smaller(self, other: FrameLimits) -> FrameLimits:
         """Field by field the smaller of two limits."""
         return FrameLimits(
             min(self.max_payload_bytes, other.max_payload_bytes),
@@ -89,12 +90,13 @@ class Frame:
     """One message. Tensors live on the CPU, but rows may be on a GPU where a connection
     accepts_device; those of a received frame are views of its own buffer or of a landing ring.
 
-    rows [R, width] in one of ROW_DTYPES; row_ids, expert_ids int32 [P]; weights float32 [P].
-    EXPERT_BATCH: rows [T, width] and P pairs; row_ids in [0, T); expert_ids are logical, the worker
-    maps them to its slots. EXPERT_RESULT: rows [T, width], pre-weighted and summed in float32, or
-    [P, width] in the order of the pairs when `flags` has ONE_ROW_PER_PAIR. NOT_HERE: no rows,
-    expert_ids are the missing ones. ROUTE_BATCH, ROUTE_RESULT: rows [T, width]. CONTROL: body only
-    (JSON). A result with any other status: no rows, body is one line of UTF-8 text.
+    rows [R, width] of a dtype in tensors.ROW_DTYPES; row_ids, expert_ids int32 [P]; weights
+    float32 [P]. EXPERT_BATCH: rows [T, width] and P pairs; row_ids in [0, T); expert_ids are
+    logical, the worker maps them to its slots. EXPERT_RESULT: rows [T, width], pre-weighted and
+    summed in float32, or [P, width] in the order of the pairs when `flags` has ONE_ROW_PER_PAIR.
+    NOT_HERE: no rows, expert_ids are the missing ones. ROUTE_BATCH, ROUTE_RESULT: rows [T, width].
+    CONTROL: body only (JSON). A result with any other status: no rows, body is one line of UTF-8
+    text.
     """
 
     kind: Kind
@@ -105,8 +107,8 @@ class Frame:
     status: Status = Status.OK
     flags: int = 0
     deadline_us: int = 0  # time left when sent, 0 = none; relative, so that no clocks need to agree
-    queue_us: int = 0  # of a result: how long the batch waited there
-    compute_us: int = 0  # and how long it was computed, with others' rows if it was merged
+    queue_us: int = 0  # of a result: how long the batch waited; of a router's: at experts too
+    compute_us: int = 0  # and how long experts computed it, with others' rows if it was merged
     expert_us: int = 0  # its own share of what expert workers computed
     rows: Tensor | None = None
     row_ids: Tensor | None = None
@@ -143,24 +145,3 @@ def reply_to(
         rows=rows,
         body=line.encode("utf-8", "replace"),
     )
-
-
-_INTEGER_VIEW = {
-    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
-    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
-    torch.float8_e4m3fn: (torch.uint8, 0x7F, 0x7F),
-}
-
-
-def rows_finite(rows: Tensor) -> bool:
-    """Whether no element is NaN or infinite. rows: float32, bfloat16 or float8_e4m3fn, contiguous.
-
-    Compares exponent bits as integers: torch.isfinite takes 166 us for 16 x 2048 bfloat16. Of rows
-    on a device one number comes to the host, after what the current stream has to do.
-    """
-    if rows.numel() == 0:
-        return True
-    dtype, mask, first_bad = _INTEGER_VIEW[rows.dtype]
-    bits = rows.view(dtype)
-    values: Any = bits.numpy() if rows.is_cpu else bits
-    return int((values & mask).max()) < first_bad

@@ -7,16 +7,19 @@ last tensor went: who reads rows on another stream than the one that is current 
 first.
 """
 
+from __future__ import annotations
+
 import threading
 from collections import deque
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from experts.channel.arena import Claims
 from experts.channel.codec import Header
 from experts.channel.frame import FrameError
 from experts.channel.memory import Block, Mark
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Region:
@@ -24,7 +27,7 @@ class Region:
 
     __slots__ = ("__array_interface__", "__cuda_array_interface__", "_block", "_landing", "_offset")
 
-    def __init__(self, landing: "Landing", block: Block, offset: int) -> None:
+    def __init__(self, landing: Landing, block: Block, offset: int) -> None:
         self.__array_interface__: dict[str, Any]
         self.__cuda_array_interface__: dict[str, Any]
         self._landing = landing

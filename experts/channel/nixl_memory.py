@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from experts.channel.arena import ALIGN
+from experts.channel.blocks import HostBlock
 from experts.channel.connection import ChannelClosed, ChannelError, ChannelTimeout
 from experts.channel.cuda_memory import DeviceBlock, current_context
 from experts.channel.endpoint import Memory
-from experts.channel.memory import Block, ChannelMemory, HostBlock, Outlet
+from experts.channel.memory import Block, ChannelMemory, Outlet
 
 logger = logging.getLogger(__name__)
 

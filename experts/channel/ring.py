@@ -13,15 +13,15 @@ it waits for are given back on the same socket, and keeps those frames for `rece
 that two full rings cannot wait for each other.
 """
 
+from __future__ import annotations
+
 import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from experts.channel.arena import Arena
 from experts.channel.codec import (
@@ -53,6 +53,9 @@ from experts.channel.landing import Landing, Region
 from experts.channel.memory import Outlet
 from experts.channel.offer import End
 from experts.channel.stream import StreamConnection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_KEPT_FRAMES = 1024  # received while waiting for room; then only `receive` makes room
 FLUSH_TIMEOUT_S = 10.0  # as for replies: a peer that does not read for so long is cut off
@@ -89,6 +92,15 @@ class RingConnection(StreamConnection):
 
     # --- sending ---
 
+    def takes_at_once(self, frame: Frame) -> bool:
+        """See Connection. Rows wait for room in the ring, the rest of the frame in the socket."""
+        rows, outlet = frame.rows, self._outlet
+        if rows is None or outlet is None or not _fits(outlet, rows):
+            return super().takes_at_once(frame)
+        with self._room:
+            has_room = self._arena.has_room(rows.nbytes)
+        return has_room and self._has_room(PREFIX_BYTES, frame)
+
     def send(self, frame: Frame, timeout_s: float | None = None) -> None:
         """See Connection.send."""
         deadline_s = deadline_after(timeout_s)
@@ -99,7 +111,7 @@ class RingConnection(StreamConnection):
                 return
             if not rows.is_cpu and (self.accepts_device or self._gets_device_rows):
                 frame = replace(frame, rows=rows.cpu())
-        buffers, num_bytes = encode(frame, self._send_limits)
+        buffers, num_bytes = encode(frame, self.send_limits)
         self._flow.before_send(frame.kind, deadline_s)
         try:
             self._post(What.INLINE, 0, 0, buffers, num_bytes, deadline_s)
@@ -111,7 +123,7 @@ class RingConnection(StreamConnection):
     def _send_placed(
         self, frame: Frame, rows: Tensor, outlet: Outlet, deadline_s: float | None
     ) -> None:
-        buffers, num_bytes = encode(frame, self._send_limits, rows.nbytes)
+        buffers, num_bytes = encode(frame, self.send_limits, rows.nbytes)
         self._flow.before_send(frame.kind, deadline_s)
         offset = -1
         try:

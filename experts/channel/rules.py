@@ -12,7 +12,6 @@ from experts.channel.frame import (
     ALL_FLAGS,
     MAX_DEADLINE_US,
     RESULT_KINDS,
-    ROW_DTYPES,
     FrameError,
     FrameLimits,
     Kind,
@@ -21,11 +20,12 @@ from experts.channel.frame import (
 
 Array = npt.NDArray[Any]
 UINT32 = np.dtype("u4")
-ITEM_BYTES = (0, *(dtype.itemsize for dtype in ROW_DTYPES))  # by dtype code; 0: no rows
+ITEM_BYTES = (0, 4, 2, 1)  # by dtype code, of none and of tensors.ROW_DTYPES
 
 # What a payload may hold, in this order.
 ROW_IDS, EXPERT_IDS, WEIGHTS, ROWS, BODY = 1, 2, 4, 8, 16
 PAIRS = ROW_IDS | EXPERT_IDS | WEIGHTS
+TENSORS = PAIRS | ROWS
 
 _FIRST_NEGATIVE = 1 << 31  # as uint32
 _FIRST_NOT_FINITE = 0x7F800000  # bits of float32 infinity; NaN and negative numbers are above
@@ -72,7 +72,7 @@ def check_sizes(
         if not 0 < width <= limits.max_width:
             raise FrameError("width", width, f"in 1..{limits.max_width}")
         if not 0 < dtype < len(ITEM_BYTES):
-            raise FrameError("dtype", dtype, f"in 1..{len(ROW_DTYPES)}")
+            raise FrameError("dtype", dtype, f"in 1..{len(ITEM_BYTES) - 1}")
     elif num_rows or width or dtype:
         raise FrameError("num_rows", num_rows, "0, without width and dtype, for this kind")
     if num_pairs > (limits.max_pairs if sections & PAIRS else 0):

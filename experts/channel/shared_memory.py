@@ -11,8 +11,8 @@ import mmap
 import os
 
 from experts.channel.arena import ALIGN
+from experts.channel.blocks import BlockOutlet, HostBlock
 from experts.channel.frame import FrameError
-from experts.channel.memory import BlockOutlet, HostBlock
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 

@@ -22,8 +22,8 @@ from experts.channel.frame import (
     Kind,
     Status,
     reply_to,
-    rows_finite,
 )
+from experts.channel.tensors import rows_finite
 from tests.experts.frames import (
     DTYPES,
     control,

@@ -154,7 +154,8 @@ def test_a_peer_frees_only_its_own_region_once(guarded: Guarded) -> None:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.integers(0, PREFIX_BYTES - 1), st.binary(min_size=1, max_size=12), st.booleans())
 def test_mutated_envelopes_and_headers(
@@ -173,7 +174,7 @@ def test_mutated_envelopes_and_headers(
     guarded.kept.clear()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(min_size=PREFIX_BYTES, max_size=PREFIX_BYTES))
 def test_random_bytes_are_no_envelope(data: bytes) -> None:
     with pytest.raises(FrameError):
