@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from attention.build import build_engine
 from attention.config import AttentionConfig
@@ -23,6 +24,7 @@ from attention.messages import (
 from attention.tracing import Tracer
 from experts.channel.channel import ChannelError, Connection, FrameError, Server
 from experts.channel.frame import Frame, Kind, Status, reply_to
+from experts.channel.outbox import Outbox
 from experts.checkpoint import Checkpoint
 from experts.device import ComputeDevice
 from router.client import MoeClient
@@ -30,8 +32,15 @@ from router.client import MoeClient
 logger = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 5.0
-"""An ingress that does not read for so long is cut off, as the others wait for it meanwhile."""
+"""An ingress that reads nothing for so long is cut off."""
 CLOSE_TIMEOUT_S = 5.0
+
+
+class _Peer(NamedTuple):
+    """An open connection: the how manyth it was, and the way out to it."""
+
+    number: int
+    outbox: Outbox
 
 
 class AttentionWorker:
@@ -54,7 +63,7 @@ class AttentionWorker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._owners: dict[str, Connection] = {}  # request id -> who gets its outputs
-        self._opened: dict[Connection, int] = {}  # in which order
+        self._peers: dict[Connection, _Peer] = {}
         self._numbers = itertools.count()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -111,7 +120,7 @@ class AttentionWorker:
         return None
 
     def _connection_opened(self, connection: Connection) -> None:
-        self._opened[connection] = next(self._numbers)
+        self._peers[connection] = _Peer(next(self._numbers), Outbox(connection, SEND_TIMEOUT_S))
 
     def _connection_lost(self, connection: Connection) -> None:
         self._leave_work(lambda: self._abort_all(connection))
@@ -149,10 +158,10 @@ class AttentionWorker:
         one replaces nothing: the same id may still lie in it, unread when this worker stood still.
         """
         request_id = submit.request_id
-        if connection not in self._opened:  # it has ended
+        if connection not in self._peers:  # it has ended
             return
         owner = self._owners.get(request_id)
-        if owner is not None and self._opened[connection] <= self._opened[owner]:
+        if owner is not None and self._peers[connection].number <= self._peers[owner].number:
             text = "the request id is in use"
             refused = TokenOutput(request_id=request_id, finish_reason="error", error=text)
             self._send(connection, [refused])
@@ -172,7 +181,7 @@ class AttentionWorker:
         for request_id, owner in list(self._owners.items()):
             if owner is connection:
                 self._end(request_id)
-        self._opened.pop(connection, None)
+        self._peers.pop(connection, None)
 
     def _end(self, request_id: str) -> TokenOutput | None:
         """Forget a request; its last output, which nobody else sends."""
@@ -190,10 +199,11 @@ class AttentionWorker:
             self._send(connection, theirs)
 
     def _send(self, connection: Connection, outputs: list[TokenOutput]) -> None:
-        if connection.closed:
+        peer = self._peers.get(connection)
+        if peer is None or connection.closed:
             return
         try:
-            connection.send(_frame(StepOutputs(outputs=outputs)), SEND_TIMEOUT_S)
+            peer.outbox.post(_frame(StepOutputs(outputs=outputs)))
         except ChannelError as error:
             logger.warning("%s: outputs to %s not sent: %s", self._name, connection.peer, error)
             connection.close()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from experts.channel.channel import Connection
 from experts.channel.frame import Frame
+from experts.channel.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +19,7 @@ class MicroBatch:
 
     frame: Frame
     rows: Tensor  # [T, d]
-    connection: Connection
+    outbox: Outbox
 
     @property
     def layer(self) -> int:

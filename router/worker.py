@@ -243,7 +243,8 @@ class RouterWorker:
             self._serve(lane, others)
             return
         begun_s = time.monotonic()
-        lane.hop_log = log = []
+        log: list[LayerHop] = []
+        lane.hop_log = log
         left_s = [self._left_s(item, begun_s) for item in items]
         try:
             x = torch.cat([item.rows for item in items]) if len(items) > 1 else items[0].rows

@@ -12,6 +12,7 @@ stream.py      a connection over a unix or tcp socket
 dial.py        how a client gets one
 listener.py    how a server gets one
 establish.py   from a socket to a connection of the kind that both sides can
+outbox.py      sending to a peer that may not read
 questions.py   asking a peer that answers later, out of order or never
 inproc.py      the same inside one process
 server.py      accepting, one thread a connection

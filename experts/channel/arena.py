@@ -47,6 +47,11 @@ class Arena:
                 return begin
         return None
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether `allocate` would find a gap."""
+        need = aligned(num_bytes)
+        return any(end - begin >= need for begin, end in self._gaps)
+
     def free(self, offset: int) -> None:
         """Give a region back. Raises FrameError when there is none at this offset."""
         end = self._ends.pop(offset, None)

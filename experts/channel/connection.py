@@ -5,7 +5,14 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from experts.channel.frame import BATCH_KINDS, RESULT_KINDS, Frame, FrameError, Kind
+from experts.channel.frame import (
+    BATCH_KINDS,
+    RESULT_KINDS,
+    Frame,
+    FrameError,
+    FrameLimits,
+    Kind,
+)
 
 
 class ChannelError(OSError):
@@ -40,6 +47,13 @@ class Connection(Protocol):
     @property
     def accepts_device(self) -> bool:
         """Whether frame.rows may be a tensor on a GPU; elsewhere it raises FrameError."""
+
+    @property
+    def send_limits(self) -> FrameLimits:
+        """Of what may be sent: both sides' limits."""
+
+    def takes_at_once(self, frame: Frame) -> bool:
+        """Whether a send would end without the peer having to read; never waits itself."""
 
     def send(self, frame: Frame, timeout_s: float | None = None) -> None:
         """Send one frame; None waits without limit.

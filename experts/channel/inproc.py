@@ -86,7 +86,7 @@ class InprocClient:
         self, peer: str, host: Host, limits: FrameLimits, counters: ChannelCounters
     ) -> None:
         self.peer = peer
-        self.limits = limits
+        self.send_limits = limits
         self.flow = ClientFlow(host.granted_credits)
         self.server_end = InprocServerEnd(self, host)
         self._host = host
@@ -110,16 +110,25 @@ class InprocClient:
         return bool(self._queue) or self._closed
 
     @property
+    def has_room(self) -> bool:
+        """Whether a push would not wait."""
+        return self._closed or len(self._queue) < MAX_QUEUED_FRAMES
+
+    @property
     def accepts_device(self) -> bool:
         return False
 
     def fileno(self) -> int:
         return -1
 
+    def takes_at_once(self, frame: Frame) -> bool:
+        """See Connection. The handler may do as it likes."""
+        return False
+
     def send(self, frame: Frame, timeout_s: float | None = None) -> None:
         """See Connection.send. The handler runs here, in the caller's thread."""
         deadline_s = deadline_after(timeout_s)
-        validate(frame, self.limits)
+        validate(frame, self.send_limits)
         if self._closed:
             raise ChannelClosed(f"connection to {self.peer} is closed")
         self.flow.before_send(frame.kind, deadline_s)
@@ -194,6 +203,7 @@ class InprocServerEnd:
     def __init__(self, client: InprocClient, host: Host) -> None:
         self.peer = f"{client.peer}#{threading.current_thread().name}"
         self.flow = ServerFlow(host.granted_credits)
+        self.send_limits = client.send_limits
         self._client = client
         self._host = host
 
@@ -212,10 +222,14 @@ class InprocServerEnd:
     def fileno(self) -> int:
         return -1
 
+    def takes_at_once(self, frame: Frame) -> bool:
+        """See Connection."""
+        return self._client.has_room
+
     def send(self, frame: Frame, timeout_s: float | None = None) -> None:
         """See Connection.send."""
         deadline_s = deadline_after(timeout_s)
-        validate(frame, self._client.limits)
+        validate(frame, self.send_limits)
         self.flow.before_send(frame.kind, deadline_s)
         try:
             self._client.push(frame, deadline_s)

@@ -54,7 +54,7 @@ class StreamConnection:
         self._sock = sock
         self._flow = flow
         self._limits = limits
-        self._send_limits = limits.smaller(peer_limits)
+        self.send_limits = limits.smaller(peer_limits)
         self._counters = counters
         self._allocate = allocate
         self._closed = False
@@ -87,10 +87,31 @@ class StreamConnection:
 
     # --- sending ---
 
+    def takes_at_once(self, frame: Frame) -> bool:
+        """See Connection."""
+        return self._has_room(0 if frame.rows is None else frame.rows.nbytes, frame)
+
+    def _has_room(self, row_bytes: int, frame: Frame) -> bool:
+        """Whether the socket's buffer has it for so many bytes of rows and for the frame's body.
+
+        The kernel calls a socket writable when at least a third of the buffer is free, and counts
+        its own bookkeeping: a quarter is safe.
+        """
+        if not self._send_lock.acquire(False):  # another thread is sending
+            return False
+        try:
+            buffer_bytes = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            num_bytes = HEADER_BYTES + row_bytes + len(frame.body)
+            return num_bytes <= buffer_bytes // 4 and bool(self._outgoing.poll(0))
+        except OSError:  # closed: a send fails at once
+            return True
+        finally:
+            self._send_lock.release()
+
     def send(self, frame: Frame, timeout_s: float | None = None) -> None:
         """See Connection.send."""
         deadline_s = deadline_after(timeout_s)
-        buffers, num_bytes = encode(frame, self._send_limits)
+        buffers, num_bytes = encode(frame, self.send_limits)
         self._flow.before_send(frame.kind, deadline_s)
         if not self._send_lock.acquire(True, -1 if timeout_s is None else timeout_s):
             self._flow.not_sent(frame.kind)

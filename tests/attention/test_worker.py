@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,23 @@ def test_a_lost_connection_aborts_its_requests_only(serve: Callable[..., Served]
     assert stats.kv_blocks_free == stats.kv_blocks_total
 
 
+def test_a_client_that_does_not_read_stops_nobody_else(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention.worker.SEND_TIMEOUT_S", 10 * WAIT_S)
+    served, inbox = serve(**ROOM), Inbox()
+    with closing(connect(served.endpoint, SECRET)) as hung:
+        endless = encode_message(submit("a", [20], ENDLESS))
+        hung.send(Frame(Kind.CONTROL, body=endless), WAIT_S)
+        hung.receive(WAIT_S)  # its answer has begun
+        (peer,) = served.worker._peers.values()
+        for _ in range(4):  # its buffer is full from here on
+            peer.outbox.post(Frame(Kind.CONTROL, body=b" " * 2**22))
+        served.client().submit(submit("b", [21]), inbox)
+        assert inbox.all()[-1].finish_reason == "length"
+    assert wait_idle(served).requests_aborted == 1
+
+
 def test_another_connection_cannot_abort(serve: Callable[..., Served]) -> None:
     served, mine = serve(), Inbox()
     owner, other = served.client(), served.client()
@@ -234,6 +252,9 @@ class FakeLine:
 
     def end(self) -> None:
         self._worker._connection_lost(self)  # type: ignore[arg-type]
+
+    def takes_at_once(self, frame: Frame) -> bool:
+        return True
 
     def send(self, frame: Frame, timeout_s: float) -> None:
         message = parse_message(frame.body)

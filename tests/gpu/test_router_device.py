@@ -164,7 +164,7 @@ def test_dtypes_that_wait_together_are_not_mixed(new_pool: NewPool, checkpoint: 
     answers: dict[int, Frame] = {}
 
     class Recorder:
-        def send(self, frame: Frame, _timeout_s: float) -> None:
+        def post(self, frame: Frame) -> None:
             answers[frame.request_id] = frame
 
     dtypes = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float32]

@@ -226,7 +226,7 @@ def test_merged_micro_batches_are_told_apart(new_pool: NewPool, checkpoint: Chec
     router, sent = pool.router(**GIVE_UP), []
 
     class Line:
-        def send(self, reply: Frame, timeout_s: float) -> None:
+        def post(self, reply: Frame) -> None:
             sent.append(bool(reply.flags & RENORMALISED))
 
     items = []

@@ -22,7 +22,7 @@ class Kept:
     def __init__(self) -> None:
         self.sent: list[Frame] = []
 
-    def send(self, frame: Frame, timeout_s: float) -> None:
+    def post(self, frame: Frame) -> None:
         self.sent.append(frame)
 
 
