@@ -226,6 +226,9 @@ def _check_logit_bias(body: SamplingFields, vocab_size: int, limits: Limits) -> 
 
 def _check_labels(body: SamplingFields, limits: Limits) -> None:
     check_length("user", body.user or "", limits.max_user_chars)
+    check_length("cache_salt", body.cache_salt or "", limits.max_cache_salt_chars)
+    if body.cache_salt == "":
+        raise InvalidRequest("Invalid 'cache_salt': it should not be empty.", param="cache_salt")
     check_length("metadata", body.metadata or {}, limits.max_metadata_entries)
     for key, value in (body.metadata or {}).items():
         if not isinstance(value, str):

@@ -48,6 +48,7 @@ class Limits:
     max_metadata_entries: int = 16
     max_metadata_key_chars: int = 64
     max_metadata_value_chars: int = 512
+    max_cache_salt_chars: int = 128
 
     # Idempotency keys, of one ingress
     max_idempotency_key_chars: int = 255

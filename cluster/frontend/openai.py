@@ -83,6 +83,8 @@ class SamplingFields(Schema):
     """Seconds from arrival; then 504."""
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    """Prefixes are shared with requests of the same salt only, and always of one API key only."""
 
     # Known, and refused with a reason instead of being ignored: see request.py.
     best_of: int | None = None

@@ -106,7 +106,8 @@ class SequenceRuns:
             prompt.ids,
             params,
             self._request.deadline,
-            trace=self._trace,
+            self._request.cache_salt,
+            self._trace,
         )
         submission = self._ledger.open(entry)
         run = self._runs[index] = _Run(index, self._clock())

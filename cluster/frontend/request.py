@@ -73,6 +73,8 @@ class GenerateRequest:
     is_chat: bool = False
     timing: bool = False
     """The answer says where its time went."""
+    cache_salt: str = ""
+    """Blocks of prompts are shared with requests of the same one."""
     deadline: float | None = None
     """Moment on the service's clock."""
     ignored: tuple[str, ...] = ()
@@ -135,10 +137,12 @@ def build_request(
     *,
     deadline: float | None = None,
     seed: int | None = None,
+    key_name: str = "",
     ignored: tuple[str, ...] = (),
 ) -> GenerateRequest:
     """A checked body and its tokenised prompts as a request. `seed`: for a body that samples
-    without one; None draws it. Raises InvalidRequest if a prompt leaves no room in the context."""
+    without one; None draws it. `key_name`: of the API key, "" without keys. Raises InvalidRequest
+    if a prompt leaves no room in the context."""
     chat = isinstance(body, ChatCompletionRequest)
     options = body.stream_options or StreamOptions()
     params = _sampling_params(body, model, seed)
@@ -158,6 +162,7 @@ def build_request(
         return_token_ids=body.return_token_ids,
         is_chat=chat,
         timing=body.timing,
+        cache_salt=_cache_salt(key_name, body.cache_salt or ""),
         deadline=deadline,
         ignored=ignored,
     )
@@ -171,6 +176,11 @@ def context_error(model: ModelInfo, param: str, found: str) -> InvalidRequest:
         param=param,
         code="context_length_exceeded",
     )
+
+
+def _cache_salt(key_name: str, given: str) -> str:
+    """What a client learns of the cache (counts, times) it learns of its own API key's prompts."""
+    return f"{key_name} {given}" if key_name or given else ""  # names have no spaces
 
 
 def _texts(prompts: list[Any], field_format: str) -> list[str]:

@@ -237,6 +237,7 @@ class InferenceService:
                 self.model,
                 deadline=deadline,
                 seed=call.seed if call else None,
+                key_name=observation.origin.key_name if observation else "",
                 ignored=ignored_fields(body),
             )
             if call is not None:

@@ -187,11 +187,14 @@ FIELDS: list[tuple[int, dict[str, Any], str, str, str | None]] = [
     (46, {"metadata": {"k": 1}}, MISTYPED, "metadata.k", NO_PROTO),
     (46, {"metadata": {"k": "v" * 513}}, "string_above_max_length", "metadata.k", None),
     (46, {"metadata": {"k" * 65: "v"}}, "string_above_max_length", "metadata", None),
+    (46, {"cache_salt": 5}, MISTYPED, "cache_salt", NO_PROTO),
+    (46, {"cache_salt": ""}, "invalid_value", "cache_salt", None),
+    (46, {"cache_salt": "s" * 129}, "string_above_max_length", "cache_salt", None),
     (64, {"timeout": -1.0}, BELOW, "timeout", None),
     (64, {"timeout": 1e9}, ABOVE, "timeout", None),
 ]
 IDS = [f"{row}-{json.dumps(fields)[:40]}" for row, fields, *_ in FIELDS]
-MESSAGE_FIELDS = {"model", "user", "metadata", "timeout"}
+MESSAGE_FIELDS = {"model", "user", "metadata", "timeout", "cache_salt"}
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
