@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.reference import Golden
@@ -24,6 +25,8 @@ os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 # Before Triton is imported: without a GPU its kernels run in its interpreter, on CPU tensors.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.load_profile("ci")  # the same examples in every run, however slow the machine
 
 
 @pytest.fixture(scope="session")
