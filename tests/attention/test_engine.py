@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from tests.reference import Reference, prompts
 RigOf = Callable[[str], Rig]
 
 
+reference_of = cache(Reference)
+
+
 def reference_tokens(folder: Path, ids: list[int], params: SamplingParams) -> list[int]:
     """Our sampler over the reference model's logits."""
-    reference, counts, out = Reference(folder), TokenCounts(ids), []
+    reference, counts, out = reference_of(folder), TokenCounts(ids), []
+    reference.reset()
     logits = reference.forward(ids)[-1]
     while len(out) < (params.max_tokens or 0):
         used = counts if TokenCounts.needed(params) else None
@@ -110,22 +115,30 @@ def test_tokens_do_not_depend_on_scheduling(
     assert (engine.stats().num_preemptions > 0) == name.startswith("preempting")
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_deterministic_logprobs_have_the_same_bits(name: str, rig: RigOf) -> None:
-    def logprobs(**settings: Any) -> dict[str, list[float]]:
-        defaults = {"max_model_len": 100, "num_kv_blocks": 200, "max_num_batched_tokens": 64}
-        engine = rig("v2lite").engine(deterministic=True, **(defaults | settings))
-        requests = [
-            r.model_copy(update={"params": r.params.model_copy(update={"logprobs": 2})})
-            for r in workload(8)
-        ]
-        answers = Answers(engine, requests).run()
-        return {
-            name: [(p.logprob, p.top) for output in outputs for p in output.logprobs or ()]
-            for name, outputs in answers.outputs.items()
-        }
+def logprobs(rig: Rig, **settings: Any) -> dict[str, list[Any]]:
+    defaults = {"max_model_len": 100, "num_kv_blocks": 200, "max_num_batched_tokens": 64}
+    engine = rig.engine(deterministic=True, **(defaults | settings))
+    requests = [
+        r.model_copy(update={"params": r.params.model_copy(update={"logprobs": 2})})
+        for r in workload(8)
+    ]
+    answers = Answers(engine, requests).run()
+    return {
+        name: [(p.logprob, p.top) for output in outputs for p in output.logprobs or ()]
+        for name, outputs in answers.outputs.items()
+    }
 
-    assert logprobs(**SETTINGS[name]) == logprobs()
+
+@pytest.fixture(scope="module")
+def usual_logprobs(rig: RigOf) -> dict[str, list[Any]]:
+    return logprobs(rig("v2lite"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_deterministic_logprobs_have_the_same_bits(
+    name: str, rig: RigOf, usual_logprobs: dict[str, list[Any]]
+) -> None:
+    assert logprobs(rig("v2lite"), **SETTINGS[name]) == usual_logprobs
 
 
 def test_a_prefix_hit_changes_no_token(rig: RigOf) -> None:

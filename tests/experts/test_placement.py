@@ -66,7 +66,7 @@ def replans(draw: st.DrawFn) -> tuple[ExpertSpace, dict, dict, int, str | None]:
     return space, slots, held, draw(st.integers(0, 10)), joiner
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100)
 @given(replans())
 def test_any_plan_keeps_the_invariants(case: tuple) -> None:
     space, slots, held, redundancy, joiner = case

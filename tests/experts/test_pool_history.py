@@ -120,7 +120,7 @@ def check_at_rest(pool: Pool) -> None:
             assert len(experts) <= roster.slots()[name]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SPACES), st.integers(0, 3), st.lists(events, min_size=25, max_size=80))
 def test_any_history_is_safe_and_comes_to_rest(
     space: ExpertSpace, redundancy: int, history: list[tuple]

@@ -91,7 +91,7 @@ def cases(draw: st.DrawFn) -> tuple[ExpertSpace, dict, dict, dict]:
 limits_drawn = st.builds(Limits, st.integers(0, 30), st.sampled_from([0.0, 0.02, 0.1]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(cases(), limits_drawn)
 def test_every_step_is_safe_bounded_and_never_worse(case: tuple, limits: Limits) -> None:
     space, slots, table, loads = case
@@ -105,7 +105,7 @@ def test_every_step_is_safe_bounded_and_never_worse(case: tuple, limits: Limits)
         table = plan.table
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.integers(1, 30))
 def test_unchanged_loads_come_to_rest(case: tuple, max_moves: int) -> None:
     space, slots, table, loads = case

@@ -36,10 +36,10 @@ TIER_LABEL = "shoal.io/tier"
 TIERS = ("ingress", "attention", "experts")
 """Of the nodes; the first is the head's."""
 OBJECT_STORE_BYTES = 100_000_000
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 300.0
 POLL_S = 0.2
-STOP_TIMEOUT_S = 10.0
-REQUEST_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 120.0
 LOG_TAIL = 3000
 """Characters of a log in an error."""
 PORT_OPTIONS = (
@@ -157,7 +157,7 @@ class LocalRay:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                with urllib.request.urlopen(f"{self._dashboard}/api/version", timeout=5):
+                with urllib.request.urlopen(f"{self._dashboard}/api/version", timeout=30):
                     return
             except OSError as error:
                 if time.monotonic() > deadline or self._nodes[0].poll() is not None:

@@ -39,7 +39,7 @@ def wait_gone(admin: Client, namespace: str, *kinds: str) -> None:
     for kind in kinds:
         while (listing := admin.listing(kind, namespace))["items"]:
             since = listing["metadata"]["resourceVersion"]
-            watch = admin.watch(kind, namespace, since, timeout_s=30)
+            watch = admin.watch(kind, namespace, since, timeout_s=120)
             assert any(event["type"] == "DELETED" for event in watch), listing["items"]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.k8s, pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
-TIMEOUT_S = 180
+TIMEOUT_S = 600
 """For one deployment on a machine that does much else; alone it takes a tenth."""
 MAX_TOKENS = 8
 

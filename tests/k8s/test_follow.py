@@ -241,15 +241,19 @@ class TestWatch:
         seen = self.observed(deployment)
         shoal.write(upgrade={"old_cluster_kept_s": 77})
         shoal("apply", "--no-wait")
-        assert deployment.await_change(seen, 30)
+        assert deployment.await_change(seen, WAIT_S)
 
     def test_a_change_during_the_watch_ends_it(self, deployment: Deployment, shoal: Shoal) -> None:
         seen, noticed = self.observed(deployment), list[bool]()
-        watch = threading.Thread(target=lambda: noticed.append(deployment.await_change(seen, 30)))
+
+        def notice() -> None:
+            noticed.append(deployment.await_change(seen, WAIT_S))
+
+        watch = threading.Thread(target=notice)
         watch.start()
         shoal.write(upgrade={"old_cluster_kept_s": 77})
         shoal("apply", "--no-wait")
-        watch.join(30)
+        watch.join(WAIT_S)
         assert noticed == [True]
 
     def test_without_a_change_the_time_runs_out(self, deployment: Deployment) -> None:
@@ -259,7 +263,7 @@ class TestWatch:
         if not kube.is_simulated:
             pytest.skip("a real server forgets when it likes")
         seen, done = self.observed(deployment), list[bool]()
-        watch = threading.Thread(target=lambda: done.append(deployment.await_change(seen, 30)))
+        watch = threading.Thread(target=lambda: done.append(deployment.await_change(seen, WAIT_S)))
         watch.start()
         while watch.is_alive():  # until the watch is open and hears of it
             kube.forget_events()

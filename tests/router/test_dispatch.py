@@ -139,7 +139,7 @@ def cases(draw: st.DrawFn) -> tuple[list[list[int]], Holders, list[bool], list[i
     return rows, holders, usable, load
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=150)
 @given(cases())
 def test_properties(case: tuple[list[list[int]], Holders, list[bool], list[int]]) -> None:
     experts_by_row, holders, usable, load = case
