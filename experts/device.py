@@ -29,8 +29,9 @@ MIN_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 """fp8 matrix instructions begin here; below it fp8 weights are multiplied as bfloat16."""
 
-MIN_SHARED_BYTES = 163 * 1024
-"""What sm_80 has and the kernels' tiles are made for; sm_86, sm_89 and sm_120 have 99 KiB."""
+SMALL_BLOCK_BYTES, MIN_SHARED_BYTES = 99 * 1024, 163 * 1024
+"""Shared memory that the kernels' tiles are made for: of sm_86 and sm_89, of sm_80 and later ones.
+sm_120 has 99 KiB too, and no tiles that fit."""
 
 
 class DeviceError(ValueError):
@@ -109,9 +110,10 @@ def choose_device(
 
 def _no_triton_kernels(probe: CudaProbe) -> str:
     """Why the Triton kernels cannot run on this GPU, empty if they can."""
-    if probe.triton_missing or probe.shared_bytes >= MIN_SHARED_BYTES:
+    needed = SMALL_BLOCK_BYTES if probe.capability < (9, 0) else MIN_SHARED_BYTES
+    if probe.triton_missing or probe.shared_bytes >= needed:
         return probe.triton_missing
-    have, need = probe.shared_bytes // 1024, MIN_SHARED_BYTES // 1024
+    have, need = probe.shared_bytes // 1024, needed // 1024
     return f"its blocks have {have} KiB of shared memory, the Triton kernels need {need}"
 
 

@@ -8,9 +8,9 @@ get, and a wrapper that reads a value from the device fails, as a meta tensor ha
 lists its cases: `cases(native_fp8)` in kernels/gpu/cases.py yields (name, call).
 
 Shared memory: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
-(163 KiB a block on 8.0, 227 KiB on 9.0 and 10.0); registers there too. Registers and stack are read
-from the machine code by Triton's cuobjdump, matrix instructions from the PTX: mma, Hopper's wgmma,
-Blackwell's tcgen05.
+(163 KiB a block on 8.0, 99 on 8.9, 227 on 9.0 and 10.0); registers there too. Registers and stack
+are read from the machine code by Triton's cuobjdump, matrix instructions from the PTX: mma,
+Hopper's wgmma, Blackwell's tcgen05.
 """
 
 from __future__ import annotations
@@ -43,10 +43,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 CASES = tuple(f"{package}.kernels.gpu.cases" for package in ("experts", "router", "attention"))
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+}
 MAX_REGISTERS = 255
 REGISTERS_PER_BLOCK = 65536
-MAX_STACK_BYTES = {"sm_80": 64, "sm_90": 64, "sm_100": 160}
+MAX_STACK_BYTES = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 160}
 """Spilled registers of a thread: a few around the inner loop. Nothing is tuned for sm_100 yet; MLA
 decode over an fp8 cache spills 136 bytes there."""
 MAX_GRID_YZ = 65535

@@ -78,12 +78,13 @@ def test_cuda_never_falls_back(probe: CudaProbe, why: str) -> None:
     assert str(raised.value) == f"device cuda: {why}; use --device cpu, or auto"
 
 
-def test_small_blocks_are_for_the_twins() -> None:
+def test_small_blocks_have_tiles_of_their_own_before_sm_90() -> None:
     small = replace(H200, name="L40S", capability=(8, 9), shared_bytes=99 << 10)
-    chosen = choose_device("cuda", small)
+    assert choose_device("cuda", small).reason == "L40S, Triton kernels"
+    chosen = choose_device("cuda", replace(small, name="RTX 5090", capability=(12, 0)))
     assert chosen.kernels == "torch"
     why = "its blocks have 99 KiB of shared memory, the Triton kernels need 163"
-    assert chosen.reason == f"L40S, plain torch ({why})"
+    assert chosen.reason == f"RTX 5090, plain torch ({why})"
 
 
 def test_cpu_is_taken_although_there_is_a_gpu() -> None:

@@ -24,6 +24,7 @@ from attention.kernels.gpu.cache_layout import (
     scale_view,
 )
 from attention.kernels.gpu.mla_decode_kernels import attend_part, merge_parts
+from experts.kernels.gpu.tile import has_small_blocks
 
 FIXED_SPLITS: Final = 4
 """Parts of every context in deterministic mode: a row's bits depend on how its context is cut, so
@@ -62,16 +63,18 @@ def pick_num_splits(
     return 1 + next(i for i, share in enumerate(used) if share >= 0.85 * max(used))
 
 
-def _tile(num_heads: int, dtype: torch.dtype, fp8_cache: bool, native_fp8: bool) -> Tile:
+def _tile(
+    num_heads: int, dtype: torch.dtype, fp8_cache: bool, native_fp8: bool, small: bool = False
+) -> Tile:
     """64 heads: the queries (72 KiB at 576 values) and two tiles of 64 tokens (144 KiB) fill the
     shared memory of sm_90, [64, 512] sums half its registers. Two warp groups share the 64 rows of
     the matrix instruction, so each has to take half of the columns; Triton gives a product whose
     result feeds another all rows on each, computing the scores twice, unless a branch stands
     between the two: `share_scores`, one that is always taken. sm_80 (no fp8) has 163 KiB,
-    smaller instructions, and takes an fp8 cache apart in registers. Fewer heads:
-    bound by memory, small tiles, several programs on a multiprocessor. float32 is
-    for exact tests. Not measured on a GPU."""
-    most = 64 if native_fp8 else 16 if fp8_cache else 32
+    smaller instructions, and takes an fp8 cache apart in registers. Fewer heads, or small blocks
+    (99 KiB): small tiles, several programs on a multiprocessor. float32 is for exact tests. Not
+    measured on a GPU."""
+    most = 16 if small else 64 if native_fp8 else 16 if fp8_cache else 32
     heads = min(most, max(16, triton.next_power_of_2(num_heads)))
     if dtype == torch.float32:
         return Tile(16, 16, num_warps=4, num_stages=1)
@@ -157,7 +160,7 @@ def _launch(
 ) -> None:
     num_tokens, num_heads, c = q_latent.shape
     tile, block_c = (
-        _tile(num_heads, q_latent.dtype, layout.is_fp8, native_fp8),
+        _tile(num_heads, q_latent.dtype, layout.is_fp8, native_fp8, has_small_blocks()),
         triton.next_power_of_2(c),
     )
     parts, lse = out, out

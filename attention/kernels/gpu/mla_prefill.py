@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attention.kernels.gpu.products import multiply_add
 from attention.mla import QUERY_BLOCK
+from experts.kernels.gpu.tile import has_small_blocks
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def mla_prefill(
     num_seqs = cu_q.shape[0] - 1
     if not max_q or not num_seqs:
         return out
-    block_m, block_n, num_warps, num_stages = _blocks(q.dtype)
+    block_m, block_n, num_warps, num_stages = _blocks(q.dtype, small=has_small_blocks())
     _prefill_kernel[(triton.cdiv(max_q, block_m), num_heads, num_seqs)](
         q, kv, k_pe, cu_q, cu_k, out, scale * math.log2(math.e), *q.stride()[:2],
         *kv.stride()[:2], k_pe.stride(0), num_heads, NOPE=nope, ROPE=rope, VALUE=value,
@@ -160,12 +161,12 @@ def mla_prefill_torch(
     return out
 
 
-def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
+def _blocks(dtype: torch.dtype, *, small: bool) -> tuple[int, int, int, int]:
     """Queries, keys, warps, stages. 128 queries are two warp groups of 64 rows of the matrix
     instruction of sm_90; [128, 128] sums and [128, 64] scores take 96 registers a thread. Shared
-    memory: 48 KiB of queries, which sm_80 keeps in registers, and 40 KiB a stage. float32 is for
-    exact tests. Not measured on a GPU."""
-    return (16, 16, 4, 1) if dtype == torch.float32 else (128, 64, 8, 3)
+    memory: 48 KiB of queries and 40 KiB a stage, before sm_90 one less; small: 99 KiB are all.
+    float32 is for exact tests. Not measured on a GPU."""
+    return (16, 16, 4, 1) if dtype == torch.float32 else (128, 64, 8, 2 if small else 3)
 
 
 def _padded(width: int) -> int:

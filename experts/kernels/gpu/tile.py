@@ -47,9 +47,10 @@ def tile_for(block_rows: int, mode: tl.constexpr, x: torch.Tensor) -> Tile:
     """A step's bytes are those of `rows` of x and 2 x `columns` of the weight; the comments say
     what all stages take.
 
-    128 x 256 is what keeps the L2 cache's bandwidth from being the limit with many rows; smaller
-    tiles leave room for a second block on a multiprocessor, which computes while one waits. Two
-    targets have not the registers for 128 x 256: sm_80 for addresses, sm_100 for fp8's scales."""
+    Before sm_90 one stage less lies there. 128 x 256 is what keeps the L2 cache's bandwidth from
+    being the limit with many rows; smaller tiles leave room for a second block on a multiprocessor,
+    which computes while one waits. Two targets have not the registers for 128 x 256: sm_80 for
+    addresses, sm_100 for fp8's scales."""
     is_odd = x.shape[1] % 16 != 0  # read number by number, with an address each
     if x.dtype == torch.float32:  # no matrix instructions
         return Tile(block_rows, 32, 16 if is_odd else 32, 2, 4)
@@ -59,7 +60,7 @@ def tile_for(block_rows: int, mode: tl.constexpr, x: torch.Tensor) -> Tile:
         return {
             16: Tile(16, 64, 128, 6, 4, swap=True),  # 108 KiB
             64: Tile(64, 64, 128, 4, 4),  # 96 KiB
-            128: Tile(128, 64 if _arch() >= 100 else 128, 128, 4, 8),  # 128 or 192 KiB
+            128: Tile(128, 128 if 90 <= _arch() < 100 else 64, 128, 4, 8),  # 192 or 128 KiB
         }[block_rows]
     if mode is DECODED:
         return {
@@ -183,8 +184,13 @@ def weight_operand(
     return TensorDescriptor.from_tensor(rows, [tile.columns, tile.depth]), True
 
 
+def has_small_blocks() -> bool:
+    """Whether a block has 99 KiB of shared memory, as on sm_86 and sm_89, where sm_80 has 163."""
+    return _arch() in (86, 89)
+
+
 def _arch() -> int:
-    """80, 90 or 100: what Triton compiles for. The interpreter plays 90."""
+    """80, 86, 89, 90 or 100: what Triton compiles for. The interpreter plays 90."""
     if triton.knobs.runtime.interpret:
         return 90
     return int(triton.runtime.driver.active.get_current_target().arch)
