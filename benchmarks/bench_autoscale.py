@@ -50,7 +50,7 @@ from serving.sse import SseTarget, wait_until_ok  # noqa: E402
 
 from cluster.config import default_model, parse_config  # noqa: E402
 from cluster.launcher import LocalCluster, free_port  # noqa: E402
-from cluster.members import expert_space  # noqa: E402
+from cluster.site import expert_space  # noqa: E402
 from experts.config import ModelConfig  # noqa: E402
 
 READY_TIMEOUT_S = 600.0

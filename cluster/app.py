@@ -4,6 +4,9 @@
 
     import_path: cluster.app:build_app
     args: {model: /models/deepseek-v3, experts: {num_workers: 8}}
+
+A replica imports its member in its constructor: whoever builds the application serves nothing, and
+of the others each needs its own (torch and the kernels alone take four seconds of a core).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -34,19 +37,16 @@ from cluster.config import (
 )
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.gpus import divide_gpus
-from cluster.ingress import IngressMember
-from cluster.members import (
-    AttentionMember,
-    ExpertMember,
-    PlacementMember,
-    RouterMember,
-    Site,
-)
 from cluster.observability.logs import log_with_serve
 from cluster.observability.ray_metrics import RayExport
 from cluster.observability.traces import check_traces
 from cluster.serve_targets import TargetWatch, ask_serve
-from experts.kernels.runtime import configure_threads
+from cluster.site import Site
+
+if TYPE_CHECKING:
+    from cluster.ingress import IngressMember
+    from cluster.members import AttentionMember, ExpertMember, RouterMember
+    from cluster.placement import PlacementMember
 from experts.messages import Role
 
 ENDPOINT_TIMEOUT_S = 5.0
@@ -177,6 +177,8 @@ class PlacementReplica(Replica):
     _member: PlacementMember
 
     def __init__(self, config: ShoalConfig, secret: bytes) -> None:
+        from cluster.placement import PlacementMember
+
         super().__init__(config, "placement")
         endpoint = _endpoint_for(config, takes_rows=False)(self._worker_id)
         self._member = PlacementMember(config, secret, endpoint)
@@ -201,6 +203,9 @@ class ExpertReplica(Replica):
     _member: ExpertMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        from cluster.members import ExpertMember
+        from experts.kernels.runtime import configure_threads
+
         super().__init__(config, "experts")
         configure_threads(config.threads("experts"))
         site = _site(config, secret, placement, takes_rows=True)
@@ -216,6 +221,9 @@ class RouterReplica(Replica):
     """Deployment `Router`."""
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        from cluster.members import RouterMember
+        from experts.kernels.runtime import configure_threads
+
         super().__init__(config, "router")
         configure_threads(1)
         site = _site(config, secret, placement, takes_rows=True)
@@ -229,6 +237,9 @@ class AttentionReplica(Replica):
     _member: AttentionMember
 
     def __init__(self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle) -> None:
+        from cluster.members import AttentionMember
+        from experts.kernels.runtime import configure_threads
+
         super().__init__(config, "attention")
         configure_threads(config.threads("attention"))
         self._member = AttentionMember(_site(config, secret, placement), self._worker_id)
@@ -251,6 +262,8 @@ class IngressReplica(Replica, GrpcMethods):
     def __init__(
         self, config: ShoalConfig, secret: bytes, placement: DeploymentHandle, tiers: list[Any]
     ) -> None:
+        from cluster.ingress import IngressMember
+
         super().__init__(config, "ingress")
         # The tiers are bound so that Serve starts them; requests reach them over channels.
         self._member = IngressMember(_site(config, secret, placement), self._worker_id)

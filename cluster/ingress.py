@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 from starlette.responses import Response
 
+from attention.memory import context_length
 from attention.messages import Stats
 from cluster.backend import AttentionPool
+from cluster.config import ShoalConfig
 from cluster.frontend.api_keys import open_keys
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.backend import EngineBackend
@@ -19,14 +21,15 @@ from cluster.frontend.http_guard import json_response
 from cluster.frontend.http_server import build_app
 from cluster.frontend.observer import RequestObserver
 from cluster.frontend.operations import Operations
+from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
-from cluster.members import Site, model_info
+from cluster.generation_defaults import GenerationDefaults
 from cluster.observability.cluster_metrics import ClusterMetrics
 from cluster.observability.exposition import CONTENT_TYPE
-from cluster.observability.member_samples import MemberSamples
 from cluster.observability.rates import Samples
 from cluster.observability.request_log import RequestLog
 from cluster.observability.request_metrics import RequestMetrics
+from cluster.observability.samples import MemberSamples
 from cluster.observability.status import (
     count_events,
     count_requests,
@@ -34,11 +37,27 @@ from cluster.observability.status import (
     describe_workers,
 )
 from cluster.observability.text_log import LoggedBackend
+from cluster.site import Site
 from cluster.tokenizer import Tokenizer
+from experts.config import ModelConfig
 from experts.directory.client import DirectoryClient
 from experts.metrics import Sample
 
 View = TypeVar("View")
+
+
+def model_info(config: ShoalConfig) -> ModelInfo:
+    """What requests are checked against: the model's files and the engine's cache."""
+    model = ModelConfig.load(config.model)
+    context = context_length(config.engine, model, on_gpu=config.may_use_gpu("attention"))
+    defaults = GenerationDefaults.load(config.model)
+    return ModelInfo(
+        config.model_name,
+        model.vocab_size,
+        context,
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
+    )
 
 
 class IngressMember:

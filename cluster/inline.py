@@ -17,10 +17,10 @@ from cluster.ingress import IngressMember
 from cluster.members import (
     AttentionMember,
     ExpertMember,
-    PlacementMember,
     RouterMember,
-    Site,
 )
+from cluster.placement import PlacementMember
+from cluster.site import Site
 from experts.device import ComputeDevice
 
 READY_TIMEOUT_S = 600.0

@@ -1,19 +1,14 @@
-"""The members of a cluster: a plain worker, its channel server and its line to the directory.
+"""The members that compute: a plain worker, its channel server and its line to the directory.
 
 `app.py` puts each into a Serve deployment, `inline.py` puts all into one process; nothing here
-knows which of the two it is.
+knows which of the two it is. The other members are in placement.py and ingress.py.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-from attention.memory import context_length
-from attention.tracing import Tracer, open_tracer
 from attention.worker import AttentionWorker
 from cluster import chaos
 from cluster.autoscaling.stats import (
@@ -24,26 +19,20 @@ from cluster.autoscaling.stats import (
     ExpertStats,
 )
 from cluster.config import HANDOVER_TIMEOUT_S, ComputingTier, ShoalConfig
-from cluster.frontend.request import ModelInfo
-from cluster.generation_defaults import GenerationDefaults
 from cluster.observability.member_samples import (
     AttentionSamples,
     DeployedRouterSamples,
     ExpertSamples,
-    MemberSamples,
 )
+from cluster.observability.samples import MemberSamples
+from cluster.site import Site, expert_space, redundancy
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.device import ComputeDevice, host_device, open_device
 from experts.directory.client import DirectoryClient
-from experts.directory.roster import RosterRules
-from experts.directory.server import Directory
 from experts.memory import check_slots
-from experts.messages import Assign, LoadReport, Register, Role
-from experts.metrics import Sample
-from experts.placement.rebalance import RebalanceRules
+from experts.messages import Assign, LoadReport, Role
 from experts.placement.replan import slots_needed
-from experts.placement.space import ExpertSpace
 from experts.snapshots import SnapshotBoard
 from experts.worker import ExpertWorker
 from router.client import RouterClient
@@ -51,52 +40,10 @@ from router.worker import RouterWorker
 
 logger = logging.getLogger(__name__)
 
-SampleSource = Callable[[], Sequence[Sample]]
 
-
-@dataclass(frozen=True)
-class Site:
-    """Where a member runs: how it finds the directory and how others find it."""
-
-    config: ShoalConfig
-    secret: bytes
-    directory: Callable[[], str]
-    """Endpoint of the directory; asked again whenever the line to it breaks."""
-    new_endpoint: Callable[[str], str]
-    """Endpoint to listen at, for a worker id."""
-    node: str = ""
-    device: ComputeDevice | None = None
-    """Where all workers compute; None: as the configuration says of each tier. For tests."""
-
-    def open_device(self, tier: ComputingTier) -> ComputeDevice:
-        """Where a worker of the tier computes: chosen once, at its start. Raises DeviceError."""
-        return self.device or open_tier_device(self.config, tier)
-
-    def register(
-        self, role: Role, worker_id: str, endpoint: str, num_slots: int = 0, spare_slots: int = 0
-    ) -> Register:
-        """What a member tells the directory."""
-        return Register(
-            role=role,
-            worker_id=worker_id,
-            endpoint=endpoint,
-            pid=os.getpid(),
-            node=self.node,
-            num_slots=num_slots,
-            spare_slots=spare_slots,
-        )
-
-    def open_tracer(self, role: Role, worker_id: str) -> Tracer | None:
-        """None without traces. Raises TracesUnavailable."""
-        return open_tracer(role, worker_id) if self.config.observability.traces else None
-
-    def told(self, samples: SampleSource) -> SampleSource | None:
-        """What a member's line to the directory shall tell of them."""
-        return samples if self.config.observability.metrics else None
-
-    def open_checkpoint(self) -> Checkpoint:
-        """The model's files, mapped but not read."""
-        return Checkpoint.open(self.config.model)
+def _open_device(site: Site, tier: ComputingTier) -> ComputeDevice:
+    """Where a worker of the tier computes: chosen once, at its start. Raises DeviceError."""
+    return site.device or open_tier_device(site.config, tier)
 
 
 def open_tier_device(config: ShoalConfig, tier: ComputingTier) -> ComputeDevice:
@@ -111,12 +58,6 @@ def open_tier_device(config: ShoalConfig, tier: ComputingTier) -> ComputeDevice:
     host = host_device("no GPU is reserved for this worker")
     logger.info("device: %s", host.reason)
     return host
-
-
-def expert_space(model: ModelConfig) -> ExpertSpace:
-    """What has to be placed: whole groups where the model is group-limited."""
-    groups = model.n_group if model.is_group_limited else 1
-    return ExpertSpace(model.moe_layers, model.n_routed_experts, groups)
 
 
 def slots_per_worker(config: ShoalConfig, model: ModelConfig) -> int:
@@ -139,78 +80,12 @@ def spare_slots_per_worker(config: ShoalConfig, model: ModelConfig, *, is_host: 
     return max(0, expert_space(model).num_total - slots_per_worker(config, model))
 
 
-def redundancy(config: ShoalConfig, space: ExpertSpace) -> int:
-    """Slots for second replicas: as configured, else an eighth of the experts, in whole units."""
-    if config.experts.redundancy is not None:
-        return config.experts.redundancy
-    return -(-space.num_total // (8 * space.unit_size)) * space.unit_size
-
-
-def fixed_sizes(config: ShoalConfig) -> dict[Role, int]:
-    """Workers that each tier shall have while no command says otherwise; those that follow the load
-    are left out."""
-    sizes: dict[Role, int] = {}
-    if not config.experts.follows_load:
-        sizes["experts"] = config.experts.num_workers
-    if not config.attention.follows_load:
-        sizes["attention"] = config.attention.num_workers
-    if config.router.mode == "deployment":
-        sizes["router"] = config.router.num_workers
-    return sizes
-
-
-def model_info(config: ShoalConfig) -> ModelInfo:
-    """What requests are checked against: the model's files and the engine's cache."""
-    model = ModelConfig.load(config.model)
-    context = context_length(config.engine, model, on_gpu=config.may_use_gpu("attention"))
-    defaults = GenerationDefaults.load(config.model)
-    return ModelInfo(
-        config.model_name,
-        model.vocab_size,
-        context,
-        temperature=defaults.temperature,
-        top_p=defaults.top_p,
-    )
-
-
-class PlacementMember:
-    """The directory: membership and the expert table."""
-
-    def __init__(self, config: ShoalConfig, secret: bytes, endpoint: str) -> None:
-        space = expert_space(ModelConfig.load(config.model))
-        rules = RosterRules(
-            space=space,
-            expected_experts=config.experts.num_workers,
-            redundancy=redundancy(config, space),
-            needs_router=config.router.mode == "deployment",
-            rebalance=RebalanceRules(**config.experts.rebalance.model_dump()),
-            max_workers={
-                "experts": config.experts.max_workers,
-                "attention": config.attention.max_workers,
-            },
-            fixed_sizes=fixed_sizes(config),
-        )
-        self.directory = Directory(rules, enable_chaos=config.enable_chaos)
-        self.directory.start(endpoint, secret)
-
-    @property
-    def endpoint(self) -> str:
-        return self.directory.endpoint
-
-    def samples(self) -> list[Sample]:
-        """Its numbers at this moment, as every member has them."""
-        return self.directory.samples()
-
-    def close(self) -> None:
-        self.directory.close()
-
-
 class ExpertMember:
     """An expert worker that holds what the directory assigns."""
 
     def __init__(self, site: Site, worker_id: str) -> None:
-        checkpoint, tier = site.open_checkpoint(), site.config.experts
-        model, device = checkpoint.config, site.open_device("experts")
+        checkpoint, tier = Checkpoint.open(site.config.model), site.config.experts
+        model, device = checkpoint.config, _open_device(site, "experts")
         slots = slots_per_worker(site.config, model)
         spare = spare_slots_per_worker(site.config, model, is_host=device.is_host)
         if device.is_cuda:
@@ -268,12 +143,12 @@ class RouterMember:
     def __init__(self, site: Site, worker_id: str) -> None:
         board = SnapshotBoard()
         self.worker = RouterWorker.open(
-            site.open_checkpoint(),
+            Checkpoint.open(site.config.model),
             board,
             site.secret,
             site.config.router_worker,
             name=worker_id,
-            device=site.open_device("router"),
+            device=_open_device(site, "router"),
         )
         self.samples = MemberSamples(DeployedRouterSamples(self.worker))
         endpoint = self.worker.start(site.new_endpoint(worker_id), site.secret)
@@ -298,7 +173,7 @@ class AttentionMember:
 
     def __init__(self, site: Site, worker_id: str) -> None:
         board = SnapshotBoard()
-        checkpoint, device = site.open_checkpoint(), site.open_device("attention")
+        checkpoint, device = Checkpoint.open(site.config.model), _open_device(site, "attention")
         self._moe = _way_to_the_experts(site, worker_id, checkpoint, board, device)
         self._tracer = site.open_tracer("attention", worker_id)
         self.worker = AttentionWorker(

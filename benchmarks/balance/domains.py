@@ -12,7 +12,7 @@ from balance.imbalance import Rows
 from balance.traces import Pool
 from cluster.config import parse_config
 from cluster.inline import InlineCluster
-from cluster.members import expert_space
+from cluster.site import expert_space
 from default_model.corpus.domains import DOMAINS
 from default_model.evaluation import held_out_dialogues, prompt_ids
 from default_model.vocabulary import load_tokenizer

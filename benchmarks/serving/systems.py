@@ -80,7 +80,7 @@ def _open_ray(spec: Spec) -> System:
     from cluster.config import SECRET_VARIABLE
     from cluster.ingress import IngressMember
     from cluster.launcher import APP_NAME, LocalCluster
-    from cluster.members import Site
+    from cluster.site import Site
 
     config = _config(spec)
     local = LocalCluster(config, dashboard=False)

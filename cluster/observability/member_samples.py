@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
-from threading import Lock
 
 from attention.worker import AttentionWorker
 from cluster.observability.catalog import HOP_PARTS, QUEUE_BOUNDS
 from cluster.observability.rates import Rate
 from experts.channel.channel import ChannelCounters
 from experts.hop import Fault
-from experts.messages import MAX_SAMPLES
 from experts.metrics import Histogram, Labels, Sample
 from experts.worker import ExpertWorker
 from router.client import RouterClient
@@ -23,19 +20,6 @@ from router.worker import RouterWorker
 
 Clock = Callable[[], float]
 CHECKSUMS = ("header_crc", "payload_crc", "envelope_crc")
-
-
-class MemberSamples:
-    """The samples of a member for any thread: MAX_SAMPLES at most, so that they can be told."""
-
-    def __init__(self, source: Callable[[], Iterator[Sample]]) -> None:
-        """One thread at a time calls `source`."""
-        self._source = source
-        self._lock = Lock()
-
-    def __call__(self) -> list[Sample]:
-        with self._lock:
-            return list(islice(self._source(), MAX_SAMPLES))
 
 
 class ExpertSamples:

@@ -28,7 +28,7 @@ from cluster.observability.catalog import (
     MemberRole,
     series_of,
 )
-from cluster.observability.member_samples import MemberSamples
+from cluster.observability.samples import MemberSamples
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Sample
 from tests.fakes import TIMEOUT_S

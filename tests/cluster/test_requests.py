@@ -36,7 +36,7 @@ from cluster.frontend.request import GenerateRequest, Prompt
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from cluster.generation_defaults import GenerationDefaults
-from cluster.members import model_info
+from cluster.ingress import model_info
 from cluster.model_store import check_model
 from cluster.tokenizer import Tokenizer
 from experts.errors import CheckpointError

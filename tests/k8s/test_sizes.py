@@ -13,7 +13,8 @@ from cluster.config import default_model, parse_config
 from cluster.deploy.hardware import known_gpu
 from cluster.deploy.known_models import KNOWN, known_model, model_sizes
 from cluster.deploy.sizes import ModelSizes
-from cluster.members import expert_space, redundancy, slots_per_worker
+from cluster.members import slots_per_worker
+from cluster.site import expert_space, redundancy
 from experts.errors import CheckpointError
 
 RELEASED = ("v2-lite", "v2", "v3", "kimi-k2")
