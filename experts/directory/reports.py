@@ -21,7 +21,7 @@ from experts.metrics import Sample
 from experts.placement.space import ExpertSpace, Loads
 
 MAX_ABSENT = 256
-"""Members that may come back and count on; more become one sum."""
+"""So many can come back and count on; what they had counted of the others would count twice."""
 
 
 class Reports:
@@ -32,27 +32,28 @@ class Reports:
         self._layers = space.moe_layers
         self._loads = LoadBoard(len(space.moe_layers), space.num_experts)
         self._samples: dict[str, Samples] = {}
-        self._absent: dict[str, Counter[str]] = {}  # may come back; oldest first
         self._gone: Counter[str] = Counter()
+        self._absent: dict[str, Counter[str]] = {}  # of these, who may come back; oldest first
 
     def take_load(self, worker_id: str, report: LoadReport) -> None:
         """Raises ValueError when its rows are not of this model's shape."""
         self._loads.put(worker_id, report)
 
     def take_samples(self, worker_id: str, samples: Samples) -> None:
-        """Of one that comes back only what it has not counted on from is of the past."""
+        """What one that comes back has counted on from is not of the past."""
         self._samples[worker_id] = samples
         if before := self._absent.pop(worker_id, None):
             now = _counters(samples)
-            self._gone.update({name: n for name, n in before.items() if now[name] < n})
+            self._gone.subtract({name: n for name, n in before.items() if now[name] >= n})
 
     def drop(self, worker_id: str) -> None:
         """Forget a member but for its counters; an unknown one is no error."""
         self._loads.drop(worker_id)
         if samples := self._samples.pop(worker_id, None):
             self._absent[worker_id] = _counters(samples)
+            self._gone.update(self._absent[worker_id])
         if len(self._absent) > MAX_ABSENT:
-            self._gone.update(self._absent.pop(next(iter(self._absent))))
+            del self._absent[next(iter(self._absent))]
 
     def layer_loads(self, workers: Iterable[str]) -> Loads:
         """Rows by layer within the window, {} if there are none."""
@@ -67,10 +68,8 @@ class Reports:
 
     def gone(self) -> tuple[Sample, ...]:
         """What members that are not here any more had counted, by name, all labels together."""
-        total = self._gone.copy()
-        for counters in self._absent.values():
-            total.update(counters)
-        return tuple(Sample(name, (), n) for name, n in islice(total.items(), MAX_SAMPLES))
+        found = (Sample(name, (), n) for name, n in self._gone.items() if n > 0)
+        return tuple(islice(found, MAX_SAMPLES))
 
     def samples(self, snapshot: Snapshot) -> list[WorkerSamples]:
         """Of all members."""
