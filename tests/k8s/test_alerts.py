@@ -68,6 +68,8 @@ TARGET, HEALTHY, INGRESS_TARGET, INGRESS_HEALTHY = (
     for deployment in ("Experts", "Ingress")
     for what in ("autoscaling_target_replicas", "deployment_replica_healthy")
 )
+STATUS = 'ray_serve_deployment_status{application="shoal",deployment="Experts"}'
+WANTED, PRESENT = (f'ray_shoal_replicas_{what}{{tier="experts"}}' for what in ("wanted", "present"))
 EPOCH, READY = "ray_shoal_placement_epoch{}", "ray_shoal_placement_ready{}"
 UNDECIDED, DECIDED = (
     f'ray_shoal_scaling_decisions_total{{deployment="Experts",cause="{cause}"}}'
@@ -102,6 +104,10 @@ GOOD_DAY: Series = {
     HEALTHY: "3",
     INGRESS_TARGET: "1",
     INGRESS_HEALTHY: "1",
+    STATUS: "6",
+    'ray_serve_deployment_status{application="shoal",deployment="Ingress"}': "6",
+    WANTED: "3",
+    PRESENT: "3",
     EPOCH: "7",
     READY: "1",
     UNDECIDED: "5",  # long ago
@@ -145,6 +151,7 @@ CASES: dict[str, tuple[Series, Series]] = {
     "ShoalNotReady": ({READY: "0"}, {READY: "1x21 0x18"}),
     "ShoalScalingBlind": ({UNDECIDED: "0+700"}, {UNDECIDED: "0+500"}),
     "ShoalWorkersMissing": ({TARGET: "5"}, {TARGET: "3x21 5x18"}),
+    "ShoalWorkersDoNotJoin": ({PRESENT: "2"}, {PRESENT: "3x21 2x18"}),
     "ShoalWorkersDie": ({DEATHS: "8x25 12x14"}, {DEATHS: "8x25 10x14"}),
     "ShoalImbalance": ({BUSY: "0.9"}, {BUSY: "0.9", IMBALANCE: "1.9"}),
     "ShoalFirstTokenSlow": (first_token(20), first_token(9)),
@@ -171,6 +178,10 @@ ALSO_FIRES: dict[str, tuple[str, Series]] = {
         {**dict.fromkeys(hop(1), "7"), HEDGES: "7", LOST: "0+1"},
     ),
     "the last ingress went": ("ShoalTierEmpty", {INGRESS_HEALTHY: "1x20 _x19"}),
+    "Placement died with a worker": (
+        "ShoalOutage",
+        {READY: "1x29 _x1 0x9", DEATHS: "8x29 _x1 0x9", STATUS: "6x29 2x10"},
+    ),
     "workers in vain": ("ShoalWorkersMissing", {TARGET: "3x15 5x24", HEALTHY: "3x20 4x19"}),
 }
 
@@ -180,6 +191,9 @@ STARTING: Series = {  # serves from minute 13 on
     READY: "_x3 0x9 1x26",
     TARGET: "_x3 3x36",
     HEALTHY: "_x13 3x26",
+    STATUS: "_x3 3x10 6x26",
+    WANTED: "_x3 3x36",
+    PRESENT: "_x3 0x10 3x26",
     INGRESS_TARGET: "_x3 1x36",
     INGRESS_HEALTHY: "_x4 1x35",
     DEATHS: "_x3 0x36",
@@ -195,6 +209,9 @@ REDEPLOYED: Series = {  # serves nobody from minute 16 to 28
     EPOCH: "7x15 _x1 0x12 7x11",
     READY: "1x15 0x12 1x12",
     HEALTHY: "3x15 0x12 3x12",
+    STATUS: "6x15 3x12 6x12",
+    WANTED: "3x15 _x1 3x23",
+    PRESENT: "3x15 _x1 0x12 3x11",
     INGRESS_HEALTHY: "1x15 0x3 1x21",
     UNDECIDED: "0x15 0+600x11 6600x13",
     DECIDED: "0+600x15 9000x11 9000+600x13",
@@ -213,11 +230,16 @@ NEVER: dict[str, Series] = {
     "one worker dies": {
         DEATHS: "8x15 9x24",
         HEALTHY: "3x15 2x8 3x16",
+        STATUS: "6x15 2x8 6x16",
+        PRESENT: "3x15 2x8 3x16",
         LOST: "40x15 90x24",
         CUT: "0x15 4x24",
         OVERLOADED: "0x15 6x24",
     },
-    "the load comes and workers with it": {TARGET: "3x10 6x29", HEALTHY: "3x10 4x7 5x5 6x17"},
+    "the load comes and workers with it": {
+        **dict.fromkeys((TARGET, WANTED), "3x10 6x29"),
+        **dict.fromkeys((HEALTHY, PRESENT), "3x10 4x7 5x5 6x17"),
+    },
     "Serve's controller starts again": {UNDECIDED: "0x15 0+600x4 2400x20"},
 }
 """What is no reason to call anybody, at any minute."""
@@ -299,6 +321,7 @@ def test_a_start_that_takes_too_long_is_told(tmp_path: Path) -> None:
     nothing: Series = dict.fromkeys(GOOD_DAY)
     stuck = {**STARTING, READY: "_x6 0x33", HEALTHY: None, DECIDED: None, ADMITTED: None}
     late = {"ShoalNotReady", "ShoalScalingBlind", "ShoalWorkersMissing"}
+    stuck |= {STATUS: "_x3 3x36", PRESENT: "_x3 0x36"}
     stuck |= {UNDECIDED: "_x7 0+600x32", PARKED: "0"}
     tests = scenario(nothing, {"ShoalNotReady"}), scenario(stuck, late)
     assert promtool(tmp_path, *tests) == ""
@@ -330,7 +353,8 @@ def test_every_alert_has_a_case_and_says_what_to_do() -> None:
 def test_limits_are_those_of_the_configuration() -> None:
     limits = AlertLimits(start_s=1800, first_token_s=30, token_gap_s=1, hop_s=0.25)
     waits = {alert.name for alert in alerts(SCOPE, limits) if alert.wait == "1800s"}
-    assert waits == {"ShoalNotReady", "ShoalScalingBlind", "ShoalWorkersMissing"}
+    stay = {"ShoalNotReady", "ShoalScalingBlind", "ShoalWorkersMissing", "ShoalWorkersDoNotJoin"}
+    assert waits == stay
     queries = {alert.name: alert.query for alert in alerts(SCOPE, limits)}
     assert queries["ShoalFirstTokenSlow"].endswith("> 30")
     assert queries["ShoalTokensSlow"].endswith("> 1")

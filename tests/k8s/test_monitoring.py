@@ -34,7 +34,6 @@ NOT_SHOWN = {
     "vllm_request_time_per_output_token_seconds",
     "shoal_worker_requests_total",  # the same as vllm_request_success_total, by worker
     "shoal_worker_rows_per_s",  # for readers without a Prometheus, which has the rate
-    "shoal_replicas_wanted",  # by hand; Serve's targets are those that follow the load, too
 }
 URLS = {
     "prometheus_url": "http://prometheus.monitoring:9090",

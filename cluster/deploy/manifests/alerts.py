@@ -17,6 +17,8 @@ from cluster.deploy.sections import AlertLimits
 
 BLIND_CAUSES = ("error", "unknown")
 """Of scaling decisions that hold the size for want of knowledge."""
+UNHEALTHY = 2
+"""Status of a deployment of Serve some of whose replicas died or hang: no start, no redeploy."""
 WEIGHTLESS = ("Ingress", "Placement", "Router")
 """Deployments that start in seconds."""
 BLIND_SHARE = 0.5
@@ -80,9 +82,11 @@ def _readiness(scope: Scope, limits: AlertLimits) -> Iterator[Alert]:
     start = f"{limits.start_s}s"
     q = scope.over(start)
     ready = q.max("shoal_placement_ready")
+    died = q.increase("shoal_worker_deaths_total")  # as far as the Placement of now has seen it
+    status = q.min("serve_deployment_status", application="shoal")
     yield Alert(
         "ShoalOutage",
-        f"{ready} == 0 and on() {q.increase('shoal_worker_deaths_total')} > 0",
+        f"{ready} == 0 and on() ({died} > 0 or {status} == {UNHEALTHY})",
         "2m",
         "critical",
         "Workers died, and those that are left cannot serve",
@@ -109,6 +113,7 @@ def _workers(scope: Scope, limits: AlertLimits) -> Iterator[Alert]:
     decided = recent.increase("shoal_scaling_decisions_total", "deployment")
     blind = recent.increase("shoal_scaling_decisions_total", "deployment", cause=BLIND_CAUSES)
     busy = q.mean("shoal_worker_busy", worker_id=EXPERT_WORKERS)
+    wanted, present = (q.max(f"shoal_replicas_{what}", "tier") for what in ("wanted", "present"))
     yield Alert(
         "ShoalWorkersMissing",
         f"{missing(q)} > 0",
@@ -118,6 +123,16 @@ def _workers(scope: Scope, limits: AlertLimits) -> Iterator[Alert]:
         "They do not start: no node has room, an image or a checkpoint is missing, or they fail.",
         "`shoal k8s status` and `shoal k8s check --live` name the cause; without Kubernetes, Ray's"
         " dashboard.",
+    )
+    yield Alert(
+        "ShoalWorkersDoNotJoin",
+        f"{wanted} - {present} > 0 unless on() {missing(q)} > 0",
+        start,
+        "warning",
+        "{{ $value }} workers of the tier {{ $labels.tier }} run and do not join",
+        "Serve counts them as healthy, Placement does not know them: no work goes to them.",
+        "their logs say why their line to Placement breaks: another cluster's secret, a network"
+        " rule, another version.",
     )
     yield Alert(
         "ShoalScalingBlind",

@@ -17,6 +17,7 @@ OF_RAY = {
     for metric in (
         Metric("serve_autoscaling_target_replicas", "gauge", "Wanted replicas.", (), OF_SERVE),
         Metric("serve_deployment_replica_healthy", "gauge", "1 if healthy.", (), OF_SERVE),
+        Metric("serve_deployment_status", "gauge", "2: replicas died or hang.", (), OF_SERVE),
         Metric("node_mem_used", "gauge", "Bytes.", ()),
         Metric("node_mem_total", "gauge", "Bytes.", ()),
     )
@@ -61,6 +62,10 @@ class Queries:
     def mean(self, name: str, *by: str, **labels: Value) -> str:
         """Of a gauge."""
         return self._of_gauge("avg", name, by, labels)
+
+    def min(self, name: str, *by: str, **labels: Value) -> str:
+        """Of a gauge."""
+        return self._of_gauge("min", name, by, labels)
 
     def max(self, name: str, *by: str, **labels: Value) -> str:
         """Of a gauge."""
