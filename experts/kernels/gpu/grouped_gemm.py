@@ -71,7 +71,7 @@ class DeviceWeights:
         return self.gate_up_scales is not None
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "num_experts"])
 def _gate_up_kernel(
     x, x_scales, w, w_scales, slot_of, order, block_experts, row_ids, h,
     num_pairs, num_blocks, num_experts, f, d, x_stride,
@@ -101,7 +101,7 @@ def _gate_up_kernel(
     tl.store(h_at, gated, is_pair[:, None] & (columns < f)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "num_experts"])
 def _down_kernel(
     h, h_scales, w, w_scales, slot_of, order, block_experts, pair_weights, out,
     num_pairs, num_blocks, num_experts, f, d,

@@ -64,7 +64,7 @@ def _expert_of(expert_ids, pairs, num_pairs, limit, num_experts):
     return tl.where(pairs < num_pairs, expert, num_experts + 1)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
 def _count_kernel(
     expert_ids, counts, num_pairs, limit, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr
 ):
@@ -76,7 +76,7 @@ def _count_kernel(
     tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), histogram)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_chunks", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_chunks", "num_blocks"])
 def _place_kernel(
     expert_ids, counts, order, block_experts, num_pairs, limit, num_experts, num_chunks, num_blocks,
     CHUNK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr,
