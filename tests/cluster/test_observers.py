@@ -169,12 +169,19 @@ def test_a_good_request_is_recorded_once(front: Front) -> None:
         ({"model": "other"}, "model_not_found"),
         ({"prompt": "x" * 400}, "context_length_exceeded"),
         ({"n": 3}, "server_overloaded"),
+        ({"timeout": 1e-9}, "deadline_exceeded"),
     ],
 )
 def test_a_refused_request_is_told_once(front: Front, fields: dict[str, Any], code: str) -> None:
     front.serve(FakeEngine(HELLO), Limits(max_open_sequences=2))
     front.ask("mine", **fields)
     assert front.heard.refusal() == ("mine", code)
+
+
+def test_a_server_that_drains_refuses(front: Front) -> None:
+    asyncio.run(front.serve(FakeEngine(HELLO)).drain())
+    front.ask("mine")
+    assert front.heard.refusal() == ("mine", "draining")
 
 
 def test_a_body_that_is_no_json_is_refused_once(tmp_path: Path) -> None:
