@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,6 @@ from cluster.top_cli import top
 
 app = typer.Typer(
     name="shoal",
-    help="Serve DeepSeek-style Mixture-of-Experts models, the experts as a tier of their own.",
     no_args_is_help=True,
     context_settings={"auto_envvar_prefix": "SHOAL", "help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -39,12 +39,9 @@ app = typer.Typer(
 model_app = typer.Typer(help="Make and check checkpoints.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(experts_app, name="experts")
-app.command()(scale)
-app.command()(top)
 app.add_typer(plot_app, name="plot")
 app.add_typer(chaos_app, name="chaos")
 app.add_typer(key_app, name="key")
-app.command()(plan)
 app.add_typer(k8s_app, name="k8s")
 
 ModelArgument = Annotated[
@@ -74,6 +71,22 @@ DeviceOption = Annotated[
 InlineOption = Annotated[
     bool, typer.Option("--inline", help="Everything in this process, without Ray.")
 ]
+HttpPortOption = Annotated[
+    int | None, typer.Option("--http-port", "--port", help="HTTP, and the web pages [8000].")
+]
+GrpcPortOption = Annotated[int | None, typer.Option(help="gRPC [9000].")]
+
+
+@app.callback()
+def shoal(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True)
+    ] = False,
+) -> None:
+    """Serve DeepSeek-style Mixture-of-Experts models, the experts as a tier of their own."""
+    if show_version:
+        stdout.print(f"shoal {version('shoal-serve')}", highlight=False)
+        raise typer.Exit
 
 
 def settings(
@@ -125,8 +138,8 @@ def serve(
     deterministic: DeterministicOption = None,
     device: DeviceOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
-    http_port: Annotated[int | None, typer.Option("--http-port", "--port")] = None,
-    grpc_port: Annotated[int | None, typer.Option()] = None,
+    http_port: HttpPortOption = None,
+    grpc_port: GrpcPortOption = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API.")] = None,
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard on port 8265.")] = True,
     enable_chaos: Annotated[
@@ -194,7 +207,12 @@ def _print_ready(config: ShoalConfig, url: str, dashboard_url: str | None, inlin
 @app.command()
 def run(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL] [PROMPT]", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="Folder of a checkpoint, and what to ask it.",
+            show_default=False,
+        ),
     ] = None,
     config: ConfigOption = None,
     experts: ExpertsOption = None,
@@ -301,6 +319,11 @@ def status(
             stdout.print_json(data=body)
         else:
             stdout.print(render_status(body))
+
+
+app.command()(top)
+app.command()(scale)
+app.command()(plan)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from experts.errors import CheckpointError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-UrlOption = Annotated[str, typer.Option(help="Where the server listens.")]
+UrlOption = Annotated[str, typer.Option(envvar="SHOAL_URL", help="Where the server listens.")]
 ApiKeyOption = Annotated[
     str | None,
     typer.Option(

@@ -49,6 +49,9 @@ class Role(StrEnum):
     ATTENTION = "attention"
 
 
+RoleArgument = Annotated[Role, typer.Argument(help="Which kind of worker.")]
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """One line and an exit code: 2 for a command that is refused, 3 when there is no server."""
@@ -121,7 +124,7 @@ def drain(
 
 @experts_app.command()
 def replicate(
-    expert: Annotated[str, typer.Argument(metavar="LAYER:EXPERT")],
+    expert: Annotated[str, typer.Argument(metavar="LAYER:EXPERT", help="For example 1:3.")],
     replicas: Annotated[int, typer.Option(help="1: no more than needed.")] = 2,
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = None,
@@ -146,7 +149,7 @@ def rebalance(url: UrlOption = DEFAULT_URL, api_key: ApiKeyOption = None) -> Non
 
 
 def scale(
-    tier: Annotated[Tier, typer.Argument()],
+    tier: Annotated[Tier, typer.Argument(help="Which kind of workers.")],
     workers: Annotated[str, typer.Argument(metavar="N|auto", help="auto: as the policy says.")],
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = None,
@@ -164,7 +167,7 @@ def scale(
 
 @chaos_app.command()
 def kill(
-    role: Annotated[Role, typer.Argument()],
+    role: RoleArgument,
     worker: WorkerOption = None,
     at_random: RandomOption = False,
     url: UrlOption = DEFAULT_URL,
@@ -177,7 +180,7 @@ def kill(
 
 @chaos_app.command()
 def stop(
-    role: Annotated[Role, typer.Argument()],
+    role: RoleArgument,
     worker: WorkerOption = None,
     at_random: RandomOption = False,
     for_s: Annotated[float, typer.Option("--for", help="Seconds.")] = 30.0,
