@@ -195,7 +195,8 @@ class InferenceMethods:
 
     def _call(self, context: GrpcContext, body: SamplingFields) -> IdempotentCall | None:
         key = dict(context.invocation_metadata() or ()).get(IDEMPOTENCY_KEY)
-        return idempotent_call(None if key is None else str(key), body, self.service.limits)
+        given = None if key is None else str(key)
+        return idempotent_call(key_name.get(), given, body, self.service.limits)
 
     def _check_size(self, request: Message) -> None:
         limit = self.service.limits.max_body_bytes

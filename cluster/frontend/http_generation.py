@@ -55,7 +55,8 @@ class GeneratingHandlers:
         with self._service.observe(_origin(request)) as observation:
             body = await self._read(request, schema)
             key = request.headers.get(IDEMPOTENCY_KEY)
-            call = idempotent_call(key, body, self._service.limits)
+            key_name = observation.origin.key_name
+            call = idempotent_call(key_name, key, body, self._service.limits)
             kept = self._service.keys.find(call) if call else None
             if kept is not None:
                 observation.kept()

@@ -4,7 +4,7 @@ On every ingress: a request that samples without a seed of its own takes its see
 that a second attempt gets the same tokens also when the first ingress died.
 On one ingress, for a while: the key with another body is refused, and a whole answer (no stream) is
 given again as it was, with its id. A stream, or an answer that is not finished yet or too large to
-keep, is computed again.
+keep, is computed again. All that is among requests of one API key: others may use the same words.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ HEADER = "Idempotency-Key"
 class IdempotentCall:
     """A key and the request it came with."""
 
+    key_name: str
+    """Of the API key, "" without keys."""
     key: str
     body: SamplingFields
+
+    @property
+    def owned_key(self) -> tuple[str, str]:
+        """Equal for equal keys of one client."""
+        return self.key_name, self.key
 
     @cached_property
     def digest(self) -> bytes:
@@ -38,11 +45,14 @@ class IdempotentCall:
     @property
     def seed(self) -> int:
         """For the random stream: the same on every ingress, below 2**63."""
-        digest = hashlib.sha256(b"shoal idempotency key " + self.key.encode()).digest()
+        text = f"shoal idempotency key {self.key_name} {self.key}"
+        digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
 
-def idempotent_call(key: str | None, body: SamplingFields, limits: Limits) -> IdempotentCall | None:
+def idempotent_call(
+    key_name: str, key: str | None, body: SamplingFields, limits: Limits
+) -> IdempotentCall | None:
     """None without a key. Raises InvalidRequest."""
     if key is None:
         return None
@@ -52,7 +62,7 @@ def idempotent_call(key: str | None, body: SamplingFields, limits: Limits) -> Id
             f"Invalid '{HEADER}': it should be 1 to {most} printable ASCII characters.",
             param=HEADER,
         )
-    return IdempotentCall(key, body)
+    return IdempotentCall(key_name, key, body)
 
 
 @dataclass
@@ -69,13 +79,13 @@ class KeyStore:
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._num_bytes = 0
 
     def find(self, call: IdempotentCall) -> bytes | None:
         """The answer of an equal request, if it is kept. Raises IdempotencyConflict."""
         self._expire()
-        entry = self._entries.get(call.key)
+        entry = self._entries.get(call.owned_key)
         if entry is None:
             return None
         if entry.digest != call.digest:
@@ -88,14 +98,14 @@ class KeyStore:
     def claim(self, call: IdempotentCall) -> None:
         """From now on the key belongs to this request. Raises IdempotencyConflict."""
         self.find(call)
-        if call.key not in self._entries:
+        if call.owned_key not in self._entries:
             expires = self._clock() + self._limits.idempotency_ttl_s
-            self._entries[call.key] = _Entry(call.digest, expires)
+            self._entries[call.owned_key] = _Entry(call.digest, expires)
             self._expire()
 
     def keep(self, call: IdempotentCall, answer: bytes) -> None:
         """The finished answer, for who asks again."""
-        entry = self._entries.get(call.key)
+        entry = self._entries.get(call.owned_key)
         if entry is None or entry.digest != call.digest or entry.answer:
             return  # forgotten meanwhile, and perhaps claimed by another request
         if len(answer) > self._limits.max_kept_answer_bytes:

@@ -254,6 +254,35 @@ def test_grpc_health_is_open(world: World) -> None:
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_idempotency_keys_belong_to_the_api_key(world: World) -> None:
+    """Whoever has another one gets neither the kept answer, nor its seed, nor a conflict."""
+
+    def ask(key: str, content: str) -> httpx.Response:
+        return httpx.post(
+            world.url + "/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": content}]},
+            headers={**bearer(KEYS[key]), "Idempotency-Key": "order-1"},
+            timeout=TIMEOUT_S,
+        )
+
+    answers = [ask("inference", "Hi"), ask("admin", "Hi"), ask("inference", "Hi")]
+    assert [a.headers.get("idempotency-replayed") for a in answers] == [None, None, "true"]
+    assert answers[1].json()["id"] != answers[0].json()["id"]
+    first, second = world.engine.submitted
+    assert first.params.seed != second.params.seed
+    assert ask("admin", "Ho").status_code == 409
+
+    def call(key: str, content: str) -> None:
+        metadata = [("authorization", f"Bearer {KEYS[key]}"), ("idempotency-key", "order-2")]
+        request = pb.ChatRequest(messages=[pb.ChatMessage(role="user", content=content)])
+        list(world.stub.Chat(request, metadata=metadata, timeout=TIMEOUT_S))
+
+    call("inference", "Hi")
+    call("admin", "Ho")
+    with pytest.raises(grpc.RpcError, match="ALREADY_EXISTS"):
+        call("inference", "Ho")
+
+
 # ---- rows 1 to 5
 
 MISSING, INVALID = "missing_api_key", "invalid_api_key"
@@ -433,7 +462,7 @@ def test_every_command_says_how_to_give_a_key(world: World, command: list[str]) 
 @pytest.mark.parametrize("key", ["two\r\nX-Other: lines", "schlüssel"])
 def test_a_key_that_cannot_be_sent_is_one_line(world: World, key: str) -> None:
     result = CliRunner().invoke(shoal_app, ["status", "--url", world.url, "--api-key", key])
-    assert result.exit_code == 3 and "the API key has characters" in result.stderr
+    assert result.exit_code == 2 and "the API key has characters" in result.stderr
     assert key not in result.stderr
 
 

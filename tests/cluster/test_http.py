@@ -250,8 +250,8 @@ def test_a_late_answer_is_never_kept_for_another_request() -> None:
     now_s = [0.0]
     limits = Limits()
     store = KeyStore(limits, lambda: now_s[0])
-    first = IdempotentCall("k", parse_body(CompletionRequest, {"prompt": "a"}))
-    second = IdempotentCall("k", parse_body(CompletionRequest, {"prompt": "b"}))
+    first = IdempotentCall("", "k", parse_body(CompletionRequest, {"prompt": "a"}))
+    second = IdempotentCall("", "k", parse_body(CompletionRequest, {"prompt": "b"}))
     store.claim(first)
     now_s[0] += limits.idempotency_ttl_s + 1
     store.claim(second)
@@ -302,7 +302,7 @@ def test_keys_are_short_printable_ascii(serve: Callable[..., Served], key: str) 
 
 def call(key: str, content: str = "Hi") -> IdempotentCall:
     body = {"messages": [{"role": "user", "content": content}]}
-    return IdempotentCall(key, parse_body(ChatCompletionRequest, body))
+    return IdempotentCall("", key, parse_body(ChatCompletionRequest, body))
 
 
 def test_keys_are_forgotten_by_age_by_number_and_by_bytes() -> None:
