@@ -9,7 +9,8 @@ from types import ModuleType
 
 import attention.kernels
 import experts.kernels
-from experts.kernels.runtime import kernels, machine_code_folder
+from experts.kernels.code_folder import machine_code_folder
+from experts.kernels.runtime import kernels
 
 logger = logging.getLogger(__name__)
 

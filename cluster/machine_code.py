@@ -21,6 +21,7 @@ import experts.kernels
 import router.kernels
 from cluster.config import StartFailed
 from experts.errors import one_line
+from experts.kernels.code_folder import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ NOTHING_KEPT = "no compiler, or no folder to keep its code in"
 
 def is_missing() -> bool:
     """Whether workers would have to compile, and could keep the result for each other."""
-    from experts.kernels.runtime import cache_folder
-
     folder = cache_folder()
     if os.environ.get("SHOAL_KERNELS") == "torch" or folder is None:
         return False
@@ -44,7 +43,6 @@ def is_missing() -> bool:
 def compile_all() -> bool:
     """Compile or load everything in this process; whether workers will find it on disk."""
     from attention.compiled import entry_points
-    from experts.kernels.runtime import cache_folder
     from router.compiled import compile_kernels
 
     folder = cache_folder()

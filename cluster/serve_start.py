@@ -15,7 +15,8 @@ from typing import Any
 
 from cluster.config import StartFailed
 
-POLL_S = 0.2
+POLL_S = 0.5
+"""A look costs 50 ms of a core in this process and the controller, which the workers want."""
 LASTING = ("DeviceError", "ConfigError", "CheckpointError", "ValueError", "TracesUnavailable")
 """Errors of a constructor that another attempt does not mend."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from experts.kernels.runtime import machine_code_folder
+from experts.kernels.code_folder import machine_code_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts.kernels import runtime
+from experts.kernels import code_folder, runtime
 from experts.linear import linear
 from tests.experts.weight_builders import num_threads, random_weight
 
@@ -44,7 +44,7 @@ def test_folder_of_machine_code_changes_with_the_sources(
     folders = []
     for text in ("a = 1", "a = 2", "a = 1"):
         source.write_text(text)
-        with runtime.machine_code_folder(tmp_path) as folder:
+        with code_folder.machine_code_folder(tmp_path) as folder:
             folders.append(folder)
     assert folders[0] == folders[2] != folders[1]
     assert folders[0].parent == tmp_path / "cache" / "shoal" / "kernels"
@@ -54,7 +54,7 @@ def test_folder_that_the_user_has_set_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
-    with runtime.machine_code_folder(tmp_path) as folder:
+    with code_folder.machine_code_folder(tmp_path) as folder:
         assert folder == tmp_path
 
 
@@ -65,7 +65,7 @@ def test_private_folder_serves_when_the_cache_cannot_be_written(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    folder = runtime._writable_cache()
+    folder = code_folder._writable_cache()
     assert folder.parent == tmp_path
     assert folder.stat().st_mode & 0o777 == 0o700
     assert "compiled anew" in caplog.text
