@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -34,6 +35,9 @@ from cluster.frontend.responses import Json
 from cluster.frontend.streaming import EventStream, to_json
 from experts.load import LayerBalance, layer_balance
 from experts.messages import ClusterLoadReply, Snapshot
+
+if TYPE_CHECKING:
+    from cluster.protos import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +116,13 @@ class ExpertLoad:
             b',"%s":[%s]' % (name, b",".join(map(to_json, rows))) for name, rows in matrices.items()
         ]
         return to_json(head)[:-1] + b"".join(parts) + b"}"
+
+    @cached_property
+    def message(self) -> pb.ExpertLoad:
+        """As gRPC tells it."""
+        from cluster.frontend.grpc_messages import load_message  # HTTP alone needs no protobuf
+
+        return load_message(self)
 
     @property
     def _head(self) -> Json:

@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2 as health
 
 from cluster.errors import InternalError, NotFound, RequestTooLarge, ShoalError, quote
-from cluster.frontend.expert_load import LoadWatch
+from cluster.frontend.expert_load import ExpertLoad, LoadWatch
 from cluster.frontend.generation import Generation
 from cluster.frontend.grpc_errors import REQUEST_ID_KEY, GrpcContext, set_error
 from cluster.frontend.grpc_messages import (
@@ -28,7 +28,6 @@ from cluster.frontend.grpc_messages import (
     completion_body,
     delta_message,
     detokenize_body,
-    load_message,
     timing_message,
     tokenize_body,
     usage_message,
@@ -119,7 +118,7 @@ class InferenceMethods:
             self._authorize(grpc_context, request_id)
             async with aclosing(self.loads.watch(interval_s)) as watch:
                 async for load in watch:
-                    yield await asyncio.to_thread(load_message, load)
+                    yield await _message(load)
         except Exception as error:
             told = set_error(grpc_context, _known(error, request_id), request_id)
             yield pb.ExpertLoad(error=told)
@@ -259,6 +258,11 @@ class HealthMethods:
 
 class GrpcMethods(InferenceMethods, HealthMethods):
     """Everything the ingress answers over gRPC."""
+
+
+async def _message(load: ExpertLoad) -> pb.ExpertLoad:
+    """Made in a thread, once for all who watch the same load."""
+    return await asyncio.to_thread(lambda: load.message)
 
 
 def _known(error: Exception, request_id: str) -> ShoalError:

@@ -368,6 +368,26 @@ def test_watch_load_streams_the_same_data(world: World) -> None:
     assert call.code() is grpc.StatusCode.OK
 
 
+def test_watchers_of_one_load_share_its_message(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """45 ms of the interpreter at V3's size."""
+    made: list[pb.ExpertLoad] = []
+
+    def make(load: ExpertLoad) -> pb.ExpertLoad:
+        made.append(load_message(load))
+        return made[-1]
+
+    monkeypatch.setattr("cluster.frontend.grpc_messages.load_message", make)
+    world.loads = LoadWatch("tiny", world.directory.ask, lambda: SNAPSHOT, FakeClock())
+    stub = world.stub()
+    calls = [stub.WatchLoad(pb.WatchLoadRequest(), timeout=TIMEOUT_S) for _ in range(3)]
+    told = [next(call) for call in calls]
+    assert (told, len(made)) == (made * 3, 1)
+    for call in calls:
+        call.cancel()
+
+
 def test_cancelled_call_ends_its_watch(world: World) -> None:
     ended = end_of_watch(world.loads)
     call = world.stub().WatchLoad(pb.WatchLoadRequest(), timeout=TIMEOUT_S)
