@@ -4,9 +4,10 @@
 has its processes change between arms while nothing runs:
 
   without   as if nothing had been built: the product's functions less the lines that observe, times
-            of requests and hops too, which cannot be turned off (observing/arms.py)
+            of requests and hops too (observing/arms.py)
+  times     what cannot be turned off: times of requests and hops, in answers too
   observed  as it ships, with a JSON line a request: metrics of every member once a second to the
-            directory and, on Ray, its agents; /metrics read once a block
+            directory and, on Ray, its agents
   traces    that, and spans of every request, sent to a collector that throws them away
 
 A round is every arm twice, with the same prompts, in an order of chance and then backwards, so that

@@ -28,7 +28,7 @@ NO_TRACES: Edits = {
         "self._tracer = tracer": "self._tracer = tracer = None",
     },
 }
-NOTHING: Edits = {
+NO_TIMES: Edits = {
     # the engine's books on a step, and what outputs tell of them
     "attention.engine:Engine.add": {"self._meter.arrived(request)": "pass"},
     "attention.engine:Engine._leave": {"self._meter.left(request)": "pass"},
@@ -68,11 +68,12 @@ NOTHING: Edits = {
         "self._expert_us += frame.expert_us": "pass",
     },
     "router.worker:RouterWorker._serve": {
-        "compute_us = int((time.monotonic() - begun_s) * 1e6)": "pass",
+        "lane.hop_log = log": "pass",
         "us_per_row = pending.expert_us / max(1, x.shape[0])": "pass",
-        "reply.compute_us = min(compute_us, _U32)": "pass",
+        "waited_s = max(0.0, begun_s - item.frame.received_s) + longest.queue_s": "pass",
+        "reply.queue_us = min(int(waited_s * 1e6), _U32)": "pass",
+        "reply.compute_us = min(round(longest.compute_s * 1e6), _U32)": "pass",
         "reply.expert_us = min(round(us_per_row * item.num_rows), _U32)": "pass",
-        "reply.queue_us = min(max(0, int((begun_s - item.frame.received_s) * 1e6)), _U32)": "pass",
     },
     "experts.client:ExpertClient._settle": {
         "self.counters.count_answer(frame, hop.took_s)": "pass",
@@ -83,10 +84,7 @@ NOTHING: Edits = {
         "compute_us = int((time.monotonic() - begun_s) * 1e6)": "pass",
         "batch.reply.compute_us = min(compute_us, _U32)": "pass",
     },
-    # the front end: times of requests, their observers (metrics, log), the header
-    "cluster.frontend.observation:Observation.admit": {
-        "for observer in self._observers:": "for observer in ():",
-    },
+    # the front end: times and records of requests, the header
     "cluster.frontend.observation:Observation.finish": {
         "if request is None or self._finished:": "if True:",
     },
@@ -107,6 +105,17 @@ NOTHING: Edits = {
             "headers = _headers_of(generation)"
         ),
     },
+}
+NO_OBSERVERS: Edits = {
+    "cluster.frontend.observation:Observation.admit": {
+        "for observer in self._observers:": "for observer in ():",
+    },
+    "cluster.frontend.observation:Observation.tokens": {
+        "for observer in self._observers:": "for observer in ():",
+    },
+    "cluster.frontend.observation:Observation.finish": {
+        "for observer in self._observers:": "for observer in ():",
+    },
     # once a second to the directory, every five to Ray
     "experts.directory.client:DirectoryClient._metrics_report": {
         "if self._metrics_source is None:": "if True:",
@@ -116,7 +125,8 @@ NOTHING: Edits = {
     },
 }
 ARMS: dict[str, Edits] = {
-    "without": {**NO_TRACES, **NOTHING},
+    "without": {**NO_TRACES, **NO_OBSERVERS, **NO_TIMES},
+    "times": {**NO_TRACES, **NO_OBSERVERS},
     "observed": NO_TRACES,
     "traces": {},
 }
