@@ -77,16 +77,20 @@ HttpPortOption = Annotated[
 GrpcPortOption = Annotated[int | None, typer.Option(help="gRPC [9000].")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        stdout.print(f"shoal {version('shoal-serve')}")
+        raise typer.Exit
+
+
 @app.callback()
 def shoal(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Serve DeepSeek-style Mixture-of-Experts models, the experts as a tier of their own."""
-    if show_version:
-        stdout.print(f"shoal {version('shoal-serve')}", highlight=False)
-        raise typer.Exit
 
 
 def settings(
