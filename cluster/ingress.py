@@ -138,7 +138,7 @@ class IngressMember:
         yield Sample("shoal_requests_parked", (), self.pool.num_parked)
 
     def _status(self) -> dict[str, Any]:
-        snapshot, state, engines = self.pool.snapshot(), self.pool.ready(), self.pool.stats()
+        snapshot, state, engines = self.pool.snapshot(), self.service.readiness(), self.pool.stats()
         samples, ever = self.metrics.read(), self.metrics.read_ever()
         return {
             "model": self.service.model.name,

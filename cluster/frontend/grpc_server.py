@@ -230,10 +230,11 @@ class HealthMethods:
     async def Watch(
         self, request: health.HealthCheckRequest, grpc_context: GrpcContext
     ) -> AsyncIterator[health.HealthCheckResponse]:
-        """State now and after every change, for HEALTH_WATCH_S: clients watch again by
-        themselves."""
-        last, ends_s = None, time.monotonic() + HEALTH_WATCH_S
-        while time.monotonic() < ends_s:
+        """State now and after every change, for HEALTH_WATCH_S or until the server drains: clients
+        watch again by themselves."""
+        last, ends_s, is_told = None, time.monotonic() + HEALTH_WATCH_S, False
+        while time.monotonic() < ends_s and not is_told:
+            is_told = self.service.is_draining
             status = self._status(request.service)
             if status != last:
                 yield health.HealthCheckResponse(status=status)

@@ -122,10 +122,11 @@ def _add_state(app: FastAPI, service: InferenceService) -> None:
     @app.get("/health")
     @app.get("/readyz")
     async def readyz() -> Response:
-        """Whether requests are served: 200, or 503 with the stage of the start."""
+        """Whether requests are served: 200, or 503 with the stage of the start, or of the end."""
         state = service.readiness()
+        stopping = "draining" if service.is_draining else "loading"
         body = {
-            "status": "ok" if state.ready else "loading",
+            "status": "ok" if state.ready else stopping,
             "stage": state.stage,
             "done": state.done,
             "total": state.total,

@@ -79,7 +79,8 @@ class InferenceService:
         self.ledger = RequestLedger(clock)
         self.keys = KeyStore(self.limits, clock)
         self._encoder = PromptEncoder(tokenizer, model, self.limits)
-        self._draining = False
+        self.is_draining = False
+        """`drain` was called."""
         self._admission = Admission(self.limits.max_open_sequences, clock)
 
     # ---- generating
@@ -158,7 +159,10 @@ class InferenceService:
     # ---- state
 
     def readiness(self) -> Readiness:
-        """Whether requests are served, and how far the start is if not."""
+        """Whether requests are served, and how far the start is if not. For load balancers: Serve
+        would replace an ingress that it finds unhealthy in the middle of its drain."""
+        if self.is_draining:
+            return Readiness(False, "draining")
         return Readiness(*self._backend.ready())
 
     @property
@@ -168,7 +172,7 @@ class InferenceService:
 
     async def drain(self) -> None:
         """Take nothing new and return when what is open has ended."""
-        self._draining = True
+        self.is_draining = True
         while self._admission.num_open:
             await asyncio.sleep(_DRAIN_POLL_S)
 
@@ -191,7 +195,7 @@ class InferenceService:
     def _admit(self, body: SamplingFields, timeout_s: float | None) -> float | None:
         """The checks that cost nothing. Returns the moment of the deadline, if there is one."""
         started = self._clock()
-        if self._draining:
+        if self.is_draining:
             raise Unavailable(
                 "The server is shutting down.", code="draining", retry_after_s=_RETRY_LOADING_S
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.frontend.backend import Readiness
 from cluster.frontend.limits import Limits
+from cluster.frontend.service import InferenceService
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.fakes import TIMEOUT_S, FakeEngine
@@ -27,8 +29,11 @@ HELLO = [*ids_of("Hello 漢字!"), EOS]
 class Served:
     """A running server, its engine and a client."""
 
-    def __init__(self, engine: FakeEngine, address: str, channel: grpc.Channel) -> None:
+    def __init__(
+        self, engine: FakeEngine, service: InferenceService, address: str, channel: grpc.Channel
+    ) -> None:
         self.engine = engine
+        self.service = service
         self.address = address
         self.stub = inference_pb2_grpc.InferenceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
@@ -47,7 +52,7 @@ def serve(tmp_path: Path) -> Iterator[Any]:
             service = make_service(tmp_path, engine, limits, system_fingerprint="fp_1", **options)
             address = stack.enter_context(grpc_server(service))
             channel = stack.enter_context(grpc.insecure_channel(address))
-            return Served(engine, address, channel)
+            return Served(engine, service, address, channel)
 
         yield start
 
@@ -315,6 +320,17 @@ def test_a_watch_of_health_ends_by_itself(serve: Any, monkeypatch: pytest.Monkey
     watch = serve().health.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
     assert [told.status for told in watch] == [health_pb2.HealthCheckResponse.SERVING]
     assert watch.code() is grpc.StatusCode.OK
+
+
+def test_a_draining_server_is_not_serving(serve: Any) -> None:
+    served, states = serve(), health_pb2.HealthCheckResponse
+    watch = served.health.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+    assert next(watch).status == states.SERVING
+    asyncio.run(served.service.drain())
+    assert [told.status for told in watch] == [states.NOT_SERVING]
+    assert watch.code() is grpc.StatusCode.OK
+    checked = served.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+    assert checked.status == states.NOT_SERVING
 
 
 def test_not_ready_is_unavailable(serve: Any) -> None:

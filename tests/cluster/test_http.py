@@ -430,6 +430,17 @@ def test_ready_only_when_the_engine_is(serve: Callable[..., Served]) -> None:
     assert refused.headers["retry-after"] == "5"
 
 
+def test_a_draining_server_is_not_ready(serve: Callable[..., Served]) -> None:
+    """Load balancers look elsewhere before anybody is refused."""
+    served = serve()
+    asyncio.run(served.service.drain())
+    body = {"status": "draining", "stage": "draining", "done": 0, "total": 0}
+    for path in ("/readyz", "/health"):
+        response = served.get(path)
+        assert (response.status_code, response.json()) == (503, body)
+    assert served.get("/livez").status_code == 200
+
+
 def test_limits_and_version(serve: Callable[..., Served]) -> None:
     served = serve()
     limits = served.get("/v1/limits").json()

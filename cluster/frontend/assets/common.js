@@ -201,7 +201,7 @@ function stateLine() {
   const text = element("span", {}, "…");
   document.addEventListener("shoal:ready", ({ detail }) => {
     dot.className = `dot ${detail === null ? "bad" : detail.status === "ok" ? "good" : "warn"}`;
-    text.textContent = detail === null ? "no answer" : detail.status === "ok" ? "ready" : "loading";
+    text.textContent = detail === null ? "no answer" : detail.status.replace("ok", "ready");
   });
   return element("div", { className: "state small muted", role: "status" }, dot, text);
 }
