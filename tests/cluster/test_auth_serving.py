@@ -33,7 +33,9 @@ def keys_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(ray_harness: RayHarness, keys_file: Path) -> Server:
-    return ray_harness.serve(auth={"keys_file": str(keys_file)})
+    """As few workers as can be: this is about Serve's proxies and the ingress."""
+    few = {"experts": {"num_workers": 1}, "router": {"mode": "inline"}}
+    return ray_harness.serve(auth={"keys_file": str(keys_file)}, **few)
 
 
 def status_of(server: Server, path: str, key: str | None, body: Any = None) -> int:
@@ -56,7 +58,9 @@ def tokenize(stub: Any, key: str | None) -> str:
 
 def test_keys_through_serves_proxies(server: Server, keys_file: Path) -> None:
     with openai.OpenAI(base_url=server.url + "/v1", api_key=USER, max_retries=0) as client:
-        completion = client.completions.create(model=server.model, prompt="Hi", max_tokens=2)
+        completion = client.completions.create(
+            model=server.model, prompt="Hi", max_tokens=2, extra_body={"ignore_eos": True}
+        )
     assert completion.usage and completion.usage.completion_tokens == 2
     assert [status_of(server, path, None) for path in ("/livez", "/readyz", "/health")] == [200] * 3
     for path in ("/status", "//v1/models", "/v1%2fmodels", "/nowhere"):

@@ -1,9 +1,10 @@
-"""The same token ids from transformers, inline and the cluster, whatever its shape."""
+"""The same token ids from transformers and inline; from the cluster: test_shapes_on_ray.py."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,12 @@ from attention.messages import SamplingParams, Submit, TokenOutput
 from attention.sampler import SampleRow, sample
 from cluster.config import parse_config
 from cluster.inline import InlineCluster
-from tests.cluster.conftest import RayHarness, Server
 
 NUM_NEW_TOKENS = 16
 PRESETS = ("v2lite", "v2", "v3", "kimi", "v3fp8")
+Answer = tuple[list[int], dict[str, Any], list[int]]
+"""A prompt, how to sample, and the tokens of transformers."""
 SEEDED = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 1234}
-SHAPES = (
-    {"experts": {"num_workers": 1}, "channel": "tcp"},
-    {"experts": {"num_workers": 2, "redundancy": 16}, "router": {"mode": "inline"}},
-    {"experts": {"num_workers": 4}, "router": {"num_workers": 2}},
-)
 
 
 def prompts() -> list[list[int]]:
@@ -66,42 +63,19 @@ def inline_tokens(cluster: InlineCluster, prompt: list[int], sampling: dict[str,
     return tokens
 
 
-def cluster_tokens(server: Server, prompt: list[int], sampling: dict[str, Any]) -> list[int]:
-    """Over HTTP with token ids in and out."""
-    body = {
-        "prompt": prompt,
-        "max_tokens": NUM_NEW_TOKENS,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **sampling,
-    }
-    choice = server.post("/v1/completions", body)["choices"][0]
-    return list(choice["token_ids"])
+def transformers_answers(model: Any) -> list[Answer]:
+    """To every prompt, greedy and seeded."""
+    asked = product(prompts(), ({"temperature": 0.0}, SEEDED))
+    return [(prompt, how, transformers_tokens(model, prompt, how)) for prompt, how in asked]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("deterministic", [False, True])
 def test_inline_gives_the_tokens_of_transformers(
-    preset: str,
-    deterministic: bool,
-    hf_model: Callable[[str], Any],
-    checkpoint_dir: Callable[[str], Path],
+    preset: str, hf_model: Callable[[str], Any], checkpoint_dir: Callable[[str], Path]
 ) -> None:
-    config = parse_config({"model": str(checkpoint_dir(preset)), "deterministic": deterministic})
-    with InlineCluster(config) as cluster:
-        for prompt in prompts():
-            for sampling in ({"temperature": 0.0}, SEEDED):
-                expected = transformers_tokens(hf_model(preset), prompt, sampling)
+    answers = transformers_answers(hf_model(preset))
+    for deterministic in (False, True):
+        settings = {"model": str(checkpoint_dir(preset)), "deterministic": deterministic}
+        with InlineCluster(parse_config(settings)) as cluster:
+            for prompt, sampling, expected in answers:
                 assert inline_tokens(cluster, prompt, sampling) == expected
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(sorted(map(str, s))))
-def test_every_shape_of_the_cluster_gives_the_same_tokens(
-    shape: dict[str, Any], ray_harness: RayHarness, hf_model: Callable[[str], Any]
-) -> None:
-    server = ray_harness.serve("v3", deterministic=True, **shape)
-    for prompt in prompts():
-        for sampling in ({"temperature": 0.0}, SEEDED):
-            expected = transformers_tokens(hf_model("v3"), prompt, sampling)
-            assert cluster_tokens(server, prompt, sampling) == expected
