@@ -24,7 +24,7 @@ from cluster.frontend.operations import Operations
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
 from cluster.generation_defaults import GenerationDefaults
-from cluster.observability.cluster_metrics import ClusterMetrics
+from cluster.observability.cluster_metrics import ClusterMetrics, sum_of
 from cluster.observability.exposition import CONTENT_TYPE
 from cluster.observability.rates import Samples
 from cluster.observability.request_log import RequestLog
@@ -149,8 +149,7 @@ class IngressMember:
             "tiers": describe_tiers(samples),
             "rates": self._describe_rates(ever, engines),
             "counters": count_events(ever),
-            "replays": self.service.ledger.num_replays,
-            "parked": self.pool.num_parked,
+            "parked": int(sum_of(samples, "shoal_requests_parked")),
             "chaos": self._config.enable_chaos and self._operations is not None,
             "operations": self._operations is not None,
             "workers": describe_workers(snapshot, samples),

@@ -14,8 +14,9 @@ def render_status(body: dict[str, Any]) -> Group:
     stage = Text(f"{body['model']}: {body['stage']}", "green" if body["ready"] else "yellow")
     for tier, workers_wanted in sorted(body["scale"].items()):
         stage.append(f"; {tier}: {workers_wanted} workers by command")
-    if body["replays"]:
-        stage.append(f"; {body['replays']} replays, {body['parked']} waiting for a worker")
+    replays, parked = body["counters"]["replays"], body["parked"]
+    if replays or parked:
+        stage.append(f"; {replays} replays, {parked} waiting for a worker")
     workers = Table("role", "worker", "pid", "endpoint", "experts", box=None)
     for worker in body["workers"]:
         experts = f"{worker['num_experts']}/{worker['num_slots']}" if worker["num_slots"] else ""

@@ -29,6 +29,7 @@ from cluster.observability.catalog import (
     series_of,
 )
 from cluster.observability.samples import MemberSamples
+from cluster.status import render_status
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Sample
 from tests.fakes import TIMEOUT_S
@@ -236,6 +237,24 @@ def test_what_clients_send_makes_no_series(client: TestClient) -> None:
         client.get(f"/metrics/{number}", headers=headers)
         client.post("/v1/chat/completions", content=odd.encode(), headers=headers)
     assert series() == before
+
+
+def test_status_is_the_same_at_every_ingress(
+    cluster: InlineCluster, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what only the ingresses know."""
+    told = {
+        f"ingress-{number}": [
+            Sample("shoal_requests_parked", (), 3 + number),
+            Sample("shoal_requests_replayed_total", (), 5),
+        ]
+        for number in range(2)
+    }
+    monkeypatch.setattr(cluster.ingress.metrics, "_read", lambda: told)
+    status = client.get("/status").json()
+    assert (status["parked"], status["counters"]["replays"]) == (7, 10)
+    assert "replays" not in status
+    assert "10 replays, 7 waiting for a worker" in str(render_status(status).renderables[0])
 
 
 def test_without_metrics_nothing_is_told(checkpoint_dir: Callable[[str], Path]) -> None:
