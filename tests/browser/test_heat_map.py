@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import statistics
 import tempfile
 import threading
@@ -360,7 +361,7 @@ def test_killed_expert_worker_vanishes_and_another_appears(
     page: Page, checkpoint_dir: Callable[[str], Path]
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="map-"))
-    with deployed(checkpoint_dir("v3"), SETTINGS, folder) as deployment:
+    with deployed(checkpoint_dir("v3"), SETTINGS, folder, stop=signal.SIGINT) as deployment:
         url, model = deployment.server.url, deployment.server.model
         open_map(page, url)
         victim = min(worker["worker_id"] for worker in deployment.workers("experts"))

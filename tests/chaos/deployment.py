@@ -5,6 +5,8 @@ It has its own Ray: what these tests do to a cluster must not reach the tests th
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import secrets
 import signal
@@ -13,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,10 @@ REPLICA_TITLE = "ray::ServeReplica:shoal:"
 NUM_EXPERTS = 3 * 16  # of the preset v3
 NUM_LANES = RouterConfig().lanes
 CONNECTED = "03"  # state of a socket in /proc/net/unix
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 600.0
 WHOLE_TIMEOUT_S = 150.0
-STOP_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 240.0
+ENDED_TIMEOUT_S = 60.0
 POLL_S = 0.1
 
 Worker = dict[str, Any]
@@ -166,24 +169,29 @@ def send(pid: int, sign: signal.Signals) -> float:
 
 
 @contextmanager
-def deployed(model: Path, settings: dict[str, Any], folder: Path) -> Iterator[Deployment]:
-    """`shoal serve` of these settings, at full strength; nothing of it is left afterwards.
+def deployed(
+    model: Path, settings: dict[str, Any], folder: Path, stop: signal.Signals = signal.SIGTERM
+) -> Iterator[Deployment]:
+    """`shoal serve` of these settings, at full strength, until `stop`.
 
-    `folder`: for sockets, so its path must be short.
+    As a user runs it, so: the curl that it prints works, a stream that is open at `stop` comes to
+    its end, the exit code is 0 and nothing is left afterwards. `folder`: for sockets, so its path
+    must be short.
     """
     listen = {"http_port": free_port(), "grpc_port": free_port()}
     config = {**settings, "listen": listen, "runtime_dir": str(folder)}
     (folder / "settings.yaml").write_text(yaml.safe_dump(config))
     mark = secrets.token_hex(8)
-    log = (folder / "log").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster", "serve", str(model)]
-        + ["--config", str(folder / "settings.yaml"), "--no-dashboard"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, MARK: mark},
-        start_new_session=True,
-    )
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "serve", str(model)]
+            + ["--config", str(folder / "settings.yaml"), "--no-dashboard"],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, MARK: mark},
+            start_new_session=True,
+        )
     url = f"http://127.0.0.1:{listen['http_port']}"
     server = Server(url, f"127.0.0.1:{listen['grpc_port']}", model.name)
     tiers = {role: settings[role]["num_workers"] for role in ("experts", "router", "attention")}
@@ -192,13 +200,46 @@ def deployed(model: Path, settings: dict[str, Any], folder: Path) -> Iterator[De
     try:
         wait_ready(url, START_TIMEOUT_S)
         found.wait_whole()
+        until(lambda: zombies(process.pid), ENDED_TIMEOUT_S, "zombies")
+        run_printed_curl(log)
         yield found
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_TIMEOUT_S) == 0, (folder / "log").read_text()[-2000:]
-        until(lambda: str(found.processes() or ""), 10.0, "processes left behind")
+        with closing(ask_for_stream(url)) as connection:
+            stream = connection.getresponse()
+            stream.readline()
+            process.send_signal(stop)
+            assert stream.read().strip().endswith(b"data: [DONE]")
+        assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()[-2000:]
+        until(lambda: str(found.processes() or ""), ENDED_TIMEOUT_S, "processes left behind")
     finally:
         for left in found.processes():
             with suppress(psutil.Error):
                 left.kill()
         process.wait()
-        log.close()
+
+
+def zombies(pid: int) -> str:
+    """Descendants of a process that ended and that nobody waits for; "" if there are none."""
+    children = psutil.Process(pid).children(recursive=True)
+    return " ".join(str(c) for c in children if c.status() == psutil.STATUS_ZOMBIE)
+
+
+def run_printed_curl(log: Path) -> None:
+    def printed() -> list[str]:
+        return [line for line in log.read_text().splitlines() if line.startswith("curl ")]
+
+    until(lambda: "" if printed() else log.read_text(), START_TIMEOUT_S, "no curl is printed")
+    done = subprocess.run(
+        ["sh", "-c", printed()[0]], capture_output=True, text=True, timeout=START_TIMEOUT_S
+    )
+    assert '"finish_reason"' in done.stdout, done.stderr
+
+
+def ask_for_stream(url: str) -> http.client.HTTPConnection:
+    """A connection on which a streamed chat of a second begins."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    body |= {"max_tokens": 60, "ignore_eos": True}
+    address = url.removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=START_TIMEOUT_S)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    return connection

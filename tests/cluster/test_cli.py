@@ -1,24 +1,20 @@
-"""The `shoal` command as a user runs it: real processes, real signals."""
+"""The `shoal` command as a user runs it, in processes of its own.
+
+`shoal serve` of a cluster, its printed curl and its end at both signals: tests/chaos/deployment.py.
+"""
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import signal
 import subprocess
 import sys
-import urllib.request
 import warnings
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.config import ConfigError
-from cluster.launcher import free_port
 from cluster.model_store import split_model_and_prompt
 
 SHOAL = [sys.executable, "-m", "cluster"]
@@ -134,56 +130,3 @@ def test_a_taken_port_is_named(checkpoint_dir: Callable[[str], Path]) -> None:
         port = taken.getsockname()[1]
         result = shoal("serve", str(checkpoint_dir("v3")), "--http-port", str(port))
     assert result.returncode == 2 and str(port) in result.stderr
-
-
-def processes_of(server: subprocess.Popen[str], url: str) -> list[psutil.Process]:
-    """Ray's own processes and the workers, which Ray starts beside them."""
-    with urllib.request.urlopen(url + "/status", timeout=30) as response:
-        workers = json.load(response)["workers"]
-    assert len(workers) == 5
-    ours = [psutil.Process(worker["pid"]) for worker in workers]
-    found = ours + psutil.Process(server.pid).children(recursive=True)
-    assert psutil.STATUS_ZOMBIE not in {process.status() for process in found}
-    return found
-
-
-def ask_for_stream(url: str, num_tokens: int) -> http.client.HTTPConnection:
-    host, port = url.removeprefix("http://").split(":")
-    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    body |= {"max_tokens": num_tokens, "ignore_eos": True}
-    connection = http.client.HTTPConnection(host, int(port), timeout=60)
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    return connection
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_serve_prints_a_curl_that_works_and_drains_without_leftovers(
-    stop: signal.Signals, checkpoint_dir: Callable[[str], Path]
-) -> None:
-    ports = ("--http-port", str(free_port()), "--grpc-port", str(free_port()))
-    url = f"http://127.0.0.1:{ports[1]}"
-    process = subprocess.Popen(
-        [*SHOAL, "serve", str(checkpoint_dir("v3")), "--no-dashboard", *ports],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            curl = next(line for line in process.stdout if line.startswith("curl "))
-            answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, timeout=60)
-            assert '"finish_reason"' in answer.stdout, answer.stderr
-            children = processes_of(process, url)
-            with closing(ask_for_stream(url, 200)) as connection:
-                stream = connection.getresponse()
-                stream.readline()
-                process.send_signal(stop)
-                assert stream.read().strip().endswith(b"data: [DONE]")
-            process.communicate(timeout=60)
-            assert process.returncode == 0
-            assert psutil.wait_procs(children, timeout=10)[1] == []
-        finally:
-            process.kill()
