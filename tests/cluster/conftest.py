@@ -18,7 +18,7 @@ import pytest
 
 from tests.fakes import TIMEOUT_S
 
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 600.0
 POLL_S = 0.05
 
 
@@ -116,19 +116,23 @@ class RayHarness:
     @contextmanager
     def from_serve_config(self, config: dict[str, Any], model: str) -> Iterator[Server]:
         """The applications of a Serve config file instead of one of `serve`."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from ray.serve.context import _get_global_client
-            from ray.serve.schema import ServeDeploySchema
         if self._current is not None:
             self.local.undeploy()
         self._current = None
-        client = _get_global_client()
-        client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+        self.apply(config)
         url = f"http://127.0.0.1:{self._listen['http_port']}"
         wait_ready(url)
         yield Server(url, f"127.0.0.1:{self._listen['grpc_port']}", model)
         self.local.undeploy()
+
+    def apply(self, config: dict[str, Any]) -> None:
+        """Tell Serve what a Serve config file says now."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from ray.serve.context import _get_global_client
+            from ray.serve.schema import ServeDeploySchema
+        schema = ServeDeploySchema.model_validate(config)
+        _get_global_client().deploy_apps(schema, _blocking=False)
 
     def refusal(self, preset: str = "v3", **settings: Any) -> str:
         """What a start with these settings, which cannot be, says."""
