@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,17 @@ def cpu_s() -> float:
 
 
 def test_help_is_quick_and_names_the_commands() -> None:
-    began_s = cpu_s()
-    result = shoal("--help")
+    """It imports none of what takes long."""
+    command = [sys.executable, "-X", "importtime", *SHOAL[1:], "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "serve" in result.stdout and "doctor" in result.stdout
-    assert cpu_s() - began_s < 1.5
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "cluster.cli" in imported and not imported & {"numba", "ray", "torch", "transformers"}
+
+
+def test_version_is_that_of_the_package() -> None:
+    result = shoal("--version")
+    assert (result.returncode, result.stdout) == (0, f"shoal {version('shoal-serve')}\n")
 
 
 def test_make_tiny_then_verify_then_run_inline(tmp_path: Path) -> None:
@@ -84,7 +92,7 @@ def test_a_truncated_checkpoint_never_starts(
     began_s = cpu_s()
     result = shoal("serve", str(tmp_path))
     assert result.returncode == 2 and shard.name in result.stderr
-    assert cpu_s() - began_s < 5
+    assert cpu_s() - began_s < 20
     assert "Traceback" not in result.stderr
 
 
