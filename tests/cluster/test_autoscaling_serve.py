@@ -16,12 +16,21 @@ from cluster.autoscaling.serve_policies import (
 )
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling, Scaling
 from cluster.autoscaling.stats import AttentionStats, ExpertStats
+from cluster.deploy.manifests.alerts import UNHEALTHY
 
 with warnings.catch_warnings():  # Ray imports what pydantic deprecates
     warnings.simplefilter("ignore")
     from ray.serve import deployment
     from ray.serve._private.autoscaling_state import _resolve_policy_callable
-    from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
+    from ray.serve._private.common import (
+        DeploymentID,
+        DeploymentStatus,
+        DeploymentStatusInfo,
+        DeploymentStatusInternalTrigger,
+        DeploymentStatusTrigger,
+        ReplicaID,
+        TimeStampedValue,
+    )
     from ray.serve.autoscaling_policy import _apply_autoscaling_config
     from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
@@ -91,6 +100,20 @@ def context(
 def serve_calls(config: AutoscalingConfig) -> Any:
     """The policy, pickled, instantiated and wrapped as in Serve's controller."""
     return _apply_autoscaling_config(_resolve_policy_callable(config.policy))
+
+
+@pytest.mark.parametrize("status", ["HEALTHY", "UPSCALING", "DOWNSCALING"])
+def test_serve_tells_that_replicas_died_by_the_status_that_alerts_look_at(status: str) -> None:
+    """And by another one during a start or a new deployment."""
+    dies = DeploymentStatusInternalTrigger.HEALTH_CHECK_FAILED
+    why = DeploymentStatusTrigger.AUTOSCALING
+    served = DeploymentStatusInfo("Experts", DeploymentStatus(status), why)
+    assert served.handle_transition(dies).status.to_numeric() == UNHEALTHY
+    starting = DeploymentStatusInfo("Experts", DeploymentStatus.UPDATING, why)
+    assert UNHEALTHY not in (
+        starting.status.to_numeric(),
+        starting.handle_transition(dies).status.to_numeric(),
+    )
 
 
 def test_serve_builds_and_calls_the_expert_policy() -> None:
