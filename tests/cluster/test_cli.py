@@ -138,3 +138,21 @@ def test_a_taken_port_is_named(checkpoint_dir: Callable[[str], Path]) -> None:
         port = taken.getsockname()[1]
         result = shoal("serve", str(checkpoint_dir("v3")), "--http-port", str(port))
     assert result.returncode == 2 and str(port) in result.stderr
+
+
+STARTS = """
+import sys
+import cluster.app, cluster.ingress, cluster.placement, cluster.session
+from cluster import machine_code
+from cluster.config import default_model
+from cluster.model_store import check_model
+check_model(default_model())
+machine_code.is_missing()
+print(sorted({"torch", "numba"} & sys.modules.keys()))
+"""
+
+
+def test_who_computes_nothing_imports_neither_torch_nor_numba() -> None:
+    """Who starts a cluster, the directory and an ingress: some four seconds of a core each."""
+    done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
