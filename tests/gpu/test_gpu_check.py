@@ -518,7 +518,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smoke_runs_every_section(tmp_path: Path) -> None:
-    found = run_script("--smoke", "--out", str(tmp_path), cwd=tmp_path)
+    found = run_script("--smoke", "--out", str(tmp_path), "--limit", str(SMOKE_S), cwd=tmp_path)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     results = json.loads((tmp_path / "gpu-smoke.json").read_text())
     validate(results)
