@@ -98,17 +98,12 @@ def shoot_chat(camera: Camera) -> None:
 
 
 def shoot_experts(camera: Camera) -> None:
-    """The map by rows/s, light and dark, by worker, and a worker that dies."""
+    """The map by rows/s, light and dark, and by worker when one has died."""
     with camera.page("/experts", "dark") as dark, camera.page("/experts") as page:
         page.wait_for_timeout(1000 * LINES_S)
         camera.keep(dark, "experts-dark", whole=True)
         camera.keep(page, "experts", whole=True)
-        page.get_by_role("grid").focus()
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("ArrowDown")
-        camera.keep(page, "experts-cell")
         page.get_by_text("Worker", exact=True).first.click()
-        camera.keep(page, "experts-by-worker")
         kill = page.get_by_role("button", name="Kill").first
         if kill.is_visible():
             kill.click()
