@@ -1,6 +1,7 @@
 """The top of the stack: front ends, tokenizer, configuration and the composition with Ray.
 
 config.py        settings of a whole application
+limits.py        every bound on what a client may send or hold
 errors.py        every error a client can see and its HTTP status, gRPC code and OpenAI type
 tokenizer.py     text to token ids and back; chat_template.py renders conversations
 frontend/        the OpenAI HTTP API and the gRPC API over one InferenceService

@@ -23,6 +23,7 @@ from pydantic import (
 from attention.config import AttentionConfig
 from cluster.autoscaling.settings import AttentionScaling, ExpertScaling
 from cluster.field_names import fields_at, suggest
+from cluster.limits import Limits
 from router.config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
@@ -39,7 +40,6 @@ GRACEFUL_SHUTDOWN_S = HANDOVER_TIMEOUT_S + 30.0
 """So long a replica that is told to stop may take: then it also answers what is under way."""
 GPU_UNIT = 1e-4
 """The least part of a GPU that Ray reserves."""
-MAX_GRPC_MESSAGE_BYTES = 16 * 2**20
 GRPC_SERVICERS = (
     "cluster.protos.inference_pb2_grpc.add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
@@ -242,6 +242,8 @@ class ShoalConfig(_Section):
     listen: Listen = Listen()
     auth: Auth = Auth()
     observability: Observability = Observability()
+    limits: Limits = Limits()
+    """Of what a client may send or hold."""
     enable_operations: bool | None = None
     """Routes that change the cluster (`shoal experts`, `shoal scale`). None turns them on where
     they need an API key, and where `shoal serve` listens on loopback itself."""

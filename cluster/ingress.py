@@ -100,6 +100,7 @@ class IngressMember:
             tokenizer,
             backend,
             model_info(config),
+            config.limits,
             strict_params=config.strict_params,
             authorizer=Authorizer(open_keys(config.auth)),
             observers=observers,

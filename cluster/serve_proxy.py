@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from cluster.config import MAX_GRPC_MESSAGE_BYTES
+from cluster.limits import MAX_GRPC_MESSAGE_BYTES
 
 GRPC_HOST_VARIABLE = "SHOAL_GRPC_HOST"
 

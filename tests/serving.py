@@ -20,10 +20,10 @@ from cluster.backend import AttentionPool
 from cluster.frontend.expert_load import LoadWatch
 from cluster.frontend.grpc_server import GrpcMethods
 from cluster.frontend.http_server import build_app
-from cluster.frontend.limits import Limits
 from cluster.frontend.operations import Operations
 from cluster.frontend.request import ModelInfo
 from cluster.frontend.service import InferenceService
+from cluster.limits import Limits
 from cluster.protos import inference_pb2_grpc
 from cluster.tiny_tokenizer import tokenizer_config, tokenizer_json
 from cluster.tokenizer import Tokenizer

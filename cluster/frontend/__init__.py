@@ -1,6 +1,5 @@
 """What clients talk to. HTTP and gRPC build the same validated request and run the same service.
 
-limits.py        every bound on what a client may send, in one table
 openai.py        shape and types of request bodies (schema_errors.py: their faults in one line)
 checks.py        what values may be                  conversation.py  what messages may be
 request.py       a checked body becomes the GenerateRequest that both fronts run

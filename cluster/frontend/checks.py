@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequest, PermissionDenied, quote
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     SamplingFields,
 )
+from cluster.limits import Limits
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster.errors import InvalidRequest, quote
 from cluster.frontend.checks import check_length, check_not_empty
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import Message
+from cluster.limits import Limits
 
 _TEMPLATE_SWITCHES = ("thinking", "enable_thinking")
 

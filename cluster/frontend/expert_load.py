@@ -30,9 +30,9 @@ from cluster.errors import (
     quote,
 )
 from cluster.frontend.checks import check_number
-from cluster.frontend.limits import Limits
 from cluster.frontend.responses import Json
 from cluster.frontend.streaming import EventStream, to_json
+from cluster.limits import Limits
 from experts.load import LayerBalance, layer_balance
 from experts.messages import ClusterLoadReply, Snapshot
 

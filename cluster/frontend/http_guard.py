@@ -24,9 +24,9 @@ from cluster.errors import (
 )
 from cluster.frontend.auth import Authorizer
 from cluster.frontend.generation import ClientGone
-from cluster.frontend.limits import Limits
 from cluster.frontend.request_context import begin_request, key_name
 from cluster.frontend.streaming import to_json
+from cluster.limits import Limits
 
 logger = logging.getLogger(__name__)
 _CLIENT_GONE = 499

@@ -142,7 +142,7 @@ def _add_state(app: FastAPI, service: InferenceService) -> None:
     async def limits() -> Response:
         """What a request may be at most."""
         context = service.model.context_tokens
-        return json_response({"max_context_tokens": context, **service.limits.as_dict()})
+        return json_response({"max_context_tokens": context, **service.limits.model_dump()})
 
 
 def _model(service: InferenceService, name: str) -> Json:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cluster.errors import IdempotencyConflict, InvalidRequest
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import SamplingFields
+from cluster.limits import Limits
 
 HEADER = "Idempotency-Key"
 

@@ -18,7 +18,7 @@ from cluster.errors import (
     one_line,
     quote,
 )
-from cluster.frontend.limits import Limits
+from cluster.limits import Limits
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 """A string, also one that never ends: so a scan visits each byte once."""

@@ -23,8 +23,8 @@ from cluster.frontend.api_docs import body_of
 from cluster.frontend.checks import check_number
 from cluster.frontend.http_guard import json_response
 from cluster.frontend.json_body import read_json
-from cluster.frontend.limits import Limits
 from cluster.frontend.schema_errors import SchemaT, parse_body
+from cluster.limits import Limits
 from experts.messages import (
     MAX_WORKERS,
     Chaos,

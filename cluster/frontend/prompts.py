@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from cluster.chat_template import RenderLimit
 from cluster.errors import InvalidRequest
 from cluster.frontend.conversation import check_template_kwargs, template_messages
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -15,6 +14,7 @@ from cluster.frontend.openai import (
     TokenizeRequest,
 )
 from cluster.frontend.request import ModelInfo, context_error
+from cluster.limits import Limits
 from cluster.tokenizer import Tokenizer
 
 

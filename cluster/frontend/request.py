@@ -11,13 +11,13 @@ from typing import Any
 from attention.messages import SamplingParams
 from cluster.errors import InvalidRequest
 from cluster.frontend.checks import check_length, check_not_empty, check_token_ids, max_tokens_field
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     SamplingFields,
     StreamOptions,
 )
+from cluster.limits import Limits
 
 COMPLETION_MAX_TOKENS = 16
 """Of /v1/completions when none is given: the default of OpenAI's API."""

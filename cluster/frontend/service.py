@@ -23,7 +23,6 @@ from cluster.frontend.conversation import check_messages
 from cluster.frontend.generation import Generation
 from cluster.frontend.idempotency import IdempotentCall, KeyStore
 from cluster.frontend.ledger import RequestLedger
-from cluster.frontend.limits import Limits
 from cluster.frontend.observation import Observation
 from cluster.frontend.observer import Origin, RequestObserver
 from cluster.frontend.openai import (
@@ -37,6 +36,7 @@ from cluster.frontend.openai import (
 )
 from cluster.frontend.prompts import PromptEncoder
 from cluster.frontend.request import ModelInfo, Prompt, build_request, prompt_inputs
+from cluster.limits import Limits
 from cluster.tokenizer import Tokenizer
 
 _RETRY_LOADING_S = 5

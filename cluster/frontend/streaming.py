@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from cluster.errors import InternalError, ShoalError, error_body
 from cluster.frontend.choice import Delta
 from cluster.frontend.generation import ClientGone, Generation
-from cluster.frontend.limits import Limits
 from cluster.frontend.responses import (
     CHAT,
     Json,
@@ -28,6 +27,7 @@ from cluster.frontend.responses import (
     timing_json,
     usage_json,
 )
+from cluster.limits import Limits
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")

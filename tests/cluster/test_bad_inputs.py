@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest, ShoalError, kind_of
 from cluster.frontend.json_body import parse_json
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.limits import Limits
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.fakes import TIMEOUT_S, FakeEngine

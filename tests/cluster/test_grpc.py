@@ -16,8 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.frontend.backend import Readiness
-from cluster.frontend.limits import Limits
 from cluster.frontend.service import InferenceService
+from cluster.limits import Limits
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.fakes import TIMEOUT_S, FakeEngine

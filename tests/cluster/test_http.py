@@ -17,10 +17,10 @@ from cluster.errors import IdempotencyConflict
 from cluster.frontend.backend import Readiness
 from cluster.frontend.http_server import build_app
 from cluster.frontend.idempotency import IdempotentCall, KeyStore
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.limits import Limits
 from tests.fakes import TIMEOUT_S, FakeEngine, TokenClock
 from tests.serving import CONTEXT, EOS, http_server, ids_of, make_service
 
@@ -445,7 +445,7 @@ def test_limits_and_version(serve: Callable[..., Served]) -> None:
     served = serve()
     limits = served.get("/v1/limits").json()
     assert limits["max_context_tokens"] == CONTEXT
-    assert {k: limits[k] for k in Limits().as_dict()} == Limits().as_dict()
+    assert {k: limits[k] for k in Limits.model_fields} == Limits().model_dump()
     assert set(served.get("/version").json()) == {"version"}
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from cluster.config import parse_config
+from cluster.config import ConfigError, parse_config
+from cluster.errors import ServerOverloaded
 from cluster.inline import InlineCluster
+from cluster.limits import Limits
 from experts.messages import Drain
 from tests.fakes import TIMEOUT_S
 
@@ -54,3 +56,29 @@ def test_an_ingress_takes_commands_only_if_told_to(checkpoint_dir: Callable[[str
         with InlineCluster(parse_config({"model": model, "enable_operations": enabled})) as cluster:
             paths = set(cluster.ingress.http_app().openapi()["paths"])
             assert ("/v1/scale" in paths) is bool(enabled)
+
+
+def test_an_ingress_has_the_limits_of_its_settings(checkpoint_dir: Callable[[str], Path]) -> None:
+    given = {"max_open_sequences": 5000, "slow_client_s": 7.5}
+    config = parse_config({"model": str(checkpoint_dir("v3")), "limits": given})
+    with InlineCluster(config) as cluster:
+        service = cluster.ingress.service
+        assert service.limits == Limits(max_open_sequences=5000, slow_client_s=7.5)
+        service._admission.enter(5000)
+        with pytest.raises(ServerOverloaded):
+            service._admission.enter(1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"max_open_sequences": 0}, "limits.max_open_sequences"),
+        ({"max_top_logprobs": 129}, "limits.max_top_logprobs"),
+        ({"max_body_bytes": 2**24 + 1}, "limits.max_body_bytes"),
+        ({"slow_client_s": "nan"}, "limits.slow_client_s"),
+        ({"max_open_sequence": 5}, "max_open_sequences"),
+    ],
+)
+def test_limits_are_bounded(limits: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse_config({"limits": limits})

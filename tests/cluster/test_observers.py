@@ -16,13 +16,13 @@ from pytest import MonkeyPatch
 
 from attention.messages import Submit, TokenOutput
 from cluster.frontend.choice import ChoiceText
-from cluster.frontend.limits import Limits
 from cluster.frontend.observer import RequestRecord
 from cluster.frontend.openai import CompletionRequest
 from cluster.frontend.replay import SequenceRuns
 from cluster.frontend.responses import timing_parts
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
+from cluster.limits import Limits
 from cluster.protos import inference_pb2 as pb
 from cluster.protos import inference_pb2_grpc
 from tests.fakes import TIMEOUT_S, FakeEngine, TokenClock

@@ -30,13 +30,13 @@ from cluster.frontend.backend import Readiness
 from cluster.frontend.choice import ChoiceText, Delta
 from cluster.frontend.generation import Generation
 from cluster.frontend.ledger import LedgerEntry, RequestLedger
-from cluster.frontend.limits import Limits
 from cluster.frontend.openai import ChatCompletionRequest, CompletionRequest
 from cluster.frontend.request import GenerateRequest, Prompt
 from cluster.frontend.schema_errors import parse_body
 from cluster.frontend.service import InferenceService
 from cluster.generation_defaults import GenerationDefaults
 from cluster.ingress import model_info
+from cluster.limits import Limits
 from cluster.model_store import check_model
 from cluster.tokenizer import Tokenizer
 from experts.errors import CheckpointError

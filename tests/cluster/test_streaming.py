@@ -16,8 +16,8 @@ import httpx
 import openai
 import pytest
 
-from cluster.frontend.limits import Limits
 from cluster.frontend.service import InferenceService
+from cluster.limits import Limits
 from tests.fakes import TIMEOUT_S, FakeEngine, TokenClock
 from tests.serving import EOS, http_server, ids_of, make_service
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cluster.config import MAX_GRPC_MESSAGE_BYTES, SECRET_VARIABLE
+from cluster.config import SECRET_VARIABLE
 from cluster.deploy.config import DeployConfig
 from cluster.deploy.hardware import known_gpu
 from cluster.deploy.manifests.names import (
@@ -29,6 +29,7 @@ from cluster.deploy.manifests.names import (
 from cluster.deploy.manifests.volumes import Volume, api_keys, model, quantity, shared_memory
 from cluster.deploy.sections import Monitoring, Pod, Toleration, WorkerGroup
 from cluster.deploy.sizing import GIB
+from cluster.limits import MAX_GRPC_MESSAGE_BYTES
 
 USER_ID = 1000
 """Of the image's only user."""
