@@ -8,7 +8,7 @@ import re
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from cluster.key_cli import key_app
 from cluster.operations_cli import chaos_app, experts_app, scale
 from cluster.plot_cli import plot_app
 from cluster.top_cli import top
+
+if TYPE_CHECKING:
+    from cluster.session import RunningServer
 
 app = typer.Typer(
     name="shoal",
@@ -182,14 +185,12 @@ def serve(
             observability={"log_format": log_format, "traces": traces or None},
         )
         with running(chosen, inline, dashboard, show_log=log_format is not None) as server:
-            _print_ready(chosen, server.url, server.dashboard_url, inline)
-            if server.gpus:
-                stdout.print(f"GPUs: {server.gpus}", markup=False, soft_wrap=True)
+            _print_ready(chosen, server, inline)
             server.signals.first.wait()
             stderr.print("Stopping: requests in flight finish first; Ctrl-C again stops at once.")
 
 
-def _print_ready(config: ShoalConfig, url: str, dashboard_url: str | None, inline: bool) -> None:
+def _print_ready(config: ShoalConfig, server: RunningServer, inline: bool) -> None:
     from cluster.model_store import EXAMPLE_PROMPT
 
     body = {"messages": [{"role": "user", "content": EXAMPLE_PROMPT}], "max_tokens": 256}
@@ -197,15 +198,17 @@ def _print_ready(config: ShoalConfig, url: str, dashboard_url: str | None, inlin
     key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if needs_key else ""
     stdout.print(f"ready: {config.model_name}", style="bold green", markup=False)
     stdout.print(
-        f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f"curl {server.url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'",
         soft_wrap=True,
         markup=False,
     )
     if not inline:
-        stdout.print(f"gRPC: {config.listen.host}:{config.listen.grpc_port} (shoal.v1.Inference)")
-    if dashboard_url:
-        stdout.print(f"dashboard: {dashboard_url} (token: ~/.ray/auth_token)")
+        stdout.print(f"gRPC: {server.grpc_address} (shoal.v1.Inference)", markup=False)
+    if server.dashboard_url:
+        stdout.print(f"dashboard: {server.dashboard_url} (token: ~/.ray/auth_token)")
+    if server.gpus:
+        stdout.print(f"GPUs: {server.gpus}", markup=False, soft_wrap=True)
 
 
 @app.command()

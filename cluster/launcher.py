@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -28,29 +28,40 @@ FREE_PORTS = range(20_000, 30_000)
 
 
 def check_ports(config: ShoalConfig) -> None:
-    """Raise ConfigError if a port that clients will use is taken."""
+    """Raise ConfigError for a host that this machine does not have and for a port that is taken."""
+    host = config.listen.host
     for name in ("http_port", "grpc_port"):
         port = getattr(config.listen, name)
-        try:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((config.listen.host, port))
-        except OSError as error:
+        if not _is_free(host, port):
             flag = name.replace("_", "-")
             raise ConfigError(
-                f"listen.{name} = {port}: {error.strerror} on {config.listen.host}; "
+                f"listen.{name} = {port}: taken on {host}; "
                 f"stop what listens there or choose another with --{flag}"
-            ) from None
+            )
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nothing listens on, outside the range from which Ray and the system take theirs
-    at random: one of those may be gone before it is used."""
-    while True:
-        port = secrets.choice(FREE_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
+    at random: one of those may be gone before it is used. Raises ConfigError as `check_ports`."""
+    while not _is_free(host, port := secrets.choice(FREE_PORTS)):
+        pass
+    return port
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether nothing listens there. Raises ConfigError where nobody here can."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-            return port
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            return False
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen on listen.host = {host!r}, port {port}: {reason}"
+        ) from None
+    return True
 
 
 class LocalCluster:

@@ -48,6 +48,7 @@ class RunningServer:
     """A server that answers."""
 
     url: str
+    grpc_address: str
     dashboard_url: str | None
     gpus: str
     """How they were divided; empty without any."""
@@ -78,7 +79,10 @@ def running(
         starter = _Starter(launch)
         try:
             _wait_until_ready(starter, config, signals)
-            yield RunningServer(_url(config), launch.dashboard_url, launch.gpus, signals)
+            grpc_address = _address(config.listen.host, config.listen.grpc_port)
+            yield RunningServer(
+                _url(config), grpc_address, launch.dashboard_url, launch.gpus, signals
+            )
             _until_second_signal(launch.drain, signals)
         finally:
             starter.done.wait(START_CANCEL_S)  # Ray cannot be stopped while it comes up
@@ -115,7 +119,11 @@ def _check_keys(config: ShoalConfig) -> None:
 
 
 def _url(config: ShoalConfig) -> str:
-    return f"http://{config.listen.host}:{config.listen.http_port}"
+    return f"http://{_address(config.listen.host, config.listen.http_port)}"
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class _Starter:
