@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -28,6 +29,8 @@ CONNECT_TIMEOUT_S = 2.0
 RECONNECT_PERIOD_S = 0.5
 PROBE_TIMEOUT_S = 1.0
 """A worker that left the snapshot and answers nothing for so long hangs."""
+MAX_ASKED = 32
+"""Workers that are asked for their numbers at a time."""
 
 
 PARK_LIMIT_S = 300.0
@@ -240,16 +243,13 @@ class AttentionPool:
     # ---- state
 
     def stats(self) -> list[Stats]:
-        """One entry a worker that answers; blocks up to PROBE_TIMEOUT_S a silent one."""
+        """One entry a worker that answers; blocks up to PROBE_TIMEOUT_S if one is silent."""
         with self._lock:
             lines = list(self._lines.values())
-        found = []
-        for line in lines:
-            try:
-                found.append(line.stats(PROBE_TIMEOUT_S))
-            except ChannelError:
-                continue  # it is on its way out of the next snapshot
-        return found
+        if not lines:
+            return []
+        with ThreadPoolExecutor(min(len(lines), MAX_ASKED)) as threads:
+            return [stats for stats in threads.map(_stats_of, lines) if stats is not None]
 
     def snapshot(self) -> Snapshot | None:
         """The latest state of the cluster, None before the first."""
@@ -297,3 +297,10 @@ def _progress(snapshot: Snapshot) -> tuple[int, int]:
     """Experts that somebody holds, and all of them."""
     holders = [names for layer in snapshot.holders.values() for names in layer]
     return sum(1 for names in holders if names), len(holders)
+
+
+def _stats_of(line: AttentionLine) -> Stats | None:
+    try:
+        return line.stats(PROBE_TIMEOUT_S)
+    except ChannelError:
+        return None  # it is on its way out of the next snapshot

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -30,6 +30,7 @@ from cluster.observability.rates import Samples
 from cluster.observability.request_log import RequestLog
 from cluster.observability.request_metrics import RequestMetrics
 from cluster.observability.samples import MemberSamples
+from cluster.observability.shared import Shared
 from cluster.observability.status import (
     count_events,
     count_requests,
@@ -42,8 +43,6 @@ from cluster.tokenizer import Tokenizer
 from experts.config import ModelConfig
 from experts.directory.client import DirectoryClient
 from experts.metrics import Sample
-
-View = TypeVar("View")
 
 
 def model_info(config: ShoalConfig) -> ModelInfo:
@@ -80,6 +79,7 @@ class IngressMember:
         )
         self.loads = LoadWatch(config.model_name, self._line.ask_load, self.pool.snapshot)
         self.metrics = ClusterMetrics(worker_id, self.samples, self._line.ask_metrics)
+        self._statuses = Shared(self._status, "status")
         enabled = config.enable_operations
         if enabled is None:
             enabled = self.service.authorizer.needs_keys
@@ -114,20 +114,20 @@ class IngressMember:
         @app.get("/status")
         async def status() -> Response:
             """Who serves, who holds how much, how busy everybody is."""
-            return json_response(await self._read(self._status))
+            status = asyncio.wrap_future(self._statuses.ask())
+            return json_response(await asyncio.shield(status))
 
         if self._config.observability.metrics:
 
             @app.get("/metrics")
             async def metrics() -> Response:
                 """Numbers of every worker, in Prometheus' text format."""
-                return Response(await self._read(self.metrics.text), media_type=CONTENT_TYPE)
+                # Not in the default executor, in which prompts become tokens.
+                loop, thread = asyncio.get_running_loop(), self.metrics.thread
+                text = await loop.run_in_executor(thread, self.metrics.text)
+                return Response(text, media_type=CONTENT_TYPE)
 
         return app
-
-    async def _read(self, view: Callable[[], View]) -> View:
-        """Not in the default executor, in which prompts become tokens."""
-        return await asyncio.get_running_loop().run_in_executor(self.metrics.thread, view)
 
     def _told(self) -> Sequence[Sample]:
         self.metrics.tick()  # the line to the directory asks once a second
@@ -140,7 +140,7 @@ class IngressMember:
 
     def _status(self) -> dict[str, Any]:
         snapshot, state, engines = self.pool.snapshot(), self.service.readiness(), self.pool.stats()
-        samples, ever = self.metrics.read(), self.metrics.read_ever()
+        samples = self.metrics.read()
         return {
             "model": self.service.model.name,
             "ready": state.ready,
@@ -148,20 +148,23 @@ class IngressMember:
             "epoch": snapshot.epoch if snapshot else 0,
             "scale": snapshot.scale if snapshot else {},
             "tiers": describe_tiers(samples),
-            "rates": self._describe_rates(ever, engines),
-            "counters": count_events(ever),
-            "parked": int(sum_of(samples, "shoal_requests_parked")),
+            **self._numbers(samples, engines),
             "chaos": self._config.enable_chaos and self._operations is not None,
             "operations": self._operations is not None,
             "workers": describe_workers(snapshot, samples),
             "engines": [stats.model_dump() for stats in engines],
         }
 
-    def _describe_rates(self, ever: Samples, engines: Sequence[Stats]) -> dict[str, Any] | None:
-        """Of the whole cluster: every ingress tells the same."""
+    def _numbers(self, samples: Samples, engines: Sequence[Stats]) -> dict[str, Any]:
+        """Of the whole cluster: every ingress tells the same. None where nobody tells its own."""
         if not self._config.observability.metrics:
-            return None
-        return {**self.metrics.rates.read(), **count_requests(ever, engines)}
+            return {"rates": None, "counters": None, "parked": None}
+        ever = self.metrics.read_ever()
+        return {
+            "rates": {**self.metrics.rates.read(), **count_requests(ever, engines)},
+            "counters": count_events(ever),
+            "parked": int(sum_of(samples, "shoal_requests_parked")),
+        }
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return when requests are served. Raises TimeoutError that says how far things are."""
@@ -171,6 +174,7 @@ class IngressMember:
     def close(self) -> None:
         self.loads.close()
         self._line.close()
+        self._statuses.close()
         self.metrics.close()
         self.pool.close()
         if self._tracer is not None:

@@ -14,7 +14,7 @@ def render_status(body: dict[str, Any]) -> Group:
     stage = Text(f"{body['model']}: {body['stage']}", "green" if body["ready"] else "yellow")
     for tier, workers_wanted in sorted(body["scale"].items()):
         stage.append(f"; {tier}: {workers_wanted} workers by command")
-    replays, parked = body["counters"]["replays"], body["parked"]
+    replays, parked = (body["counters"] or {}).get("replays"), body["parked"]
     if replays or parked:
         stage.append(f"; {replays} replays, {parked} waiting for a worker")
     workers = Table("role", "worker", "pid", "endpoint", "experts", box=None)

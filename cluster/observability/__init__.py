@@ -4,6 +4,7 @@
 catalog.py           every metric: name, kind, help, labels, bounds, who tells it
 member_samples.py    what each kind of worker tells, from the counters that it keeps anyway
 request_metrics.py   what an ingress counts of its requests
+shared.py            one computation for everybody who asks meanwhile
 cluster_metrics.py   everybody's newest samples, asked of the directory
 exposition.py        samples as Prometheus' text: /metrics
 ray_metrics.py       samples in Ray's own metrics

@@ -92,7 +92,8 @@ def _numbers(history: History) -> Iterator[Text]:
     yield _labelled("latency", _latency(rates) + window)
     yield _labelled("replicas", _replicas(status))
     counters = status.get("counters") or {}
-    yield _labelled("so far", "  ".join(f"{name} {_number(n)}" for name, n in counters.items()))
+    counted = "  ".join(f"{name} {_number(n)}" for name, n in counters.items())
+    yield _labelled("so far", counted or "-")
 
 
 def _labelled(label: str, text: str) -> Text:

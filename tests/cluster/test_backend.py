@@ -70,6 +70,9 @@ class FakeClient:
     def __init__(self) -> None:
         self.closed = False
         self.silent = False
+        self.asked = threading.Semaphore(0)
+        self.answers = threading.Event()
+        self.answers.set()
         self.unblocked = threading.Event()
         self.unblocked.set()
         self.calls: queue.Queue[Submit | str] = queue.Queue()
@@ -88,6 +91,8 @@ class FakeClient:
         self.calls.put(f"abort {request_id}")
 
     def stats(self, timeout_s: float = 5.0) -> Stats:
+        self.asked.release()
+        self.answers.wait(TIMEOUT_S)
         if self.silent:
             raise ChannelTimeout("no stats")
         return STATS
@@ -269,6 +274,26 @@ def test_what_was_not_sent_yet_is_lost_too(world: World) -> None:
 
 
 # ---- members that vanish
+
+
+def test_workers_are_asked_for_their_numbers_at_once(world: World) -> None:
+    """The answer takes as long as the slowest one, not all together."""
+    clients = world.start("a", "b", "c")
+    for client in clients:
+        while client.asked.acquire(blocking=False):
+            pass
+        client.answers.clear()
+    clients[1].silent = True
+    found: queue.Queue[list[Stats]] = queue.Queue()
+    thread = threading.Thread(target=lambda: found.put(world.pool.stats()))
+    thread.start()
+    try:
+        assert all(client.asked.acquire(timeout=TIMEOUT_S) for client in clients)
+    finally:
+        for client in clients:
+            client.answers.set()
+        thread.join(TIMEOUT_S)
+    assert found.get(timeout=TIMEOUT_S) == [STATS, STATS]
 
 
 def test_a_silent_worker_that_left_the_snapshot_is_lost(world: World) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from attention.messages import Stats
 from cluster.config import parse_config
 from cluster.errors import TABLE, InvalidRequest
 from cluster.frontend.checks import check_length, check_number
@@ -257,6 +260,28 @@ def test_status_is_the_same_at_every_ingress(
     assert "10 replays, 7 waiting for a worker" in str(render_status(status).renderables[0])
 
 
+def test_metrics_do_not_wait_for_a_status(
+    cluster: InlineCluster, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    def slow() -> list[Stats]:
+        asked.set()
+        assert answers.wait(TIMEOUT_S)
+        return []
+
+    monkeypatch.setattr(cluster.ingress.pool, "stats", slow)
+    with ThreadPoolExecutor(1) as threads:
+        status = threads.submit(client.get, "/status")
+        try:
+            assert asked.wait(TIMEOUT_S)
+            assert client.get("/metrics").status_code == 200
+            assert not status.done()
+        finally:
+            answers.set()
+        assert status.result(TIMEOUT_S).json()["engines"] == []
+
+
 def test_without_metrics_nothing_is_told(checkpoint_dir: Callable[[str], Path]) -> None:
     config = {"model": str(checkpoint_dir("v3")), "observability": {"metrics": False}}
     with InlineCluster(parse_config(config)) as cluster:
@@ -264,7 +289,9 @@ def test_without_metrics_nothing_is_told(checkpoint_dir: Callable[[str], Path]) 
         assert client.post("/v1/completions", json=REQUEST).status_code == 200
         assert client.get("/metrics").status_code == 404
         status = client.get("/status").json()
-        assert status["rates"] is None
+        unknown = {name: status[name] for name in ("rates", "counters", "parked")}
+        assert unknown == dict.fromkeys(unknown)
+        assert str(render_status(status).renderables[0]) == "v3: ready"
         assert all(worker["busy"] is None for worker in status["workers"])
         reply = cluster.ingress._line.ask_metrics()
         assert [w.worker_id for w in reply.workers if w.samples] == ["placement"]

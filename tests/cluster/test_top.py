@@ -155,6 +155,13 @@ def test_numbers() -> None:
     ]
 
 
+def test_without_metrics_what_has_happened_is_a_dash() -> None:
+    status = make_status("experts-0", rates=None, tiers=TIERS, counters=None)
+    history = History(Reading(0.0, status, LOAD))
+    assert "so far   -" in lines_of(history)
+    assert not history.add(Reading(1.0, status, LOAD))
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     rates = dict.fromkeys(RATES)
     lines = lines_of(history_of(make_status("experts-0", rates=rates)))
