@@ -391,6 +391,30 @@ HOSTILE = """
 """
 
 
+def test_a_key_is_asked_for_once(
+    page: Page, serve: Serve, tmp_path: Path, problems: list[str]
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"page inference {KEY}\n")
+    url, _ = serve("ok", Authorizer(KeyRing(keys)))
+    page.clock.install()
+    page.goto(url)
+    field = page.get_by_label("API key")
+    expect(field).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(field).to_be_hidden()
+    for _ in range(3):  # whether the server is ready is asked again, nothing else
+        with page.expect_response("**/readyz"):
+            page.clock.fast_forward(10_000)
+    expect(field).to_be_hidden()
+    page.get_by_role("button", name="Key", exact=True).click()
+    page.keyboard.type(KEY)
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Model")).to_have_value("tiny")
+    assert len(problems) == 1 and "401" in problems[0]
+    problems.clear()
+
+
 def test_a_hostile_answer_runs_nothing(page: Page, serve: Serve) -> None:
     url, _ = serve("ok")
 

@@ -6,6 +6,7 @@ import {
   copyText,
   element,
   mountTop,
+  needsKey,
   requestJson,
   root,
   toast,
@@ -32,6 +33,8 @@ let views = [];
 let running = null;
 
 let ready = false;
+/** Whether somebody has to give a key, or a better one, before it makes sense to ask again. */
+let locked = false;
 
 // ---- the conversation
 
@@ -154,7 +157,9 @@ async function showModels() {
     suggestMemory(data[0].id !== SHIPPED_MODEL);
     byId("welcome-facts").textContent =
       `Up to ${data[0].max_model_len.toLocaleString("en")} tokens, question and answer together.`;
+    locked = false;
   } catch (error) {
+    locked = needsKey(error);
     toast(error.message);
   }
   showControls();
@@ -169,7 +174,7 @@ function onReadiness({ detail }) {
     if (detail?.total) byId("progress").value = detail.done;
     else byId("progress").removeAttribute("value");
   }
-  if (ready && !byId("model").length) showModels();
+  if (ready && !locked && !byId("model").length) showModels();
   showControls();
 }
 

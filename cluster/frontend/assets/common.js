@@ -31,6 +31,9 @@ export class ApiError extends Error {
   }
 }
 
+/** Whether a request failed for want of a key, or of a better one. */
+export const needsKey = ({ status }) => status === 401 || status === 403;
+
 /** The API key, kept until the tab closes. */
 export const apiKey = {
   get: () => sessionStorage.getItem("shoal.key") ?? "",

@@ -2,7 +2,7 @@
 // A stream that the server ends is opened again when its next event is due; whatever breaks is tried
 // again, less and less often, and said.
 
-import { eventsOf, request, requestJson } from "../common.js";
+import { eventsOf, needsKey, request, requestJson } from "../common.js";
 import { readLoad } from "./frames.js";
 
 const INTERVAL_S = 1;
@@ -103,7 +103,5 @@ export class Feed {
     return sleep(1000 * wait_s);
   }
 }
-
-const needsKey = ({ status }) => status === 401 || status === 403;
 
 const sleep = (wait_ms) => new Promise((done) => setTimeout(done, wait_ms));
