@@ -286,6 +286,18 @@ def test_an_error_within_a_stream_keeps_what_came(page: Page, serve: Serve) -> N
     expect(page.locator(".note.error")).to_be_visible()
 
 
+def test_half_an_answer_is_told_from_a_whole_one(page: Page, serve: Serve) -> None:
+    """A proxy may end a stream as if all were well."""
+    url, _ = serve("ok")
+    half = 'data: {"choices": [{"delta": {"content": "so"}, "finish_reason": null}]}\n\n'
+    stream = {"body": half, "content_type": "text/event-stream"}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**stream))
+    page.goto(url)
+    ask(page, "Hi")
+    expect(page.locator(".note.error")).to_have_text("The answer broke off.")
+    assert answers(page) == ["so"]
+
+
 def test_experts_that_were_away_are_told_of(page: Page, serve: Serve) -> None:
     url, _ = serve("text", renormalised=[2])
     page.goto(url)

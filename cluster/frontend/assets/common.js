@@ -81,8 +81,8 @@ async function errorOf(response) {
 }
 
 /**
- * The data of each server-sent event of a response, parsed; ends at [DONE] or with the stream.
- * Throws ApiError at an error event. Leaving the loop closes the connection.
+ * The data of each server-sent event of a response, parsed, up to [DONE]. Throws ApiError at an
+ * error event and at an end without [DONE]. Leaving the loop closes the connection.
  */
 export async function* eventsOf(response) {
   for await (const line of linesOf(response.body)) {
@@ -93,6 +93,7 @@ export async function* eventsOf(response) {
     if (event.error) throw new ApiError(event.error.message, response.status, event.error.code);
     yield event;
   }
+  throw new ApiError("The answer broke off.");
 }
 
 async function* linesOf(stream) {
