@@ -427,6 +427,50 @@ def test_a_key_is_asked_for_once(
     problems.clear()
 
 
+NO_STORAGE = """
+for (const name of ["localStorage", "sessionStorage"]) {
+  Object.defineProperty(window, name, {
+    get() { throw new DOMException("not here", "SecurityError"); },
+  });
+}
+"""
+DAMAGED_STORAGE = """
+for (const [name, value] of [["chat", "[{"], ["settings", "null"], ["key", "7"]]) {
+  sessionStorage.setItem(`shoal.${name}`, value);
+}
+"""
+
+
+@pytest.mark.parametrize("script", [NO_STORAGE, DAMAGED_STORAGE])
+def test_what_the_browser_keeps_is_not_needed(page: Page, serve: Serve, script: str) -> None:
+    url, _ = serve("ok")
+    page.add_init_script(script)
+    page.goto(url)
+    ask(page, "Hi")
+    ended(page)
+    assert answers(page) == ["ok"]
+    page.get_by_role("button", name="Switch between light and dark").click()
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "told"), [("true", "Copied."), ("false", "The browser lets no page copy")]
+)
+def test_a_clipboard_that_is_refused(page: Page, serve: Serve, allowed: str, told: str) -> None:
+    """There is another way to copy, which may be refused too."""
+    url, _ = serve("ok")
+    page.add_init_script(f"""
+        const writeText = () => Promise.reject(new DOMException("no", "NotAllowedError"));
+        Object.defineProperty(navigator, "clipboard", {{ value: {{ writeText }} }});
+        document.execCommand = () => {allowed};
+    """)
+    page.goto(url)
+    ask(page, "Hi")
+    ended(page)
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.locator(".toast")).to_contain_text(told)
+
+
 def test_a_hostile_answer_runs_nothing(page: Page, serve: Serve) -> None:
     url, _ = serve("ok")
 

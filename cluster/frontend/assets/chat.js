@@ -7,6 +7,8 @@ import {
   element,
   mountTop,
   needsKey,
+  recall,
+  remember,
   requestJson,
   root,
   toast,
@@ -27,7 +29,7 @@ const SUGGESTIONS = [
 ];
 
 /** {role, content}; an answer has facts, ending, stopped, error too: see chat/answer.js. */
-let turns = JSON.parse(sessionStorage.getItem(STORE) ?? "[]");
+let turns = recall(STORE, []);
 let views = [];
 /** AbortController of the answer that is coming in. */
 let running = null;
@@ -75,14 +77,7 @@ function clear() {
   byId("draft").focus();
 }
 
-/** For a reload; what is too long for the browser's store lives as long as the page. */
-function keep() {
-  try {
-    sessionStorage.setItem(STORE, JSON.stringify(turns));
-  } catch {
-    sessionStorage.removeItem(STORE);
-  }
-}
+const keep = () => remember(STORE, turns);
 
 // ---- what is seen
 

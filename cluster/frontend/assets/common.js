@@ -20,6 +20,28 @@ export function element(tag, properties = {}, ...children) {
 /** The element of this id. */
 export const byId = (id) => document.getElementById(id);
 
+// ---- what the browser keeps, if it lets pages keep anything
+
+/** What this tab keeps under a name; `otherwise` if that is nothing, or nothing of its kind. */
+export function recall(name, otherwise) {
+  try {
+    const found = JSON.parse(sessionStorage.getItem(name));
+    return found?.constructor === otherwise.constructor ? found : otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+/** For a reload; what is too long for the browser's store lives as long as the page. */
+export function remember(name, value) {
+  try {
+    sessionStorage.removeItem(name);
+    sessionStorage.setItem(name, JSON.stringify(value));
+  } catch {
+    // Too long, or not allowed.
+  }
+}
+
 // ---- API
 
 /** An answer that is an error; `status` 0: there was no answer. */
@@ -34,10 +56,15 @@ export class ApiError extends Error {
 /** Whether a request failed for want of a key, or of a better one. */
 export const needsKey = ({ status }) => status === 401 || status === 403;
 
+let key = recall("shoal.key", "");
+
 /** The API key, kept until the tab closes. */
 export const apiKey = {
-  get: () => sessionStorage.getItem("shoal.key") ?? "",
-  set: (key) => sessionStorage.setItem("shoal.key", key),
+  get: () => key,
+  set(given) {
+    key = given;
+    remember("shoal.key", key);
+  },
 };
 
 /**
@@ -137,8 +164,12 @@ export function colour(name) {
 function switchTheme() {
   const theme = isDark() ? "light" : "dark";
   document.documentElement.dataset.theme = theme;
-  localStorage.setItem("shoal.theme", theme);
   tellTheme();
+  try {
+    localStorage.setItem("shoal.theme", theme);
+  } catch {
+    // Not allowed: it lives as long as the page.
+  }
 }
 
 const tellTheme = () => document.dispatchEvent(new CustomEvent("shoal:theme"));
@@ -161,16 +192,21 @@ const toasts = element("div", { className: "toasts", role: "alert" });
 
 /** Copy, also where the page came over plain HTTP and browsers hide their clipboard. */
 export async function copyText(text) {
-  if (navigator.clipboard) {
-    await navigator.clipboard.writeText(text);
-  } else {
-    const field = element("textarea", { value: text, className: "unseen" });
-    (document.querySelector(":modal") ?? document.body).append(field);
-    field.select();
-    document.execCommand("copy");
-    field.remove();
-  }
-  toast("Copied.", "good");
+  const written = navigator.clipboard?.writeText(text).then(
+    () => true,
+    () => false,
+  );
+  if ((await written) || copySelected(text)) toast("Copied.", "good");
+  else toast("The browser lets no page copy: select the text.");
+}
+
+function copySelected(text) {
+  const field = element("textarea", { value: text, className: "unseen" });
+  (document.querySelector(":modal") ?? document.body).append(field);
+  field.select();
+  const copied = document.execCommand("copy");
+  field.remove();
+  return copied;
 }
 
 // ---- the top of the page

@@ -1,3 +1,7 @@
 // Loaded before the style: a theme that somebody chose must not flash in.
-const chosen = localStorage.getItem("shoal.theme");
-if (chosen) document.documentElement.dataset.theme = chosen;
+try {
+  const chosen = localStorage.getItem("shoal.theme");
+  if (chosen) document.documentElement.dataset.theme = chosen;
+} catch {
+  // The browser lets no page keep anything: the system's theme.
+}

@@ -1,13 +1,13 @@
 // The fields beside the conversation: kept in the tab, read into requests.
 
-import { byId } from "../common.js";
+import { byId, recall, remember } from "../common.js";
 
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const TEXTS = [...NUMBERS, "system", "stop_strings"];
 const CHECKS = ["memory", "markdown"];
 const STORE = "shoal.settings";
 
-let kept = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
+let kept = recall(STORE, {});
 
 /** Fill the fields with what they had before, and keep what is changed. */
 export function restoreSettings() {
@@ -17,7 +17,7 @@ export function restoreSettings() {
     kept = {};
     for (const name of TEXTS) kept[name] = byId(name).value;
     for (const name of CHECKS) kept[name] = byId(name).checked;
-    sessionStorage.setItem(STORE, JSON.stringify(kept));
+    remember(STORE, kept);
   });
 }
 
