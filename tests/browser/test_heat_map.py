@@ -305,6 +305,29 @@ def test_directory_away_is_said_and_ends(page: Page, inline_url: str, problems: 
     problems.clear()
 
 
+def test_a_stream_that_the_server_ends_is_no_fault(page: Page, inline_url: str) -> None:
+    opened = 0
+
+    def loads(connection: int) -> Sequence[Json]:
+        nonlocal opened
+        opened = connection + 1
+        return [load_of(["experts-a"], epoch=opened)]
+
+    stream(page, loads)
+    open_map(page, inline_url)
+    page.locator("#feed[data-kind=live]").wait_for()
+    page.evaluate("""() => {
+        const feed = document.getElementById("feed");
+        window.kinds = [];
+        new MutationObserver(() => kinds.push(feed.dataset.kind)).observe(feed, {
+            attributes: true, attributeFilter: ["data-kind"],
+        });
+    }""")
+    before = opened
+    until(page, f"shoalExperts.load.epoch >= {before + 2}")
+    assert set(page.evaluate("() => kinds")) <= {"live"}
+
+
 def test_asks_for_a_key_once(page: Page, inline_url: str, problems: list[str]) -> None:
     refused = 0
 
