@@ -66,6 +66,7 @@ class Generation:
         self._choices = [ChoiceText(i, request, tokenizer) for i in range(request.num_sequences)]
         self._open = set(range(request.num_sequences))
         self._finish_reasons: list[str] = []
+        self._token_s: list[float] = []
         self._echo_due = set(self._open) if request.echo else set()
         self._renormalised_due: set[int] = set()  # choices whose next Delta has to tell it
 
@@ -162,7 +163,10 @@ class Generation:
 
     def _end(self, index: int) -> None:
         self._open.discard(index)
-        self.timing = self._runs.end(index).beside(self.timing)
+        timing, num_later = self._runs.end(index), self._choices[index].num_tokens - 1
+        if num_later > 0:
+            self._token_s.append(timing.decode_s / num_later)
+        self.timing = timing.beside(self.timing)
         self._admission.leave(1)
 
     def _fail(self, error: ShoalError) -> NoReturn:
@@ -178,6 +182,7 @@ class Generation:
             self.usage,
             self.timing,
             finish_reasons=self._finish_reasons,
+            token_s=self._token_s,
             num_replays=self._runs.num_replays,
             code=code,
         )

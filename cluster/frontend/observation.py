@@ -98,6 +98,7 @@ class Observation:
         timing: Timing,
         *,
         finish_reasons: Sequence[str] = (),
+        token_s: Sequence[float] = (),
         num_replays: int = 0,
         code: str = "",
     ) -> None:
@@ -123,6 +124,7 @@ class Observation:
             code=code,
             e2e_s=self.e2e_s,
             ttft_s=None if self._first_s is None else self._first_s - self.started_s,
+            token_s=tuple(token_s),
             timing=timing,
             num_replays=num_replays,
             key_name=self.origin.key_name,

@@ -94,6 +94,8 @@ class RequestRecord:
     e2e_s: float
     ttft_s: float | None
     """To the first token, None if there was none."""
+    token_s: tuple[float, ...]
+    """Mean time of a token after the first, of each sequence that has more than one."""
     timing: Timing
     num_replays: int
     key_name: str

@@ -130,7 +130,7 @@ METRICS: tuple[Metric, ...] = (
         "inter_token_latency_seconds", "Between two outputs of a sequence.", TOKEN_TIME_BOUNDS
     ),
     _requests.histogram(
-        "request_time_per_output_token_seconds", "Mean after the first.", TOKEN_TIME_BOUNDS
+        "request_time_per_output_token_seconds", "Mean of a sequence.", TOKEN_TIME_BOUNDS
     ),
     _requests.histogram("e2e_request_latency_seconds", "To a good end.", REQUEST_TIME_BOUNDS),
     _requests.histogram("request_queue_time_seconds", "Not computing.", REQUEST_TIME_BOUNDS),

@@ -95,10 +95,8 @@ class RequestMetrics:
         self._see("request_queue_time_seconds", timing.queue_s)
         self._see("request_prefill_time_seconds", timing.prefill_s)
         self._see("request_decode_time_seconds", timing.decode_s)
-        later_tokens = record.completion_tokens / record.num_sequences - 1
-        if later_tokens > 0:
-            per_token_s = timing.decode_s / later_tokens
-            self._see("request_time_per_output_token_seconds", per_token_s)
+        for token_s in record.token_s:
+            self._see("request_time_per_output_token_seconds", token_s)
 
     def _see(self, name: str, value: float) -> None:
         self._histograms[f"vllm_{name}"].observe(value)

@@ -47,6 +47,7 @@ RECORD = RequestRecord(
     code="",
     e2e_s=1.23456,
     ttft_s=0.25,
+    token_s=(0.98,),
     timing=Timing(queue_s=0.01, prefill_s=0.24, decode_s=0.98, hop_s=0.5, expert_ms=3.21),
     num_replays=1,
     key_name="alice",

@@ -54,6 +54,7 @@ RECORD = RequestRecord(
     code="",
     e2e_s=2.0,
     ttft_s=0.8,
+    token_s=(0.125, 0.25),
     timing=TIMING,
     num_replays=0,
     key_name="",
@@ -106,12 +107,14 @@ class TestRequestMetrics:
             "request_queue_time_seconds": 0.25,
             "request_prefill_time_seconds": 0.5,
             "request_decode_time_seconds": 1.0,
-            "request_time_per_output_token_seconds": 0.25,  # 1 s for 10 / 2 - 1 tokens
             "request_prompt_tokens": 7,
             "request_generation_tokens": 10,
         }.items():
             assert value(samples, f"vllm_{name}_sum", model_name="m") == seconds
             assert value(samples, f"vllm_{name}_count") == 1
+        per_token = "vllm_request_time_per_output_token_seconds"
+        assert value(samples, f"{per_token}_count") == 2
+        assert value(samples, f"{per_token}_sum") == 0.375
         assert value(samples, "vllm_time_to_first_token_seconds_bucket", le="0.75") == 0
         assert value(samples, "vllm_time_to_first_token_seconds_bucket", le="1.0") == 1
         assert value(samples, "vllm_request_success_total", finished_reason="stop") == 1

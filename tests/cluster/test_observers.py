@@ -391,15 +391,44 @@ def test_times_of_replays_add_up(tmp_path: Path) -> None:
     assert heard.tokens == [(1, None), (1, 10.0), (1, 40.0)]
 
 
+def test_the_time_of_a_token_is_each_sequences(tmp_path: Path) -> None:
+    """By the clock two tokens at once, four more in 4 s, two more in 6 s."""
+    now_s = [0.0]
+    heard = Heard()
+    engine = Scripted()
+    service = make_service(tmp_path, engine, observers=[heard], clock=lambda: now_s[0])  # type: ignore[arg-type]
+
+    async def play() -> None:
+        generation = await service.complete(parse_body(CompletionRequest, {**BODY, "n": 3}))
+        for at_s, run, ids in [
+            (1.0, 0, [20]),
+            (1.0, 1, [20]),
+            (1.0, 2, [20, EOS]),
+            (5.0, 0, [20, 20, 20, EOS]),
+            (7.0, 1, [20, EOS]),
+        ]:
+            now_s[0] = at_s
+            end = {"finish_reason": "stop"} if EOS in ids else {}
+            engine.say(run, token_ids=ids, **end)
+            for _ in range(3):
+                await asyncio.sleep(0)
+        with generation:
+            assert [delta async for delta in generation]
+
+    asyncio.run(play())
+    assert heard.record().token_s == (0.0, 1.0, 3.0)
+
+
 class Scripted(FakeEngine):
-    """Says what it is told, from the caller's thread, to the newest run."""
+    """Says what it is told, from the caller's thread, to a run: the newest, unless said."""
 
     def __init__(self) -> None:
         super().__init__([])
+        self._runs: list[tuple[str, Any]] = []
 
     def _start(self, request: Submit, on_output: Any) -> None:
-        self._say = on_output
-        self._request_id = request.request_id
+        self._runs.append((request.request_id, on_output))
 
-    def say(self, **fields: Any) -> None:
-        self._say(TokenOutput(request_id=self._request_id, **fields))
+    def say(self, run: int = -1, **fields: Any) -> None:
+        request_id, say = self._runs[run]
+        say(TokenOutput(request_id=request_id, **fields))
