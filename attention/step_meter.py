@@ -49,8 +49,8 @@ class StepMeter:
 
     def begin_step(self, schedule: Schedule) -> None:
         """`end_step` follows, whether the step succeeds or fails."""
-        if self._num_traced:
-            self._traces = self._wanting_hops(schedule)
+        self._traces = self._wanting_hops(schedule) if self._num_traced else []
+        if self._traces:
             self._log = []
             self._moe.log_hops(self._log)
 
@@ -59,7 +59,7 @@ class StepMeter:
         self.now_s = self._clock()
         self.step_times.observe(self.now_s - start_s)
         self._book(schedule, start_s)
-        if self._num_traced:
+        if self._traces:
             self._moe.log_hops(None)
             step = TracedStep(start_s, self.now_s, self._log)
             for trace in self._traces:

@@ -28,6 +28,9 @@ of the step that reaches so many hops. A hop is 10 us of spans, a step and any o
 MAX_WAITING = 1024
 """Sequences that have ended and have no spans yet; what ends meanwhile gets none."""
 _CLOSE_TIMEOUT_S = 5.0
+"""For the spans of sequences that wait for theirs."""
+_EXPORT_TIMEOUT_S = 3.0
+"""For a collector to take the last ones: one that is away holds no worker's stop up for long."""
 
 
 class TracedStep(NamedTuple):
@@ -111,6 +114,9 @@ class Tracer:
         self._tracer = provider.get_tracer("shoal")
         self.num_dropped = 0
         """Sequences that have no spans, as too many ended at once."""
+        self._epoch_ns = 0
+        """Of time.monotonic(), as a sequence's spans are made: the wall clock may be set between
+        two sequences, the spans of one never run backwards."""
         self._ended: queue.Queue[SequenceTrace | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write, name="traces", daemon=True)
         self._thread.start()
@@ -154,13 +160,17 @@ class Tracer:
             self.num_dropped += 1
 
     def close(self) -> None:
-        """Make and export what is left."""
+        """Make and export what is left, of which a collector that is away gets nothing."""
         with contextlib.suppress(queue.Full):
             self._ended.put(None, timeout=_CLOSE_TIMEOUT_S)
             self._thread.join(_CLOSE_TIMEOUT_S)
         if self.num_dropped:
             logger.warning("%d sequences were dropped without spans", self.num_dropped)
-        self._provider.shutdown()
+        export = threading.Thread(target=self._provider.shutdown, name="last-traces", daemon=True)
+        export.start()
+        export.join(_EXPORT_TIMEOUT_S)
+        if export.is_alive():
+            logger.warning("the collector did not take the last spans in %g s", _EXPORT_TIMEOUT_S)
 
     # --- the thread ---
 
@@ -172,6 +182,7 @@ class Tracer:
                 logger.exception("spans of a sequence were not made")
 
     def _write_sequence(self, trace: SequenceTrace) -> None:
+        self._epoch_ns = time.time_ns() - time.monotonic_ns()
         first_step_s = _or(trace.first_step_s, trace.ended_s)
         first_token_s = _or(trace.first_token_s, trace.ended_s)
         parent = self._remote(trace.parent)
@@ -186,7 +197,7 @@ class Tracer:
         for step in trace.steps:
             parent = prefill if step.begun_s < first_token_s else decode
             self._span("step", parent, step.begun_s, step.ended_s, step.attributes)
-        whole.end(_epoch_ns(trace.ended_s))
+        whole.end(self._wall_ns(trace.ended_s))
 
     def _span(
         self,
@@ -198,14 +209,17 @@ class Tracer:
     ) -> Any:
         """The context for its children."""
         span = self._start(name, parent, begun_s, attributes)
-        span.end(_epoch_ns(ended_s))
+        span.end(self._wall_ns(ended_s))
         return self._api.set_span_in_context(span, self._no_context)
 
     def _start(
         self, name: str, parent: Any, begun_s: float, attributes: Mapping[str, Any] | None
     ) -> Any:
-        begun_ns = _epoch_ns(begun_s)
+        begun_ns = self._wall_ns(begun_s)
         return self._tracer.start_span(name, parent, attributes=attributes, start_time=begun_ns)
+
+    def _wall_ns(self, monotonic_s: float) -> int:
+        return self._epoch_ns + int(monotonic_s * 1e9)
 
     def _remote(self, parent: TraceContext | None) -> Any:
         """The context for children of a span in another process; of no parent an empty one, for a
@@ -228,11 +242,3 @@ def _us(time_s: float) -> int:
 
 def _or(time_s: float | None, otherwise_s: float) -> float:
     return otherwise_s if time_s is None else time_s
-
-
-_EPOCH_NS = time.time_ns() - time.monotonic_ns()
-"""Of time.monotonic(): spans of one process never run backwards."""
-
-
-def _epoch_ns(monotonic_s: float) -> int:
-    return _EPOCH_NS + int(monotonic_s * 1e9)

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -108,6 +110,26 @@ def test_one_prefill_and_some_decode_steps_are_traced(rig: RigOf, written: Writt
     assert sorted(by_parent.values()) == [1, MAX_DECODE_STEPS]
 
 
+def test_hops_are_logged_for_the_steps_that_are_traced_and_no_other(
+    rig: RigOf, written: Written
+) -> None:
+    """Of 10 steps one prefill and MAX_DECODE_STEPS, each layer of which is a LayerHop."""
+    moe = rig("v2lite").pool.router()
+    logged: list[Any] = []
+    log_hops = moe.log_hops
+
+    def count(log: Any) -> None:
+        logged.append(log)
+        log_hops(log)
+
+    moe.log_hops = count  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    traced(rig("v2lite"), written.tracer, submit("r-0", [20], params, traceparent=PARENT), moe=moe)
+    logs = [log for log in logged if log is not None]
+    assert len(logs) == logged.count(None) == 1 + MAX_DECODE_STEPS
+    assert {len(log) for log in logs} == {len(rig("v2lite").config.moe_layers)}
+
+
 def test_hops_of_a_sequence_are_bounded() -> None:
     """Of DeepSeek-V3, which has 58 MoE layers, a prefill step and a decode step."""
     context = TraceContext.parse(PARENT)
@@ -162,6 +184,48 @@ def test_what_ends_too_fast_is_dropped_and_told_once(
     num_spans = len(written.spans())
     assert num_spans == 2 * (1 + MAX_WAITING), "a sequence and its queue"
     assert caplog.messages[-1] == "7 sequences were dropped without spans"
+
+
+def test_a_collector_that_is_away_does_not_hold_up_a_stop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away(SpanProcessor):
+        has_answered = threading.Event()
+        is_waiting = False
+
+        def shutdown(self) -> None:
+            self.is_waiting = True
+            self.is_waiting = self.has_answered.wait(60)
+
+    monkeypatch.setattr("attention.tracing._EXPORT_TIMEOUT_S", 0.05)
+    provider, away = TracerProvider(shutdown_on_exit=False), Away()
+    provider.add_span_processor(away)
+    Tracer(provider).close()
+    assert away.is_waiting
+    assert caplog.messages == ["the collector did not take the last spans in 0.05 s"]
+    away.has_answered.set()
+
+
+def test_spans_follow_a_wall_clock_that_was_set(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an hour, while the server ran: a sequence's spans are to lie within its request's, which
+    has the clock of now."""
+    hour_ns = 3600 * 10**9
+
+    def time_ns() -> int:
+        return time.time_ns() + hour_ns
+
+    clock = SimpleNamespace(time_ns=time_ns, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr("attention.tracing.time", clock)
+    begun_ns = time_ns()
+    trace = written.tracer.start_sequence(TraceContext.parse(PARENT), time.monotonic())
+    assert trace is not None
+    trace.ended_s = time.monotonic()
+    written.tracer.end_sequence(trace)
+    queue, sequence = written.spans()
+    slack_ns = 60 * 10**9  # two clocks are read one after the other
+    assert begun_ns - slack_ns <= sequence.start_time <= queue.end_time <= time_ns() + slack_ns
 
 
 def test_only_sampled_traces_are_written(rig: RigOf, written: Written) -> None:
