@@ -12,13 +12,16 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cluster.config import GRACEFUL_SHUTDOWN_S
 from tests.cluster.conftest import RayHarness, Server
+from tests.fakes import TIMEOUT_S
 
 SERVE_CONFIG = """
 applications:
@@ -29,6 +32,8 @@ applications:
       model: {model}
       deterministic: true
       runtime_dir: {sockets}
+      ingress:
+        num_workers: 2
       experts:
         num_workers: 2
         emulated_pairs_per_s: 500
@@ -42,31 +47,38 @@ applications:
           window_s: 2
 """
 PROMPT = list(range(20, 40))
-SCALE_TIMEOUT_S = 90.0
+STREAM = "/v1/experts/load/stream?interval_s=1"
+SCALE_TIMEOUT_S = 2 * GRACEFUL_SHUTDOWN_S
 METRIC_TIMEOUT_S = 30.0
 
 
-@pytest.fixture
-def from_yaml(
-    ray_harness: RayHarness, checkpoint_dir: Callable[[str], Path], tmp_path: Path
-) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def config(
+    checkpoint_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    sockets = tmp_path_factory.mktemp("sockets")
+    text = SERVE_CONFIG.format(model=checkpoint_dir("v3"), sockets=sockets)
+    parsed: dict[str, Any] = yaml.safe_load(text)
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def from_yaml(ray_harness: RayHarness, config: dict[str, Any]) -> Iterator[Server]:
     """The application of SERVE_CONFIG on the shared Ray."""
-    model = checkpoint_dir("v3")
-    text = SERVE_CONFIG.format(model=model, sockets=tmp_path)
-    with ray_harness.from_serve_config(yaml.safe_load(text), model.name) as server:
+    with ray_harness.from_serve_config(config, "v3") as server:
         yield server
 
 
-def num_experts(server: Server) -> int:
-    return sum(worker["role"] == "experts" for worker in server.get("/status")["workers"])
+def num_workers(server: Server, role: str) -> int:
+    return sum(worker["role"] == role for worker in server.get("/status")["workers"])
 
 
-def wait_for(server: Server, count: int) -> float:
-    """Seconds until there are so many expert workers."""
+def wait_for(server: Server, count: int, role: str = "experts") -> float:
+    """Seconds until there are so many workers of a role."""
     begun_s = time.monotonic()
-    while num_experts(server) != count:
+    while (found := num_workers(server, role)) != count:
         if time.monotonic() - begun_s > SCALE_TIMEOUT_S:
-            pytest.fail(f"{num_experts(server)} expert workers, not {count}")
+            pytest.fail(f"{found} {role} workers, not {count}")
         time.sleep(0.2)
     return time.monotonic() - begun_s
 
@@ -115,7 +127,7 @@ def ask(server: Server) -> list[int]:
 @pytest.mark.ray
 @pytest.mark.alone
 def test_the_pool_follows_the_load_up_and_down(from_yaml: Server) -> None:
-    assert num_experts(from_yaml) == 2
+    assert num_workers(from_yaml, "experts") == 2
     wait_for_tier(from_yaml, wanted=2, present=2)
     expected = ask(from_yaml)
     load = Load(from_yaml, 4)
@@ -136,6 +148,26 @@ def test_the_pool_follows_the_load_up_and_down(from_yaml: Server) -> None:
     print(f"grew after {grew_s:.1f} s, shrank after {shrank_s:.1f} s, held {held}")
 
 
+@pytest.mark.ray
+@pytest.mark.alone
+def test_an_ingress_that_is_watched_stops_and_is_not_counted_as_dead(
+    ray_harness: RayHarness, config: dict[str, Any], from_yaml: Server
+) -> None:
+    """Serve waits until nothing is open at a replica; one that takes too long is killed."""
+    wait_for(from_yaml, 2, "ingress")
+    [application] = config["applications"]
+    one_ingress = {**application, "deployments": [{"name": "Ingress", "num_replicas": 1}]}
+    with ExitStack() as stack:
+        for _ in range(8):  # both have some
+            watch = urllib.request.urlopen(from_yaml.url + STREAM, timeout=TIMEOUT_S)
+            assert stack.enter_context(watch).readline().startswith(b"data: ")
+        ray_harness.apply({"applications": [one_ingress]})
+        stopped_s = wait_for(from_yaml, 1, "ingress")
+    assert stopped_s < GRACEFUL_SHUTDOWN_S
+    assert from_yaml.get("/status")["counters"]["deaths"] == 0
+    print(f"stopped after {stopped_s:.1f} s")
+
+
 def controller_log() -> str:
     """What Serve's controller wrote since Ray was started."""
     import ray._private.worker as ray_worker
@@ -151,7 +183,7 @@ def wait_for_metric(*parts: str) -> None:
     port = ray.nodes()[0]["MetricsExportPort"]
     deadline_s = time.monotonic() + METRIC_TIMEOUT_S
     while time.monotonic() < deadline_s:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
         if any(all(part in line for part in parts) for line in lines):
             return
