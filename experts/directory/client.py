@@ -236,7 +236,7 @@ class DirectoryClient:
             with self._line_lock:
                 if self._line is None:
                     raise ChannelClosed("no line to the directory")
-                self._line.send(encode(message, question), timeout_s)
+                self._line.send(encode(message, question), min(timeout_s, SEND_TIMEOUT_S))
 
         reply = self._questions.ask(send, timeout_s)
         if not isinstance(reply, answer_type):

@@ -14,7 +14,7 @@ import pytest
 from experts.channel.channel import ChannelClosed, ChannelTimeout, Connection, Server
 from experts.channel.frame import Frame, Status
 from experts.directory import client as directory_client
-from experts.directory.client import DirectoryClient
+from experts.directory.client import COMMAND_TIMEOUT_S, SEND_TIMEOUT_S, DirectoryClient
 from experts.directory.roster import RosterRules
 from experts.directory.server import Directory
 from experts.load import pack
@@ -419,6 +419,23 @@ def test_a_command_that_nobody_answers(tmp_path: Path, hangs_up: bool) -> None:
     with pytest.raises(ChannelClosed):
         client.command(Rebalance())
     server.close()
+
+
+def test_a_command_holds_the_line_no_longer_than_other_messages() -> None:
+    """To a directory that does not read: who has something else to tell waits behind it."""
+    limits_s: list[float] = []
+
+    class Full:
+        def send(self, frame: Frame, timeout_s: float) -> None:
+            limits_s.append(timeout_s)
+            raise ChannelTimeout("full")
+
+    client = DirectoryClient(lambda: "inproc:nobody", SECRET, register("i", "ingress"))
+    client._line = Full()  # type: ignore[assignment]
+    for timeout_s in (COMMAND_TIMEOUT_S, 0.5):
+        with pytest.raises(ChannelTimeout, match="full"):
+            client.command(Rebalance(), timeout_s)
+    assert limits_s == [SEND_TIMEOUT_S, 0.5] and SEND_TIMEOUT_S < COMMAND_TIMEOUT_S
 
 
 def test_what_a_newer_assign_drops_is_not_registered_again(tmp_path: Path) -> None:
