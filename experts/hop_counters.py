@@ -7,6 +7,7 @@ put aside (0.1 us) and sorted, many at a time, when somebody asks (0.4 us each).
 import threading
 from collections import deque
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,18 @@ MAX_UNSORTED = 65_536
 """Answers between two looks; of more the oldest are left out of the histograms."""
 
 
-class HopCounters:
-    """Since the start of a client, whose thread alone counts; any thread may read.
+class HopHistograms(NamedTuple):
+    """In seconds, of answers that can be used: in the worker's queue, while it was computed, the
+    rest there and back, all of it."""
 
-    Histograms are in seconds, of answers that can be used: in the worker's queue, while it was
-    computed, the rest there and back, all of it.
-    """
+    queue: Histogram
+    compute: Histogram
+    wire: Histogram
+    total: Histogram
+
+
+class HopCounters:
+    """Since the start of a client, whose thread alone counts; any thread may read."""
 
     def __init__(self) -> None:
         self.answers = 0
@@ -40,34 +47,22 @@ class HopCounters:
         self.answers += 1
         self._unsorted.append((reply.queue_us, reply.compute_us, took_s))
 
-    @property
-    def queue(self) -> Histogram:
-        return self._sorted()[0]
-
-    @property
-    def compute(self) -> Histogram:
-        return self._sorted()[1]
-
-    @property
-    def wire(self) -> Histogram:
-        return self._sorted()[2]
-
-    @property
-    def total(self) -> Histogram:
-        return self._sorted()[3]
-
-    def _sorted(self) -> tuple[Histogram, ...]:
+    def histograms(self) -> HopHistograms:
+        """As of now, each of the same answers."""
         with self._lock:
-            if num := len(self._unsorted):
-                taken = [self._unsorted.popleft() for _ in range(num)]
-                flat = np.fromiter(chain.from_iterable(taken), np.float64, 3 * num)
-                queue_us, compute_us, total = flat.reshape(num, 3).T
-                queue, compute = queue_us * 1e-6, compute_us * 1e-6
-                wire = np.maximum(0.0, total - queue - compute)
-                parts = (queue, compute, wire, total)
-                for histogram, values in zip(self._histograms, parts, strict=True):
-                    _observe_all(histogram, values)
-            return self._histograms
+            self._sort()
+            return HopHistograms(*(histogram.copy() for histogram in self._histograms))
+
+    def _sort(self) -> None:
+        if num := len(self._unsorted):
+            taken = [self._unsorted.popleft() for _ in range(num)]
+            flat = np.fromiter(chain.from_iterable(taken), np.float64, 3 * num)
+            queue_us, compute_us, total = flat.reshape(num, 3).T
+            queue, compute = queue_us * 1e-6, compute_us * 1e-6
+            wire = np.maximum(0.0, total - queue - compute)
+            parts = (queue, compute, wire, total)
+            for histogram, values in zip(self._histograms, parts, strict=True):
+                _observe_all(histogram, values)
 
 
 def _observe_all(histogram: Histogram, values: NDArray[np.float64]) -> None:

@@ -47,6 +47,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def copy(self) -> Histogram:
+        """What was observed up to now."""
+        twin = Histogram(self.bounds)
+        twin.counts, twin.total = self.counts.copy(), self.total
+        return twin
+
     def samples(self, name: str, labels: Labels = ()) -> Iterator[Sample]:
         """Cumulative, as Prometheus has them: `le` is an upper bound that belongs to its bucket."""
         count = 0

@@ -51,8 +51,9 @@ class RouterSamples:
 
     def __call__(self) -> Iterator[Sample]:
         lanes, clients = self._worker.counters, self._worker.hop_counters
+        hops = [client.histograms() for client in clients]
         for part in HOP_PARTS:
-            times = _sum_of([getattr(client, part) for client in clients])
+            times = _sum_of([getattr(told, part) for told in hops])
             yield from times.samples("shoal_hop_seconds", (("part", part),))
         for fault in Fault:
             count = sum(client.faults[fault] for client in clients)

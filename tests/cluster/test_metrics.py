@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,10 @@ from cluster.observability.catalog import (
     MemberRole,
     series_of,
 )
+from cluster.observability.member_samples import RouterSamples
 from cluster.observability.samples import MemberSamples
 from cluster.status import render_status
+from experts.hop_counters import HopCounters
 from experts.messages import MAX_SAMPLES
 from experts.metrics import Sample
 from tests.fakes import TIMEOUT_S
@@ -119,6 +122,21 @@ def test_attention_workers_that_route_themselves_tell_the_hops(
     hops = {s.labels: s.value for s in samples if s.name == "shoal_hop_seconds_count"}
     assert set(hops) == {(("part", part),) for part in ("queue", "compute", "wire", "total")}
     assert len(set(hops.values())) == 1 and min(hops.values()) > 0
+
+
+def test_the_parts_of_hops_are_told_of_the_same_answers() -> None:
+    """While they are told, more come in."""
+    counters = HopCounters()
+    reply: Any = SimpleNamespace(queue_us=20, compute_us=30)
+    counters.count_answer(reply, 0.001)
+    router: Any = SimpleNamespace(counters=[], hop_counters=[counters])
+    counts = []
+    for sample in RouterSamples(router)():
+        counters.count_answer(reply, 0.001)
+        if sample.name == "shoal_hop_seconds_count":
+            counts.append(sample.value)
+    assert counts == [1, 1, 1, 1]
+    assert sum(counters.histograms().total.counts) > 4
 
 
 @pytest.mark.parametrize("role", ROLES)

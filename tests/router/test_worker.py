@@ -75,7 +75,7 @@ def test_waiting_for_experts_is_not_computing(
     threading.Timer(0.05, worker.resume).start()
     answer = connection.receive(60.0)
     queue_s, compute_s = (
-        sum(getattr(counters, part).total for counters in router.hop_counters)
+        sum(getattr(counters.histograms(), part).total for counters in router.hop_counters)
         for part in ("queue", "compute")
     )
     assert answer.compute_us == pytest.approx(1e6 * compute_s, abs=1) != 0
