@@ -28,6 +28,7 @@ from cluster.http_client import ApiClient
 from cluster.key_cli import key_app
 from cluster.operations_cli import chaos_app, experts_app, scale
 from cluster.plot_cli import plot_app
+from cluster.tiny_presets import PRESETS
 from cluster.top_cli import top
 
 if TYPE_CHECKING:
@@ -286,11 +287,11 @@ def _chat(client: ApiClient, params: dict[str, Any]) -> None:
 @model_app.command("make-tiny")
 def make_tiny(
     folder: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
-    preset: Annotated[str, typer.Option(help="Architecture and size.")] = "v3",
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "v3",
     seed: Annotated[int, typer.Option(help="The same seed gives the same bits.")] = 20261122,
 ) -> None:
     """Write a seeded random checkpoint in the published format."""
-    from cluster.tiny_checkpoint import PRESETS, write_checkpoint
+    from cluster.tiny_checkpoint import write_checkpoint
 
     with user_errors():
         if preset not in PRESETS:

@@ -173,10 +173,10 @@ _LITE = _V2LITE | {
 }
 
 PRESETS: dict[str, Config] = {
-    "v2lite": _V2LITE,
+    "v2-lite": _V2LITE,
     "v2": _V2,
     "v3": _V3,
-    "kimi": _KIMI,
+    "kimi-k2": _KIMI,
     "v3fp8": _V3 | {"quantization_config": _FP8},
     "v3fp8-ue8m0": _V3 | {"quantization_config": _FP8_UE8M0},
     "v3fp8-ragged": _V3_RAGGED,

@@ -12,7 +12,7 @@ import torch
 from tests.reference import Golden, Reference, prompts
 
 EOS = 1
-ALL_PRESETS = ("v2lite", "v2", "v3", "kimi", "v3fp8")
+ALL_PRESETS = ("v2-lite", "v2", "v3", "kimi-k2", "v3fp8")
 MAX_LOGIT_ERROR = 2e-4  # 5 times what was measured; logits have a standard deviation of 3
 
 
@@ -65,9 +65,9 @@ def test_bfloat16_follows_float32_when_the_routes_are_held(
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
     ids = prompts()[2]
-    exact = Reference(checkpoint_dir("v2lite"))
+    exact = Reference(checkpoint_dir("v2-lite"))
     logits = exact.forward(ids)
-    rounded = Reference(checkpoint_dir("v2lite"), torch.bfloat16)
+    rounded = Reference(checkpoint_dir("v2-lite"), torch.bfloat16)
     rounded.forced_routes = {layer: parts[0][0] for layer, parts in exact.routes.items()}
     error = (rounded.forward(ids).float() - logits).norm() / logits.norm()
     assert 1e-3 < error < 6e-2

@@ -44,7 +44,7 @@ HEAD_GAIN = 3.0
 
 def lite_config(*, smoke: bool, num_layers: int | None = None) -> ModelConfig:
     """V2-Lite; smoke: the same kind of model, tiny."""
-    raw = PRESETS["v2lite"] | _SMOKE if smoke else dict(KNOWN["v2-lite"])
+    raw = PRESETS["v2-lite"] | _SMOKE if smoke else dict(KNOWN["v2-lite"])
     return ModelConfig.parse(raw | ({"num_hidden_layers": num_layers} if num_layers else {}))
 
 

@@ -55,7 +55,7 @@ def reference_tokens(folder: Path, ids: list[int], params: SamplingParams) -> li
     ],
     ids=["greedy", "seeded", "filters", "penalties"],
 )
-@pytest.mark.parametrize("preset", ["v2lite", "v3"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3"])
 def test_tokens_are_those_of_the_reference(preset: str, params: SamplingParams, rig: RigOf) -> None:
     answers = Answers(
         rig(preset).engine(), [submit(str(i), ids, params) for i, ids in enumerate(prompts())]
@@ -131,14 +131,14 @@ def logprobs(rig: Rig, **settings: Any) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def usual_logprobs(rig: RigOf) -> dict[str, list[Any]]:
-    return logprobs(rig("v2lite"))
+    return logprobs(rig("v2-lite"))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_deterministic_logprobs_have_the_same_bits(
     name: str, rig: RigOf, usual_logprobs: dict[str, list[Any]]
 ) -> None:
-    assert logprobs(rig("v2lite"), **SETTINGS[name]) == usual_logprobs
+    assert logprobs(rig("v2-lite"), **SETTINGS[name]) == usual_logprobs
 
 
 def test_a_prefix_hit_changes_no_token(rig: RigOf) -> None:
@@ -269,7 +269,7 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(rig: RigOf) -> None:
 
 def test_aborts_at_random_points_return_all_blocks(rig: RigOf) -> None:
     rng = random.Random(3)
-    engine = rig("v2lite").engine(num_kv_blocks=40, max_model_len=100, max_num_batched_tokens=16)
+    engine = rig("v2-lite").engine(num_kv_blocks=40, max_model_len=100, max_num_batched_tokens=16)
     waiting = workload(24, seed=1)
     answers = Answers(engine)
     while waiting or engine.has_work:
@@ -291,7 +291,7 @@ def test_aborts_at_random_points_return_all_blocks(rig: RigOf) -> None:
 
 def test_an_aborted_id_is_free_at_once(rig: RigOf) -> None:
     """Of a request that runs, of one that was over when it came, of one that was refused."""
-    engine = rig("v2lite").engine()
+    engine = rig("v2-lite").engine()
     over = submit("a", [20], emitted_ids=[21] * 12)
     for request, reason in ((over, "length"), (submit("a", [10**6]), "error")):
         engine.add(request)
@@ -307,7 +307,7 @@ def test_an_aborted_id_is_free_at_once(rig: RigOf) -> None:
     answers = Answers(engine, [submit("a", [20])]).run()
     assert (
         answers.all_tokens()
-        == Answers(rig("v2lite").engine(), [submit("a", [20])]).run().all_tokens()
+        == Answers(rig("v2-lite").engine(), [submit("a", [20])]).run().all_tokens()
     )
     assert [o.finish_reason for o in answers.outputs["a"]] == [None] * 11 + ["length"]
 

@@ -11,7 +11,7 @@ import torch
 from tests.attention.harness import Rig, Sequences
 from tests.reference import Reference, golden, prompts
 
-PRESETS = ("v2lite", "v2", "v3", "kimi", "v3fp8", "v3fp8-ragged")
+PRESETS = ("v2-lite", "v2", "v3", "kimi-k2", "v3fp8", "v3fp8-ragged")
 MAX_LOGIT_ERROR = 2e-4
 RigOf = Callable[[str], Rig]
 
@@ -43,7 +43,7 @@ def test_whole_prompts_in_one_batch(
     assert_close(ours, reference_logits(preset))
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2", "v3fp8"])
 def test_logits_are_those_of_transformers(
     preset: str, rig: RigOf, hf_model: Callable[[str], Any]
 ) -> None:
@@ -66,10 +66,10 @@ def test_mixed_forms_in_one_batch(
     rig: RigOf, reference_logits: Callable[[str], list[torch.Tensor]]
 ) -> None:
     """Decodes, a short absorbed chunk and two naive ones, one of them on a cached prefix."""
-    sequences = Sequences(rig("v2lite").model(), prompts())
+    sequences = Sequences(rig("v2-lite").model(), prompts())
     sequences.step({1: 4, 2: 40, 3: 100}, naive=[2, 3])
     sequences.step({3: 50, 0: 1, 2: 24, 1: 1}, naive=[3])
-    assert_close([torch.cat(rows) for rows in sequences.logits], reference_logits("v2lite"))
+    assert_close([torch.cat(rows) for rows in sequences.logits], reference_logits("v2-lite"))
 
 
 def test_the_cache_holds_the_latents(rig: RigOf) -> None:
@@ -82,7 +82,7 @@ def test_the_cache_holds_the_latents(rig: RigOf) -> None:
         torch.testing.assert_close(latents, expected.latent, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "v3fp8-ragged"])
 def test_deterministic_logits_have_the_same_bits_in_every_batch(preset: str, rig: RigOf) -> None:
     def run(chunk: int, number: slice) -> list[torch.Tensor]:
         model = rig(preset).model(deterministic=True)

@@ -38,7 +38,7 @@ class RecordingRouter:
         return self._router.finish(ticket)
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2", "v3fp8"])
 def test_routes_are_those_of_the_reference_where_the_margin_is_safe(
     preset: str, rig: Callable[[str], Rig], reference_golden: Callable[[str], list[Golden]]
 ) -> None:

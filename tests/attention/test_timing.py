@@ -116,9 +116,9 @@ def num_batches(pool: Pool) -> int:
 
 def test_requests_pay_for_what_the_experts_computed(rig: RigOf, tmp_path: Path) -> None:
     """An inline router over two workers; requests of several lengths, one step with all of them."""
-    pool = Pool(rig("v2lite").checkpoint, spread(rig("v2lite").checkpoint, 2))
+    pool = Pool(rig("v2-lite").checkpoint, spread(rig("v2-lite").checkpoint, 2))
     try:
-        engine = rig("v2lite").engine(moe=pool.router())
+        engine = rig("v2-lite").engine(moe=pool.router())
         asked = [submit(f"r{i}", ids) for i, ids in enumerate(prompts()[:3])]
         answers = Answers(engine, asked).run()
         assert cost_us(answers.outputs) == pytest.approx(busy_us(pool), abs=num_batches(pool))
@@ -132,7 +132,7 @@ def test_requests_pay_for_what_the_experts_computed(rig: RigOf, tmp_path: Path) 
 def test_attention_workers_that_share_a_router_pay_once(rig: RigOf, tmp_path: Path) -> None:
     """Three engines in threads over a deployed router with one lane, which merges what waits."""
     tmp_path.chmod(0o700)
-    checkpoint = rig("v2lite").checkpoint
+    checkpoint = rig("v2-lite").checkpoint
     pool = Pool(checkpoint, spread(checkpoint, 2), tmp_path)
     router = pool.router(lanes=1)
     info = WorkerInfo(
@@ -147,7 +147,7 @@ def test_attention_workers_that_share_a_router_pay_once(rig: RigOf, tmp_path: Pa
     told: list[dict[str, list[TokenOutput]]] = []
 
     def serve(client: RouterClient) -> None:
-        engine = rig("v2lite").engine(moe=client)
+        engine = rig("v2-lite").engine(moe=client)
         asked = [submit(f"r{i}", ids) for i, ids in enumerate(prompts()[1:3])]
         told.append(Answers(engine, asked).run().outputs)
 

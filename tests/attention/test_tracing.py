@@ -67,7 +67,7 @@ def traced(rig: Rig, tracer: Tracer, *submits: Any, **settings: Any) -> Answers:
 def test_the_spans_of_a_sequence(rig: RigOf, written: Written) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     asked = submit("r-0", [20, 21, 22], params, traceparent=PARENT)
-    traced(rig("v2lite"), written.tracer, asked)
+    traced(rig("v2-lite"), written.tracer, asked)
     spans = written.spans()
     by_name = {span.name: span for span in spans}
     whole = by_name["sequence"]
@@ -84,7 +84,7 @@ def test_the_spans_of_a_sequence(rig: RigOf, written: Written) -> None:
     parents = [span.parent.span_id for span in steps]
     assert parents == [by_name[name].context.span_id for name in ("prefill", "decode", "decode")]
     for step in steps:
-        check_hops(step, rig("v2lite").config.moe_layers)
+        check_hops(step, rig("v2-lite").config.moe_layers)
 
 
 def check_hops(step: Any, layers: Any) -> None:
@@ -105,7 +105,7 @@ def test_one_prefill_and_some_decode_steps_are_traced(rig: RigOf, written: Writt
     """A prompt of 12 tokens in chunks of 4, then 9 decode steps."""
     params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
     asked = submit("r-0", list(range(20, 32)), params, traceparent=PARENT)
-    traced(rig("v2lite"), written.tracer, asked, max_num_batched_tokens=4, max_num_seqs=2)
+    traced(rig("v2-lite"), written.tracer, asked, max_num_batched_tokens=4, max_num_seqs=2)
     by_parent = Counter(span.parent.span_id for span in written.spans() if span.name == "step")
     assert sorted(by_parent.values()) == [1, MAX_DECODE_STEPS]
 
@@ -114,7 +114,7 @@ def test_hops_are_logged_for_the_steps_that_are_traced_and_no_other(
     rig: RigOf, written: Written
 ) -> None:
     """Of 10 steps one prefill and MAX_DECODE_STEPS, each layer of which is a LayerHop."""
-    moe = rig("v2lite").pool.router()
+    moe = rig("v2-lite").pool.router()
     logged: list[Any] = []
     log_hops = moe.log_hops
 
@@ -124,10 +124,10 @@ def test_hops_are_logged_for_the_steps_that_are_traced_and_no_other(
 
     moe.log_hops = count  # type: ignore[method-assign]
     params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    traced(rig("v2lite"), written.tracer, submit("r-0", [20], params, traceparent=PARENT), moe=moe)
+    traced(rig("v2-lite"), written.tracer, submit("r-0", [20], params, traceparent=PARENT), moe=moe)
     logs = [log for log in logged if log is not None]
     assert len(logs) == logged.count(None) == 1 + MAX_DECODE_STEPS
-    assert {len(log) for log in logs} == {len(rig("v2lite").config.moe_layers)}
+    assert {len(log) for log in logs} == {len(rig("v2-lite").config.moe_layers)}
 
 
 def test_hops_of_a_sequence_are_bounded() -> None:
@@ -146,12 +146,12 @@ def test_hops_of_a_sequence_are_bounded() -> None:
 
 def test_a_layer_in_pieces_is_one_hop(rig: RigOf, written: Written) -> None:
     """Seven rows that go to the experts two at a time."""
-    moe = rig("v2lite").pool.router(max_batch_rows=2)
+    moe = rig("v2-lite").pool.router(max_batch_rows=2)
     params = SamplingParams(temperature=0.0, max_tokens=1)
     asked = submit("r-0", list(range(20, 27)), params, traceparent=PARENT)
-    traced(rig("v2lite"), written.tracer, asked, moe=moe)
+    traced(rig("v2-lite"), written.tracer, asked, moe=moe)
     (step,) = (span for span in written.spans() if span.name == "step")
-    check_hops(step, rig("v2lite").config.moe_layers)
+    check_hops(step, rig("v2-lite").config.moe_layers)
 
 
 def test_a_hop_that_nobody_answered() -> None:
@@ -230,21 +230,21 @@ def test_spans_follow_a_wall_clock_that_was_set(
 
 def test_only_sampled_traces_are_written(rig: RigOf, written: Written) -> None:
     asked = [submit("a", [20], traceparent=f"00-{TRACE}-{SPAN}-00"), submit("b", [21])]
-    answers = traced(rig("v2lite"), written.tracer, *asked)
+    answers = traced(rig("v2-lite"), written.tracer, *asked)
     assert written.spans() == []
-    plain = Answers(rig("v2lite").engine(), asked).run()
+    plain = Answers(rig("v2-lite").engine(), asked).run()
     assert answers.all_tokens() == plain.all_tokens()
 
 
 def test_traces_change_no_token(rig: RigOf, written: Written) -> None:
     asked = [submit("a", [20], traceparent=PARENT), submit("b", [21], traceparent=PARENT)]
-    answers = traced(rig("v2lite"), written.tracer, *asked)
-    assert answers.all_tokens() == Answers(rig("v2lite").engine(), asked).run().all_tokens()
+    answers = traced(rig("v2-lite"), written.tracer, *asked)
+    assert answers.all_tokens() == Answers(rig("v2-lite").engine(), asked).run().all_tokens()
     assert sum(span.name == "sequence" for span in written.spans()) == 2
 
 
 def test_a_sequence_that_never_ran_has_waited(rig: RigOf, written: Written) -> None:
-    engine = rig("v2lite").engine()
+    engine = rig("v2-lite").engine()
     engine._meter._tracer = written.tracer
     engine.add(submit("a", [20], traceparent=PARENT))
     engine.abort("a")

@@ -119,7 +119,7 @@ def serve(rig: RigOf, tmp_path: Path) -> Iterator[Callable[..., Served]]:
     served: list[Served] = []
 
     def start(**settings: Any) -> Served:
-        served.append(Served(rig("v2lite"), tmp_path, **settings))
+        served.append(Served(rig("v2-lite"), tmp_path, **settings))
         return served[-1]
 
     yield start
@@ -146,7 +146,7 @@ def test_two_clients_get_their_own_tokens(serve: Callable[..., Served], rig: Rig
         inboxes[index] = Inbox()
         clients[index % 2].submit(submit(f"r{index}", ids), inboxes[index])
     direct = Answers(
-        rig("v2lite").engine(), [submit(f"r{i}", ids) for i, ids in enumerate(prompts())]
+        rig("v2-lite").engine(), [submit(f"r{i}", ids) for i, ids in enumerate(prompts())]
     ).run()
     for index, inbox in inboxes.items():
         outputs = inbox.all()
@@ -223,7 +223,9 @@ def test_a_replay_over_a_new_connection_takes_over(
     new.stats(WAIT_S)  # the submit was taken in before
     served.gate.open.set()
     outputs = replayed.all()
-    assert tokens(outputs) == Answers(rig("v2lite").engine(), [submit("a", [20])]).run().tokens("a")
+    assert tokens(outputs) == Answers(rig("v2-lite").engine(), [submit("a", [20])]).run().tokens(
+        "a"
+    )
     assert outputs[-1].finish_reason == "length"
     old.close()
     assert [o.finish_reason for o in lost.all() if o.finish_reason] == ["lost"]
@@ -268,7 +270,7 @@ class FakeLine:
 @pytest.fixture
 def idle_worker(rig: RigOf) -> AttentionWorker:
     """Its engine thread is the test."""
-    each = rig("v2lite")
+    each = rig("v2-lite")
     return AttentionWorker(each.checkpoint, each.pool.router(), AttentionConfig(num_kv_blocks=64))
 
 
@@ -472,7 +474,7 @@ def test_parameters_out_of_bounds_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_sizes_follow_from_config_and_model(rig: RigOf) -> None:
-    v2lite = rig("v2lite")  # 4 layers of 80 float32 values: 1,280 bytes a token
+    v2lite = rig("v2-lite")  # 4 layers of 80 float32 values: 1,280 bytes a token
     settings = AttentionConfig(kv_cache_bytes=1280 * 16 * 7 + 5, block_size=16)
     stats = build_engine(v2lite.checkpoint, v2lite.pool.router(), settings).stats()
     assert (stats.kv_blocks_total, stats.block_size, stats.max_model_len) == (7, 16, 112)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ConfigError
+from cluster.deploy.known_models import KNOWN
 from cluster.model_store import split_model_and_prompt
+from cluster.tiny_presets import PRESETS
 
 SHOAL = [sys.executable, "-m", "cluster"]
 
@@ -45,9 +48,15 @@ def test_version_is_that_of_the_package() -> None:
     assert (result.returncode, result.stdout) == (0, f"shoal {version('shoal-serve')}\n")
 
 
+def test_make_tiny_names_its_presets_and_models_as_the_planner_does() -> None:
+    shown = "".join(re.findall(r"[\w-]+", shoal("model", "make-tiny", "--help").stdout))
+    assert set(KNOWN) < set(PRESETS)
+    assert all(name in shown for name in PRESETS)
+
+
 def test_make_tiny_then_verify_then_run_inline(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    assert shoal("model", "make-tiny", str(folder), "--preset", "v2lite").returncode == 0
+    assert shoal("model", "make-tiny", str(folder), "--preset", "v2-lite").returncode == 0
     verified = shoal("model", "verify", str(folder))
     assert verified.returncode == 0 and "ok, deepseek_v2" in verified.stdout
     arguments = ("run", "--inline", "--temperature", "0", "--max-tokens", "8", str(folder), "Hi")

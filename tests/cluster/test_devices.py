@@ -43,7 +43,7 @@ def greedy_ids(config: dict[str, Any], device: ComputeDevice | None) -> list[int
     return found
 
 
-@pytest.mark.parametrize("preset", ["v3", "v2lite"])
+@pytest.mark.parametrize("preset", ["v3", "v2-lite"])
 def test_the_path_of_a_gpu_gives_the_tokens_of_the_cpu(
     preset: str, checkpoint_dir: Callable[[str], Path]
 ) -> None:

@@ -431,7 +431,7 @@ REDUNDANCY = 16
 
 @pytest.fixture
 def folder(checkpoint_dir: Callable[[str], Path]) -> Path:
-    return checkpoint_dir("v2lite")
+    return checkpoint_dir("v2-lite")
 
 
 @pytest.fixture

@@ -309,7 +309,7 @@ def test_a_storm_of_losses_changes_no_stream(serve: Callable[[FakeEngine], Serve
 def test_an_attention_worker_dies_under_streams(checkpoint_dir: Callable[[str], Path]) -> None:
     """Its streams continue on the other one: every id is that of an undisturbed run."""
     settings = {
-        "model": str(checkpoint_dir("v2lite")),
+        "model": str(checkpoint_dir("v2-lite")),
         "deterministic": True,
         "attention": {"num_workers": 2},
         "router": {"mode": "inline"},

@@ -18,7 +18,7 @@ from cluster.config import parse_config
 from cluster.inline import InlineCluster
 
 NUM_NEW_TOKENS = 16
-PRESETS = ("v2lite", "v2", "v3", "kimi", "v3fp8")
+PRESETS = ("v2-lite", "v2", "v3", "kimi-k2", "v3fp8")
 Answer = tuple[list[int], dict[str, Any], list[int]]
 """A prompt, how to sample, and the tokens of transformers."""
 SEEDED = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 1234}

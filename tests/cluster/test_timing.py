@@ -44,7 +44,7 @@ def settings(folder: Path, mode: str, num_attention: int = 1) -> dict[str, Any]:
 def cluster(
     request: pytest.FixtureRequest, checkpoint_dir: Callable[[str], Path]
 ) -> Iterator[InlineCluster]:
-    config = parse_config(settings(checkpoint_dir("v2lite"), request.param))
+    config = parse_config(settings(checkpoint_dir("v2-lite"), request.param))
     with InlineCluster(config) as made:
         yield made
 
@@ -115,7 +115,7 @@ def test_nothing_is_said_unasked(tmp_path: Path) -> None:
 
 def test_times_add_up_when_a_worker_dies(checkpoint_dir: Callable[[str], Path]) -> None:
     """All of the time since a request came is in one of its parts, the replay's too."""
-    config = parse_config(settings(checkpoint_dir("v2lite"), "inline", num_attention=2))
+    config = parse_config(settings(checkpoint_dir("v2-lite"), "inline", num_attention=2))
 
     async def stream(cluster: InlineCluster, seed: int) -> tuple[int, float, float]:
         fields = {"prompt": [20 + seed] * 5, "max_tokens": 100, "ignore_eos": True, "seed": seed}

@@ -22,10 +22,10 @@ from experts.config import ModelConfig
 
 # sha256, first 16 digits, of model-0000{1,2,3}-of-000003.safetensors with the default seed
 DIGESTS = {
-    "v2lite": ("82d9067931e6db58", "631de475a956be61", "b74306fc60157d63"),
+    "v2-lite": ("82d9067931e6db58", "631de475a956be61", "b74306fc60157d63"),
     "v2": ("a5eee672cf4ed6a4", "284094d65ce97d22", "3b8fb7e397b420ed"),
     "v3": ("e2afc89b947cb335", "bbfd05feb8fbb964", "10cc8086363882a5"),
-    "kimi": ("23b8dbb7f708a764", "7c6944645e633bfa", "21cc2e467bd887bd"),
+    "kimi-k2": ("23b8dbb7f708a764", "7c6944645e633bfa", "21cc2e467bd887bd"),
     "v3fp8": ("3a06262f59c8c58f", "eee2908356476f33", "e8c3fdc6e73cdd47"),
     "v3fp8-ue8m0": ("44f061b53b98affc", "e6a25e79aae69576", "8fef07097231825c"),
     "v3fp8-ragged": ("ef974935b8ee3afe", "2551962803818279", "e874e36b7a6213c0"),
@@ -53,7 +53,7 @@ def test_files_are_byte_for_byte_what_safetensors_writes(
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("v2lite", 1.859), ("v3", 8.434), ("small", 38.563), ("lite", 1969.770)],
+    [("v2-lite", 1.859), ("v3", 8.434), ("small", 38.563), ("lite", 1969.770)],
 )
 def test_parameter_counts(preset: str, millions: float) -> None:
     shapes = tensor_shapes(PRESETS[preset])
@@ -70,13 +70,13 @@ def test_index_names_every_tensor_and_totals_their_bytes(tmp_path: Path) -> None
     reported: list[tuple[int, int]] = []
     num_bytes = write_checkpoint(
         tmp_path / "m",
-        "v2lite",
+        "v2-lite",
         shards=2,
         progress=lambda done, total: reported.append((done, total)),
     )
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == num_bytes == 2 * 1_858_944  # bfloat16, no gate bias
-    assert set(index["weight_map"]) == set(tensor_shapes(PRESETS["v2lite"]))
+    assert set(index["weight_map"]) == set(tensor_shapes(PRESETS["v2-lite"]))
     assert set(index["weight_map"].values()) == {
         "model-00001-of-000002.safetensors",
         "model-00002-of-000002.safetensors",
@@ -120,18 +120,18 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path / "m", "v2lite", progress=fail)
+        write_checkpoint(tmp_path / "m", "v2-lite", progress=fail)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="not empty"):
-        write_checkpoint(tmp_path, "v2lite")
+        write_checkpoint(tmp_path, "v2-lite")
 
 
 def test_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'v9': expected one of v2lite, v2, v3, kimi"):
+    with pytest.raises(ValueError, match="'v9': expected one of v2-lite, v2, v3, kimi-k2"):
         write_checkpoint(tmp_path / "m", "v9")
 
 
@@ -139,7 +139,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     """safetensors' own writer makes 0600, which a server of another uid cannot read."""
     before = os.umask(0o022)
     try:
-        write_checkpoint(tmp_path / "m", "v2lite")
+        write_checkpoint(tmp_path / "m", "v2-lite")
     finally:
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()}

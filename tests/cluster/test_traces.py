@@ -141,7 +141,7 @@ def traceparent(trace_id: str, flags: str = "01") -> str:
 def test_spans_from_the_front_to_the_layers(
     collector: Collector, checkpoint_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with worker(checkpoint_dir("v2lite"), tmp_path) as endpoint:
+    with worker(checkpoint_dir("v2-lite"), tmp_path) as endpoint:
         tracer, backend = open_tracer("ingress", "ingress-1"), OneWorker(endpoint)
         service = make_service(tmp_path, backend, tracer=tracer)  # type: ignore[arg-type]
         with http_server(service) as url:

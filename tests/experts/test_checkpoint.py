@@ -39,7 +39,7 @@ def copy(checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> Path:
 # --- reading
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v3fp8", "v3fp8-ue8m0", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3fp8", "v3fp8-ue8m0", "v3fp8-ragged"])
 def test_values_are_those_that_safetensors_reads(
     preset: str, checkpoint_dir: Callable[[str], Path]
 ) -> None:
@@ -124,8 +124,8 @@ def test_what_transformers_saves_is_read(
     hf_model: Callable[[str], Any], checkpoint_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """One file without an index, float32, and the new spelling of config.json."""
-    hf_model("v2lite").save_pretrained(tmp_path)
-    saved, original = Checkpoint.open(tmp_path), Checkpoint.open(checkpoint_dir("v2lite"))
+    hf_model("v2-lite").save_pretrained(tmp_path)
+    saved, original = Checkpoint.open(tmp_path), Checkpoint.open(checkpoint_dir("v2-lite"))
     assert saved.config.rope_scaling == original.config.rope_scaling
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / INDEX).exists()
     for name in original.names():
@@ -196,7 +196,7 @@ def test_ragged_blocks_need_a_scale_each(copy: Path) -> None:
 
 
 def test_require_accepts_the_whole_model(checkpoint_dir: Callable[[str], Path]) -> None:
-    for preset in ("v2lite", "v3", "v3fp8-ragged"):
+    for preset in ("v2-lite", "v3", "v3fp8-ragged"):
         checkpoint = Checkpoint.open(checkpoint_dir(preset))
         checkpoint.require(tensor_shapes(PRESETS[preset]))
         checkpoint.check_scales()

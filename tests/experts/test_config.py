@@ -15,7 +15,7 @@ from cluster.tiny_checkpoint import PRESETS
 from experts.config import ModelConfig
 from experts.errors import CheckpointError
 
-V2LITE_REAL = PRESETS["v2lite"] | {
+V2LITE_REAL = PRESETS["v2-lite"] | {
     "num_hidden_layers": 27,
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
@@ -59,7 +59,7 @@ def test_moe_layers_follow_the_dense_ones_at_the_given_frequency() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "limited", "per_group"),
-    [("v2lite", False, 16), ("v2", True, 4), ("v3", True, 4), ("kimi", False, 16)],
+    [("v2-lite", False, 16), ("v2", True, 4), ("v3", True, 4), ("kimi-k2", False, 16)],
 )
 def test_group_limit(preset: str, limited: bool, per_group: int) -> None:
     config = parse(preset)
@@ -113,7 +113,7 @@ def test_missing_groups_are_one_group() -> None:
 
 def test_v2_defaults_differ_from_v3() -> None:
     names = ("scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor")
-    config = ModelConfig.parse(without("v2lite", *names))
+    config = ModelConfig.parse(without("v2-lite", *names))
     assert [getattr(config, name) for name in names] == ["softmax", "greedy", False, 1.0]
 
 
@@ -133,7 +133,7 @@ def test_eos_ids(in_config: Any, in_generation: Any, expected: tuple[int, ...]) 
 
 
 def test_kimi_k2_is_read_like_v3() -> None:
-    config = ModelConfig.parse(without("kimi", "scoring_func") | {"model_type": "kimi_k2"})
+    config = ModelConfig.parse(without("kimi-k2", "scoring_func") | {"model_type": "kimi_k2"})
     assert config.scoring_func == "sigmoid" and config.q_lora_rank is None
 
 

@@ -190,7 +190,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_any_flipped_bit_of_a_header_opens_or_raises_our_error(
     checkpoint_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(checkpoint_dir("v2lite"), tmp_path / "model")
+    folder = shutil.copytree(checkpoint_dir("v2-lite"), tmp_path / "model")
     original = (folder / FIRST).read_bytes()
     header_bytes = 8 + int.from_bytes(original[:8], "little")
     rng, refused = np.random.default_rng(5), 0

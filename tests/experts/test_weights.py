@@ -16,7 +16,7 @@ from router.weights import load_gates
 from tests.reference import read_weights
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2", "v3fp8", "v3fp8-ragged"])
 def test_every_expert_tensor_is_in_the_checkpoint(
     preset: str, checkpoint_dir: Callable[[str], Path]
 ) -> None:
@@ -28,12 +28,12 @@ def test_every_expert_tensor_is_in_the_checkpoint(
 
 
 def test_shapes_are_out_by_in(checkpoint_dir: Callable[[str], Path]) -> None:
-    shapes = expert_tensor_shapes(Checkpoint.open(checkpoint_dir("v2lite")).config)
+    shapes = expert_tensor_shapes(Checkpoint.open(checkpoint_dir("v2-lite")).config)
     assert shapes["model.layers.1.mlp.experts.0.gate_proj.weight"] == (64, 128)
     assert shapes["model.layers.3.mlp.experts.15.down_proj.weight"] == (128, 64)
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v3fp8", "v3fp8-ue8m0"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3fp8", "v3fp8-ue8m0"])
 def test_an_expert_has_the_values_of_the_file(
     preset: str, checkpoint_dir: Callable[[str], Path]
 ) -> None:
@@ -46,13 +46,13 @@ def test_an_expert_has_the_values_of_the_file(
 
 
 def test_loading_copies_nothing(checkpoint_dir: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(checkpoint_dir("v2lite"))
+    checkpoint = Checkpoint.open(checkpoint_dir("v2-lite"))
     first, second = load_expert(checkpoint, 1, 0), load_expert(checkpoint, 1, 0)
     assert first.gate.data.data_ptr() == second.gate.data.data_ptr()
     assert first.gate.data.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("preset", "has_bias"), [("v2lite", False), ("v2", False), ("v3", True)])
+@pytest.mark.parametrize(("preset", "has_bias"), [("v2-lite", False), ("v2", False), ("v3", True)])
 def test_gates_are_float32_with_the_bias_where_the_model_has_one(
     preset: str, has_bias: bool, checkpoint_dir: Callable[[str], Path]
 ) -> None:

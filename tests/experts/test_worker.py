@@ -28,7 +28,7 @@ NOBODY: Any = None
 
 @pytest.fixture
 def folder(checkpoint_dir: Callable[[str], Path]) -> Path:
-    return checkpoint_dir("v2lite")
+    return checkpoint_dir("v2-lite")
 
 
 @pytest.fixture

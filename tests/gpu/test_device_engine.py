@@ -43,7 +43,7 @@ def everything() -> list[Any]:
     return [submit(kind, prompts()[1 + i % 3], KINDS[kind]) for i, kind in enumerate(KINDS)]
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v3", "v3fp8"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3", "v3fp8"])
 def test_the_tokens_are_those_of_the_host(preset: str, rig: RigOf) -> None:
     settings = {"num_kv_blocks": 256, "max_num_batched_tokens": 100}
     host = Answers(rig(preset).engine(**settings), everything()).run()
@@ -78,8 +78,8 @@ def test_preempted_and_replayed_requests_go_on_where_they_were(rig: RigOf) -> No
 def test_deterministic_tokens_do_not_depend_on_the_company(rig: RigOf) -> None:
     requests = [submit(f"r{i}", prompts()[1][: i + 2], SEEDED) for i in range(4)]
     settings: dict[str, Any] = {"deterministic": True, **F32}
-    moe = LocalMoe.open(rig("v2lite").checkpoint, TWINS, deterministic=True)
-    engine = rig("v2lite").engine(TWINS, moe, **settings)
+    moe = LocalMoe.open(rig("v2-lite").checkpoint, TWINS, deterministic=True)
+    engine = rig("v2-lite").engine(TWINS, moe, **settings)
     together = Answers(engine, requests).run().all_tokens()
     for request in requests:
         assert (
@@ -93,7 +93,7 @@ def test_a_row_that_is_not_finite_ends_its_step_and_no_later_one(
     max_num_seqs: int, rig: RigOf
 ) -> None:
     """As with a router, which refuses the micro-batch; in recorded steps and in a prompt's."""
-    v2lite = rig("v2lite")
+    v2lite = rig("v2-lite")
     engine = v2lite.engine(
         TWINS, LocalMoe.open(v2lite.checkpoint, TWINS), max_num_seqs=max_num_seqs, **F32
     )
@@ -132,7 +132,7 @@ def test_bfloat16_answers(experts: str, dtype: str, rig: RigOf) -> None:
 @pytest.fixture
 def two_layers(checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> Iterator[Rig]:
     """V2-Lite's preset less all layers but a dense one and a MoE layer."""
-    shutil.copytree(checkpoint_dir("v2lite"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(checkpoint_dir("v2-lite"), tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     rig = Rig(tmp_path)
@@ -153,12 +153,12 @@ def test_triton_kernels_from_prompt_to_token(two_layers: Rig) -> None:
 
 def test_a_cache_that_the_kernels_cannot_read_is_refused(rig: RigOf) -> None:
     with pytest.raises(ValueError, match="bfloat16: this device computes in torch.float32"):
-        rig("v2lite").engine(TWINS, kv_cache_dtype="bfloat16")
+        rig("v2-lite").engine(TWINS, kv_cache_dtype="bfloat16")
 
 
 def test_progress_is_logged(rig: RigOf, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="attention"):
-        rig("v2lite").engine(TWINS, max_num_seqs=3, **F32)
+        rig("v2-lite").engine(TWINS, max_num_seqs=3, **F32)
     said = [record.getMessage() for record in caplog.records]
     assert "weights: 4 of 4 layers" in said[0]
     assert [line for line in said if "rows" in line][-1] == "graphs: 3 of 3 buckets, 1 rows"

@@ -50,7 +50,7 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2", "v3fp8"])
 def test_logits_are_those_of_transformers(
     preset: str, rig: RigOf, hf_model: Callable[[str], Any]
 ) -> None:
@@ -60,7 +60,7 @@ def test_logits_are_those_of_transformers(
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2", "v3fp8", "v3fp8-ragged"])
 def test_absorbed_prompts(preset: str, rig: RigOf, expected: Callable[[str], list[Tensor]]) -> None:
     ours = Sequences(device_model(rig(preset)), prompts()).run(chunk=1000, naive=False)
     assert_close(ours, expected(preset))
@@ -78,10 +78,10 @@ def test_any_chunking(
 
 def test_mixed_forms_in_one_batch(rig: RigOf, expected: Callable[[str], list[Tensor]]) -> None:
     """Decodes, a short absorbed chunk and two naive ones, one of them on a cached prefix."""
-    sequences = Sequences(device_model(rig("v2lite")), prompts())
+    sequences = Sequences(device_model(rig("v2-lite")), prompts())
     sequences.step({1: 4, 2: 40, 3: 100}, naive=[2, 3])
     sequences.step({3: 50, 0: 1, 2: 24, 1: 1}, naive=[3])
-    assert_close([torch.cat(rows) for rows in sequences.logits], expected("v2lite"))
+    assert_close([torch.cat(rows) for rows in sequences.logits], expected("v2-lite"))
 
 
 def test_a_small_share_of_a_gpu_expands_less() -> None:
@@ -113,7 +113,7 @@ def test_contexts_are_expanded_no_more_than_fit_at_a_time(
     assert model.prefers_naive(200, 200) and not model.prefers_naive(201, 201)
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3fp8-ragged"])
 def test_deterministic_logits_have_the_same_bits_in_every_batch(preset: str, rig: RigOf) -> None:
     """Row by row, in recorded steps with padding, in steps that are not recorded."""
 
@@ -129,7 +129,7 @@ def test_deterministic_logits_have_the_same_bits_in_every_batch(preset: str, rig
     assert run(3, slice(2, 3))[0].equal(whole[2])
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v3", "v3fp8"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3", "v3fp8"])
 def test_all_experts_on_the_same_device(
     preset: str, rig: RigOf, expected: Callable[[str], list[Tensor]]
 ) -> None:
@@ -166,7 +166,7 @@ def test_an_fp8_cache_rounds_latents_and_nothing_else(naive: bool, rig: RigOf) -
 
 
 @pytest.mark.parametrize("naive", [True, False], ids=["naive", "absorbed"])
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2"])
 def test_bfloat16_with_the_routes_of_float32(preset: str, naive: bool, rig: RigOf) -> None:
     """6e-2: what transformers' own bfloat16 keeps on the same models."""
     reference, ids = Reference(rig(preset).folder), prompts()[3]
@@ -178,7 +178,7 @@ def test_bfloat16_with_the_routes_of_float32(preset: str, naive: bool, rig: RigO
 
 
 @pytest.mark.parametrize(
-    ("preset", "num_pieces"), [("v2lite", 1), ("v3", 1), ("v3fp8", 1), ("v3fp8-ragged", 2)]
+    ("preset", "num_pieces"), [("v2-lite", 1), ("v3", 1), ("v3fp8", 1), ("v3fp8-ragged", 2)]
 )
 def test_down_projections_are_one_matrix_where_their_scales_allow(
     preset: str, num_pieces: int, rig: RigOf

@@ -61,7 +61,7 @@ def meta_model(rig: Rig, cache_dtype: torch.dtype, deterministic: bool) -> Devic
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
-    ("preset", "cache_dtype"), [("v2lite", torch.bfloat16), ("v3fp8", torch.float8_e4m3fn)]
+    ("preset", "cache_dtype"), [("v2-lite", torch.bfloat16), ("v3fp8", torch.float8_e4m3fn)]
 )
 def test_no_step_reads_a_value_from_the_device(
     preset: str, cache_dtype: torch.dtype, deterministic: bool, rig: RigOf, launched: list[str]
@@ -78,7 +78,7 @@ def test_no_step_reads_a_value_from_the_device(
 
 
 def test_a_model_on_meta_tensors_would_notice(rig: RigOf, launched: list[str]) -> None:
-    model = meta_model(rig("v2lite"), torch.bfloat16, False)
+    model = meta_model(rig("v2-lite"), torch.bfloat16, False)
     advance = model._advance
 
     def curious(*args: Any) -> None:

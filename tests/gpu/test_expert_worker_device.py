@@ -47,8 +47,8 @@ def open_worker(
 
 @pytest.fixture
 def worker(checkpoint_dir: Folder) -> ExpertWorker:
-    """Experts 0-7 of layer 1 of v2lite (width 128) on the device of the twins."""
-    return open_worker(checkpoint_dir("v2lite"), range(8), TWINS)
+    """Experts 0-7 of layer 1 of v2-lite (width 128) on the device of the twins."""
+    return open_worker(checkpoint_dir("v2-lite"), range(8), TWINS)
 
 
 def rows(num_rows: int, width: int = 128) -> Tensor:
@@ -83,7 +83,7 @@ PAIRS = [(0, 5, 0.5), (0, 2, 2.0), (2, 5, 1.0), (2, 0, -1.0), (3, 7, 0.25)]  # r
 
 
 @pytest.mark.parametrize("flags", [0, ONE_ROW_PER_PAIR])
-@pytest.mark.parametrize("preset", ["v2lite", "v3", "v3fp8", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v3", "v3fp8", "v3fp8-ragged"])
 def test_answers_like_a_worker_on_the_host(preset: str, flags: int, checkpoint_dir: Folder) -> None:
     folder = checkpoint_dir(preset)
     config = Checkpoint.open(folder).config
@@ -125,7 +125,7 @@ def test_answers_in_the_dtype_of_the_request(worker: ExpertWorker, dtype: torch.
 
 def test_a_sum_in_bfloat16_is_rounded_once(checkpoint_dir: Folder) -> None:
     """256 + 1 + 1 is 256 in bfloat16 steps and 258 in float32."""
-    worker = open_worker(checkpoint_dir("v2lite"), range(2), TWINS_BF16)
+    worker = open_worker(checkpoint_dir("v2-lite"), range(2), TWINS_BF16)
     x = rows(1).bfloat16()
     (one,) = answer(worker, request(x.float(), [(0, 0, 1.0)]))
     column = int(one.abs().argmax())
@@ -153,7 +153,7 @@ def test_what_it_lacks_is_named_and_a_dropped_expert_leaves_the_device_table(
 
 
 def test_a_reused_slot_computes_the_new_expert(checkpoint_dir: Folder) -> None:
-    worker = open_worker(checkpoint_dir("v2lite"), range(1), TWINS, num_slots=1)
+    worker = open_worker(checkpoint_dir("v2-lite"), range(1), TWINS, num_slots=1)
     answers = []
     for expert in (3, 4, 3):
         worker.hold([(1, expert)])
@@ -289,7 +289,7 @@ def test_warm_up_meets_every_size_of_a_block(
 ) -> None:
     """Whatever the number of pairs and of experts, a batch's blocks have been computed with before,
     with one row a pair and without."""
-    worker = open_worker(checkpoint_dir("v2lite"), range(0), TWINS_BF16)
+    worker = open_worker(checkpoint_dir("v2-lite"), range(0), TWINS_BF16)
     compute, seen = worker._compute, []
     assert isinstance(compute, DeviceCompute)
     sort_pairs = compute._ops.sort_pairs
@@ -314,7 +314,7 @@ def test_warm_up_meets_every_size_of_a_block(
 
 def test_the_kernels_themselves(checkpoint_dir: Folder) -> None:
     pytest.importorskip("triton")
-    folder = checkpoint_dir("v2lite")
+    folder = checkpoint_dir("v2-lite")
     host, device = (open_worker(folder, range(8), where) for where in (None, INTERPRETER))
     for flags in (0, ONE_ROW_PER_PAIR):
         want, got = (answer(w, request(rows(4), PAIRS, flags=flags)) for w in (host, device))

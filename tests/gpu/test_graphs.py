@@ -137,8 +137,8 @@ def test_only_rows_that_exist_go_to_the_experts(pair: tuple[Sequences, Sequences
 
 def test_recording_harms_no_cache(rig: RigOf) -> None:
     """Lazily, in the midst of a sequence, or all at the start: only padding is computed."""
-    lazy = Sequences(device_model(rig("v2lite"), deterministic=True), prompts()[1:2])
-    ready = Sequences(device_model(rig("v2lite"), deterministic=True), prompts()[1:2])
+    lazy = Sequences(device_model(rig("v2-lite"), deterministic=True), prompts()[1:2])
+    ready = Sequences(device_model(rig("v2-lite"), deterministic=True), prompts()[1:2])
     ready.model.warm_up()
     assert sorted(ready.model._recorded) == [1, 2, 4, 8]
     for cache in ready.model._mla._caches:
@@ -151,7 +151,7 @@ def test_recording_harms_no_cache(rig: RigOf) -> None:
 
 def test_what_is_recorded_once_is_replayed(rig: RigOf) -> None:
     """V2-Lite's preset: 3 hops in 4 layers, so 4 segments between and 3 of shared experts."""
-    model = device_model(rig("v2lite"))
+    model = device_model(rig("v2-lite"))
     model._recorder = recorder = CountingRecorder()
     sequences = Sequences(model, prompts())
     sequences.step({2: 30, 3: 9}, naive=[2, 3])
@@ -165,10 +165,10 @@ def test_what_is_recorded_once_is_replayed(rig: RigOf) -> None:
 
 
 def test_with_all_experts_on_the_device_a_step_is_one_graph(rig: RigOf) -> None:
-    moe = LocalMoe.open(rig("v2lite").checkpoint, TWINS, deterministic=True)
-    model = device_model(rig("v2lite"), moe=moe, deterministic=True)
+    moe = LocalMoe.open(rig("v2-lite").checkpoint, TWINS, deterministic=True)
+    model = device_model(rig("v2-lite"), moe=moe, deterministic=True)
     model._recorder = recorder = CountingRecorder()
-    eager = device_model(rig("v2lite"), moe=moe, deterministic=True, use_graphs=False)
+    eager = device_model(rig("v2-lite"), moe=moe, deterministic=True, use_graphs=False)
     ours, theirs = (Sequences(each, prompts()[:3]) for each in (model, eager))
     for chunks in ({1: 4, 2: 8}, {0: 1, 1: 1, 2: 1}, {2: 2}):
         ours.step(chunks)
@@ -189,7 +189,7 @@ def test_twins_on_a_gpu_are_never_recorded(rig: RigOf, monkeypatch: pytest.Monke
     }
     assert [kind for kind, can in kinds.items() if not can] == [("cuda", "torch")]
     monkeypatch.setattr("attention.device_model.can_record", lambda device: device != TWINS)
-    model = device_model(rig("v2lite"), use_graphs=True)
+    model = device_model(rig("v2-lite"), use_graphs=True)
     model._recorder = recorder = CountingRecorder()
     Sequences(model, prompts()).step({0: 1})
     assert recorder.num_recorded == 0

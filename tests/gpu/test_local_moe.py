@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Folder = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "kimi", "v3fp8", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "kimi-k2", "v3fp8", "v3fp8-ragged"])
 def test_equals_one_expert_at_a_time(preset: str, checkpoint_dir: Folder) -> None:
     folder = checkpoint_dir(preset)
     checkpoint = Checkpoint.open(folder)
@@ -47,7 +47,7 @@ def test_deterministic_bits_depend_on_the_row_alone(checkpoint_dir: Folder) -> N
 
 
 def test_rows_that_are_not_finite_are_noted_until_forgotten(checkpoint_dir: Folder) -> None:
-    checkpoint = Checkpoint.open(checkpoint_dir("v2lite"))
+    checkpoint = Checkpoint.open(checkpoint_dir("v2-lite"))
     moe = LocalMoe.open(checkpoint, TWINS)
     first, second = checkpoint.config.moe_layers[:2]
     x = some_rows(6, checkpoint)
@@ -64,7 +64,7 @@ def test_rows_that_are_not_finite_are_noted_until_forgotten(checkpoint_dir: Fold
 
 
 def test_more_rows_than_it_was_made_for_are_refused(checkpoint_dir: Folder) -> None:
-    checkpoint = Checkpoint.open(checkpoint_dir("v2lite"))
+    checkpoint = Checkpoint.open(checkpoint_dir("v2-lite"))
     moe = LocalMoe.open(checkpoint, TWINS, max_rows=4)
     layer = checkpoint.config.moe_layers[0]
     assert moe.finish(moe.begin(layer, some_rows(4, checkpoint))).shape[0] == 4

@@ -102,7 +102,7 @@ def test_every_form_is_compiled_at_the_start(checkpoint_dir: Callable[[str], Pat
     pytest.importorskip("triton")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    folders = [str(checkpoint_dir(preset)) for preset in ("v2lite", "v3fp8")]
+    folders = [str(checkpoint_dir(preset)) for preset in ("v2-lite", "v3fp8")]
     command = [sys.executable, "-c", SCRIPT, *folders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     assert not done.returncode, done.stderr

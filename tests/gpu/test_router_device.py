@@ -37,7 +37,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture
 def checkpoint(checkpoint_dir: Folder) -> Checkpoint:
-    return Checkpoint.open(checkpoint_dir("v2lite"))
+    return Checkpoint.open(checkpoint_dir("v2-lite"))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("preset", ["v2lite", "v2", "v3", "v3fp8"])
+@pytest.mark.parametrize("preset", ["v2-lite", "v2", "v3", "v3fp8"])
 def test_equals_one_expert_at_a_time(
     preset: str, deterministic: bool, new_pool: NewPool, checkpoint_dir: Folder
 ) -> None:

@@ -13,7 +13,7 @@ from tests.router.pool import NewPool, Pool
 
 @pytest.fixture
 def checkpoint(checkpoint_dir: Callable[[str], Path]) -> Checkpoint:
-    return Checkpoint.open(checkpoint_dir("v2lite"))
+    return Checkpoint.open(checkpoint_dir("v2-lite"))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_equals_one_expert_at_a_time(
     checkpoint_dir: Callable[[str], Path],
     socket_folder: Path,
 ) -> None:
-    folder = checkpoint_dir("v2lite")
+    folder = checkpoint_dir("v2-lite")
     checkpoint = Checkpoint.open(folder)
     held = spread(checkpoint, num_workers, replicas=min(2, num_workers))
     pool = new_pool(checkpoint, held, socket_folder if scheme == "unix" else None)
@@ -41,7 +41,7 @@ def test_equals_one_expert_at_a_time(
         )
 
 
-@pytest.mark.parametrize("preset", ["v2", "v3", "kimi", "v3fp8", "v3fp8-ragged"])
+@pytest.mark.parametrize("preset", ["v2", "v3", "kimi-k2", "v3fp8", "v3fp8-ragged"])
 def test_every_kind_of_gate_and_weight(
     preset: str, new_pool: NewPool, checkpoint_dir: Callable[[str], Path]
 ) -> None:
