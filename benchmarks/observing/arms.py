@@ -96,7 +96,11 @@ NO_TIMES: Edits = {
         "return run.timing(self._clock() if run.last is None else run.last_s)": "return None",
     },
     "cluster.frontend.generation:Generation._end": {
-        "self.timing = self._runs.end(index).beside(self.timing)": "self._runs.end(index)",
+        "timing, num_later = self._runs.end(index), self._choices[index].num_tokens - 1": (
+            "self._runs.end(index)"
+        ),
+        "if num_later > 0:": "if False:",
+        "self.timing = timing.beside(self.timing)": "pass",
     },
     "cluster.frontend.generation:Generation._handle": {"self.observation.last_token()": "pass"},
     "cluster.frontend.generation:Generation._count": {"if output.token_ids:": "if False:"},
