@@ -18,8 +18,6 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from experts.errors import CheckpointError
 from experts.files import read_json_object
 
-ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-
 # One field, several spellings: ours first, then what other tools write.
 ALIASES = {
     "n_routed_experts": ("num_experts", "num_local_experts"),
@@ -207,11 +205,6 @@ class ModelConfig(_Strict):
     def latent_width(self) -> int:
         """Values cached for a token and layer: the normed latent, then the rotated shared key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
-
-    def kv_cache_bytes_per_token(self, dtype: object) -> int:
-        """Over all main layers; dtype: torch's, or its name. V2-Lite in bfloat16: 27 * 576 * 2."""
-        itemsize = ITEMSIZE_BYTES[str(dtype).removeprefix("torch.")]
-        return self.num_hidden_layers * self.latent_width * itemsize
 
     @property
     def is_group_limited(self) -> bool:

@@ -101,15 +101,6 @@ class DeviceSlots:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in _tensors(self.weights))
 
-    @staticmethod
-    def bytes_per_slot(
-        width: int, hidden_size: int, weight_dtype: torch.dtype, device: ComputeDevice
-    ) -> int:
-        """What one slot takes; for sizing a pool before it is made."""
-        on_meta = ComputeDevice(torch.device("meta"), device.dtype, device.kernels, "size only")
-        one = _empty_slots(1, width, hidden_size, weight_dtype, on_meta)
-        return sum(tensor.nbytes for tensor in _tensors(one))
-
     def fill(self, slot: int, expert: ExpertWeights) -> None:
         """Copy an expert into a slot; when this returns, kernels launched later see it.
 

@@ -16,7 +16,6 @@ from cluster.deploy.matrices import (
     BF16_BYTES,
     FLOAT32_BYTES,
     WeightType,
-    attention,
     attention_side,
     mlp,
     num_params,
@@ -80,11 +79,6 @@ class ModelSizes:
     def routed_params(self) -> int:
         """All routed experts of all layers."""
         return self.num_experts_total * self.expert_params
-
-    @property
-    def attention_params_per_layer(self) -> int:
-        """The matrices of one MLA layer."""
-        return num_params(attention(self.config))
 
     @cached_property
     def attention_matmul_params(self) -> int:

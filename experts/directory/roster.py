@@ -63,13 +63,10 @@ class RosterRules:
 class PoolCounters:
     """Since the start; but for `deaths` of expert workers only.
 
-    `leaves`: asked to leave, or drained. `deaths`: gone without being released, by role.
-    `replans`: plans that changed what anybody shall hold. `steps`, `moves`: of rebalancing; slots
-    that changed.
+    `deaths`: gone without being released, by role. `replans`: plans that changed what anybody shall
+    hold. `steps`, `moves`: of rebalancing; slots that changed.
     """
 
-    joins: int = 0
-    leaves: int = 0
     released: int = 0
     deaths: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(get_args(Role), 0))
     replans: int = 0
@@ -122,7 +119,6 @@ class Roster:
         self._follows |= register.seen_version > self.snapshot.version
         self._seen.take(register.seen_epoch, register.seen_version, register.seen_scale)
         if register.role == "experts":
-            self.counters.joins += 1
             if member.exit is None:
                 self._joiners.add(register.worker_id)
             if self._first_worker_s is None:
@@ -158,7 +154,6 @@ class Roster:
             member.release()
             return
         self._touch()
-        self.counters.leaves += member.exit is None
         member.begin_exit(reason)
         member.num_to_move = len(member.published - self._covered())
         self._journal.hands_over(member)

@@ -101,7 +101,7 @@ class Directory:
 
     @property
     def counters(self) -> PoolCounters:
-        """Of joins, leaves, deaths and moves since the start."""
+        """Of deaths and moves since the start."""
         return self._roster.counters
 
     def samples(self) -> list[Sample]:

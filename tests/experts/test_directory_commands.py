@@ -144,8 +144,7 @@ def test_a_leaver_is_released_after_the_snapshot_without_it() -> None:
         last = [message for message in desk.sent if isinstance(message, Snapshot)][-1]
         assert desk.sent.index(last) < desk.sent.index(Released())
         assert last.holders_of(1) == (("b",),) * 4
-        counters = it.directory.counters
-        assert (counters.joins, counters.leaves, counters.released) == (2, 1, 1)
+        assert it.directory.counters.released == 1
 
 
 def test_leave_of_a_stranger_is_refused() -> None:

@@ -149,7 +149,6 @@ def test_a_slot_takes_a_new_expert() -> None:
     ],
 )
 def test_size_of_a_slot(dtype: torch.dtype, device: ComputeDevice, expected: int) -> None:
-    assert DeviceSlots.bytes_per_slot(WIDTH, HIDDEN, dtype, device) == expected
     assert DeviceSlots(7, WIDTH, HIDDEN, dtype, device).num_bytes == 7 * expected
 
 
