@@ -75,10 +75,9 @@ class Move:
 
 @dataclass(frozen=True)
 class Balance:
-    """Balancedness (mean / max of the workers' loads) by layer and of their totals."""
+    """Balancedness (mean / max of the workers' loads) by layer."""
 
     by_layer: Mapping[int, float]
-    in_total: float
     objective: float  # sum over the layers of the busiest worker's load
     even: float  # the least that it could be: the load of all layers over the number of workers
 
@@ -149,9 +148,8 @@ def _moves(before: SlotBoard, after: SlotBoard) -> Iterator[Move]:
 
 def _balance(board: SlotBoard) -> Balance:
     by_layer = {layer: balancedness(row) for layer, row in board.rows.items()}
-    total = np.sum(list(board.rows.values()), axis=0)
-    even = float(np.sum(total)) / max(1, len(board.workers))
-    return Balance(by_layer, balancedness(total), board.objective, even)
+    even = float(np.sum(list(board.rows.values()))) / max(1, len(board.workers))
+    return Balance(by_layer, board.objective, even)
 
 
 def _improve(start: SlotBoard, limits: Limits) -> list[Action]:

@@ -132,7 +132,7 @@ def test_the_hottest_expert_gets_the_slot_of_the_coldest_replica() -> None:
     assert plan.before.objective == 63  # a: 60 and half of 6
     assert plan.after.objective == 33  # a and c: half of 60, half of 6
     assert plan.before.by_layer[1] == pytest.approx(74 / 3 / 63)
-    assert plan.after.in_total == pytest.approx(74 / 3 / 33)
+    assert plan.after.by_layer[1] == pytest.approx(74 / 3 / 33)
 
 
 def test_a_sole_holder_hands_over_in_two_steps() -> None:
