@@ -23,7 +23,7 @@ UNIT, RAY, ALONE = "not ray and not alone", "ray and not alone", "alone"
 NO_TESTS = 5  # pytest's exit status when nothing was selected
 UNIT_NICENESS = 10
 TESTS = Path("tests")
-SECOND_HALF = ("benchmarks", "browser", "gpu", "k8s", "tools")
+SECOND_HALF = ("benchmarks", "browser", "gpu", "k8s")
 """Folders of tests whose unit tests take as long as all others."""
 
 
