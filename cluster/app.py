@@ -42,12 +42,12 @@ from cluster.observability.ray_metrics import RayExport
 from cluster.observability.traces import check_traces
 from cluster.serve_targets import TargetWatch, ask_serve
 from cluster.site import Site
+from experts.messages import Role
 
 if TYPE_CHECKING:
     from cluster.ingress import IngressMember
     from cluster.members import AttentionMember, ExpertMember, RouterMember
     from cluster.placement import PlacementMember
-from experts.messages import Role
 
 ENDPOINT_TIMEOUT_S = 5.0
 ONE_HOST = ("unix", "shm", "cuda")
