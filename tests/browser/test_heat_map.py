@@ -250,6 +250,7 @@ def test_workers_and_replicas_come_and_go(page: Page, inline_url: str) -> None:
     stream(page, lambda _: [load_of(moments[now], epoch=1 + now)])
     statuses(page, lambda: status_of(moments[now]))
     open_map(page, inline_url)
+    until(page, "shoalExperts.history.newest.status")  # who leaves has been seen
     now = 1
     page.locator("#workers tr.left", has_text="experts-a").wait_for()  # shown for some seconds
     wait_for_events(page, "experts-a left", "epoch 1 → 2", "replicas 4 added, 4 dropped")
