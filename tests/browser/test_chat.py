@@ -420,6 +420,7 @@ def test_a_key_is_asked_for_once(
             page.clock.fast_forward(10_000)
     expect(field).to_be_hidden()
     page.get_by_role("button", name="Key", exact=True).click()
+    expect(field).to_be_focused()
     page.keyboard.type(KEY)
     page.keyboard.press("Enter")
     expect(page.get_by_label("Model")).to_have_value("tiny")
