@@ -12,6 +12,7 @@ rates.py             counters that only grow -> rates
 status.py            what /status tells of workers and tiers
 logs.py              one line an event; request_log.py  one a request
 follow_logs.py       the log files of replicas as one stream
+traces.py            whether spans can be made
 text_log.py          prompts and answers in the log, for who asks for it
 ```
 """

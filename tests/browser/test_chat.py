@@ -345,12 +345,18 @@ def test_a_server_that_still_loads(page: Page, serve: Serve, problems: list[str]
     problems.clear()
 
 
+def serve_with_key(serve: Serve, folder: Path) -> str:
+    """URL of a server that wants KEY."""
+    keys = folder / "keys"
+    keys.write_text(f"page inference {KEY}\n")
+    url, _ = serve("ok", Authorizer(KeyRing(keys)))
+    return url
+
+
 def test_a_key_is_asked_for_and_kept_in_the_tab(
     page: Page, serve: Serve, tmp_path: Path, problems: list[str]
 ) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text(f"page inference {KEY}\n")
-    url, _ = serve("ok", Authorizer(KeyRing(keys)))
+    url = serve_with_key(serve, tmp_path)
     page.goto(url)
     field = page.get_by_label("API key")
     expect(field).to_be_focused()
@@ -406,9 +412,7 @@ HOSTILE = """
 def test_a_key_is_asked_for_once(
     page: Page, serve: Serve, tmp_path: Path, problems: list[str]
 ) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text(f"page inference {KEY}\n")
-    url, _ = serve("ok", Authorizer(KeyRing(keys)))
+    url = serve_with_key(serve, tmp_path)
     page.clock.install()
     page.goto(url)
     field = page.get_by_label("API key")
