@@ -11,10 +11,10 @@ machine_code.py  compiles the CPU kernels once, before the workers look for them
 autoscaling/     how many workers a tier should have
 chaos.py         a worker kills or stops itself when told to, for tests
 serve_targets.py what Serve's autoscaler wants, for those who watch
-site.py          where a member of the cluster runs; members.py, placement.py, ingress.py  the members
+site.py          where a member runs; members.py, placement.py, ingress.py: the members
 inline.py        all of them in one process
 app.py           binds the plain worker classes to Ray Serve; the only such file
-cli.py           the `shoal` command (session.py: what it runs, launcher.py: Ray and Serve; top/: `shoal top`)
+cli.py           the `shoal` command (session.py: what it runs; launcher.py: Ray and Serve)
 deploy/          Kubernetes: manifests, checks, `shoal k8s`, `shoal plan`
 observability/   metrics, logs, views
 """
